@@ -1,0 +1,196 @@
+"""The table of tasks: what is to be done, with which actions, from which start states.
+
+A :class:`Task` is plain data (JSON-able); the simulators, world models and policies read it and none of
+them repeats a number that stands here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class StartStates:
+    """How many start states a task has per split, and the seed they are drawn from.
+
+    Ids run from 0: first train, then validation, then test. An id names the same physical start on every
+    machine. Collection and imagination use train ids, checkpoint choice uses validation ids, and reported
+    numbers use test ids only.
+    """
+
+    train: int
+    validation: int
+    test: int
+    seed: int
+
+    @property
+    def total(self) -> int:
+        """Number of start states over all splits."""
+        return self.train + self.validation + self.test
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """A transformation of pixels, actions and instructions that maps episodes of a task onto episodes.
+
+    Used to augment the training data of the world model and of the success classifier.
+
+    Attributes:
+        name: Short name.
+        flip: ``"vertical"`` mirrors image rows, ``"horizontal"`` mirrors image columns, None neither.
+        action_signs: Factor (1 or -1) per action dimension.
+        channel_order: Permutation of the RGB channels.
+        instruction_order: ``instruction_order[i]`` is the task id that instruction i becomes.
+    """
+
+    name: str
+    action_signs: tuple[float, ...]
+    instruction_order: tuple[int, ...]
+    flip: str | None = None
+    channel_order: tuple[int, int, int] = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A manipulation task.
+
+    Attributes:
+        name: Key in :data:`TASKS`.
+        instructions: The sentences; an observation's ``task_id`` indexes them.
+        horizon: Episode limit in control steps; a multiple of ``chunk``.
+        chunk: Actions per decision (K).
+        action_dim: Numbers per action (D), each in [-1, 1].
+        control_hz: Control steps per second.
+        image_size: Side of the square RGB observation in pixels.
+        start_states: Start states per split.
+        action_low: Physical value of action -1 per dimension (metres per step, or gripper command).
+        action_high: Physical value of action +1 per dimension.
+        success_tolerance_px: Radius of the success region in observation pixels, for the *faithful* gate.
+        variants: Names of the scene variants of the simulator; the first is the nominal one.
+        symmetries: Transformations under which the task is invariant.
+    """
+
+    name: str
+    instructions: tuple[str, ...]
+    horizon: int
+    chunk: int
+    action_dim: int
+    control_hz: float
+    image_size: int
+    start_states: StartStates
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    success_tolerance_px: float
+    variants: tuple[str, ...] = ("nominal",)
+    symmetries: tuple[Symmetry, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.horizon % self.chunk:
+            raise ValueError(
+                f"Task {self.name!r}: horizon {self.horizon} is not a multiple of chunk {self.chunk}; "
+                "choose a horizon that whole action chunks fill."
+            )
+
+    @property
+    def n_chunks(self) -> int:
+        """Decisions per full-length episode."""
+        return self.horizon // self.chunk
+
+    def split_ids(self, split: str) -> range:
+        """Start-state ids of a split.
+
+        Args:
+            split: ``"train"``, ``"validation"`` or ``"test"``.
+
+        Raises:
+            ValueError: If the split is unknown.
+        """
+        s = self.start_states
+        bounds = {"train": (0, s.train), "validation": (s.train, s.train + s.validation), "test": (s.train + s.validation, s.total)}
+        if split not in bounds:
+            raise ValueError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS)}.")
+        return range(*bounds[split])
+
+    def split_of(self, start_state_id: int) -> str:
+        """The split an id belongs to.
+
+        Raises:
+            ValueError: If the id is not one of the task's start states.
+        """
+        for split in SPLITS:
+            if start_state_id in self.split_ids(split):
+                return split
+        raise ValueError(
+            f"Unknown start_state_id {start_state_id} for task {self.name!r}; ids run from 0 to "
+            f"{self.start_states.total - 1}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; :meth:`from_dict` restores it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Task:
+        """Rebuild a task from :meth:`to_dict`, also after a trip through JSON (lists become tuples)."""
+
+        def tuples(value: Any) -> Any:
+            return tuple(tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+        fields = {k: tuples(v) for k, v in data.items()}
+        fields["start_states"] = StartStates(**data["start_states"])
+        fields["symmetries"] = tuple(
+            Symmetry(**{k: tuples(v) for k, v in s.items()}) for s in data.get("symmetries", ())
+        )
+        return cls(**fields)
+
+
+MOVE_BLOCK = Task(
+    name="move-block",
+    instructions=("move the red block to the disc", "move the blue block to the disc"),
+    horizon=20,
+    chunk=4,
+    action_dim=3,
+    control_hz=10.0,
+    image_size=32,
+    start_states=StartStates(train=8192, validation=512, test=1024, seed=2511),
+    action_low=(-0.12, -0.12, -1.0),
+    action_high=(0.12, 0.12, 1.0),
+    success_tolerance_px=2.6,
+    variants=("nominal", "moved-goal", "background", "texture"),
+    symmetries=(
+        # The table is symmetric about its long axis, and red and blue differ in the RGB channel order only.
+        Symmetry("mirror", action_signs=(1.0, -1.0, 1.0), instruction_order=(0, 1), flip="vertical"),
+        Symmetry("swap colours", action_signs=(1.0, 1.0, 1.0), instruction_order=(1, 0), channel_order=(2, 1, 0)),
+    ),
+)
+
+TASKS: dict[str, Task] = {MOVE_BLOCK.name: MOVE_BLOCK}
+
+
+def register_task(task: Task) -> None:
+    """Add a task to the table.
+
+    Raises:
+        ValueError: If another task has that name.
+    """
+    if TASKS.get(task.name, task) != task:
+        raise ValueError(f"A different task named {task.name!r} is registered already; choose another name.")
+    TASKS[task.name] = task
+
+
+def get_task(task: str | Task) -> Task:
+    """Look a task up by name; a :class:`Task` is returned as it is.
+
+    Raises:
+        ValueError: If the name is unknown; the message lists the names and the nearest one.
+    """
+    if isinstance(task, Task):
+        return task
+    if task not in TASKS:
+        near = difflib.get_close_matches(str(task), TASKS, n=1, cutoff=0.0)
+        raise ValueError(f"Unknown task {task!r}. Known tasks: {', '.join(TASKS)}. Did you mean {near[0]!r}?")
+    return TASKS[task]
