@@ -1,0 +1,173 @@
+"""Scripted behaviour for ``move-block``: a demonstrator with settable mistakes, and task-agnostic play."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.envs.simulated.move_block import BLOCKS, STEP_LENGTH, WORKSPACE, MoveBlockSim
+
+Controller = Callable[[MoveBlockSim], np.ndarray]
+RETREAT = np.array([0.1, 0.0])  # where the demonstrator waits after letting go
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """How the demonstrator errs. Lengths in metres; the defaults make no systematic mistake.
+
+    Attributes:
+        aim_offset: Systematic error of the place where the block is let go.
+        aim_tilt: Error in y that grows with the block's start y (a badly calibrated camera).
+        aim_noise: Standard deviation of the aim, drawn once per episode.
+        grasp_offset: Systematic error of the place where the block is gripped.
+        grasp_noise: Standard deviation of the grip point, drawn once per episode.
+        action_noise: Standard deviation added to dx and dy of every action (in action units).
+    """
+
+    aim_offset: tuple[float, float] = (0.0, 0.0)
+    aim_tilt: float = 0.0
+    aim_noise: float = 0.03
+    grasp_offset: tuple[float, float] = (0.0, 0.0)
+    grasp_noise: float = 0.03
+    action_noise: float = 0.12
+
+    def to_dict(self) -> dict:
+        """JSON-able form."""
+        return asdict(self)
+
+
+def _travel(sim: MoveBlockSim, goal: np.ndarray) -> np.ndarray:
+    """Action (2,) that brings the commanded tool position as far towards ``goal`` as one step allows."""
+    return np.clip((goal - sim.data.ctrl) / STEP_LENGTH, -1.0, 1.0)
+
+
+def expert_controller(sim: MoveBlockSim, config: ExpertConfig, rng: np.random.Generator) -> Controller:
+    """A demonstrator for the present start state: fetch the named block, carry it to the aim, let go, retreat.
+
+    It does not look at the outcome: a block let go at a wrong place stays there.
+    """
+    grip_error = np.add(config.grasp_offset, rng.normal(0, config.grasp_noise, 2))
+    aim = sim.position("goal") + config.aim_offset + rng.normal(0, config.aim_noise, 2)
+    aim[1] += config.aim_tilt * sim.position(sim.target)[1]
+    carried = False
+
+    def act(sim: MoveBlockSim) -> np.ndarray:
+        nonlocal carried
+        tool, holding = sim.data.ctrl, sim.magnet_on
+        carried = carried or holding
+        if carried and not holding:
+            return np.clip([*_travel(sim, RETREAT), -1.0], -1.0, 1.0).astype(np.float32)
+        goal = aim if holding else sim.position(sim.target) + grip_error
+        near = np.abs(goal - tool).max() < 0.03
+        magnet = not near if holding else np.linalg.norm(goal - tool) < 0.5 * STEP_LENGTH
+        move = _travel(sim, goal) + rng.normal(0, config.action_noise, 2)
+        if holding and near:
+            move *= 0.0
+        return np.clip([*move, 1.0 if magnet else -1.0], -1.0, 1.0).astype(np.float32)
+
+    return act
+
+
+def play_controller(sim: MoveBlockSim, rng: np.random.Generator) -> Controller:
+    """Motion without a task: wander, fetch blocks, drop them anywhere, play with the magnet.
+
+    The goal disc has no special meaning here and nothing is labelled; it only shows the world model what
+    the tool and the blocks can do.
+    """
+    noise = rng.choice([0.05, 0.15, 0.4])
+    flicker = rng.choice([0.0, 0.0, 0.1])
+    near_disc = sim.position("goal") + rng.normal(0, 0.25, 2)
+    anywhere = rng.uniform(-0.8, 0.8, 2)
+    drop = near_disc if rng.random() < 0.6 else anywhere
+    block = str(rng.choice(BLOCKS))
+    grip_error = rng.normal(0, 0.06, 2)
+    detour = rng.uniform(-0.8, 0.8, 2) if rng.random() < 0.3 else None
+    release_distance = rng.choice([0.03, 0.03, 0.15, 0.4])
+    rest = rng.uniform(-0.8, 0.8, 2)
+    state = {"detour": detour, "done": False}
+
+    def act(sim: MoveBlockSim) -> np.ndarray:
+        tool, holding = sim.data.ctrl, sim.magnet_on
+        magnet = holding
+        if holding:
+            goal = drop
+            if np.abs(goal - tool).max() < release_distance:
+                magnet, state["done"] = False, True
+        elif state["done"]:
+            goal = rest
+        elif state["detour"] is not None:
+            goal = state["detour"]
+            if np.abs(goal - tool).max() < 0.1:
+                state["detour"] = None
+        else:
+            goal = sim.position(block) + grip_error
+            magnet = np.linalg.norm(goal - tool) < 0.5 * STEP_LENGTH
+        if rng.random() < flicker:
+            magnet = not magnet
+        move = _travel(sim, np.clip(goal, -WORKSPACE, WORKSPACE)) + rng.normal(0, noise, 2)
+        return np.clip([*move, 1.0 if magnet else -1.0], -1.0, 1.0).astype(np.float32)
+
+    return act
+
+
+def record(sim: MoveBlockSim, act: Controller, *, horizon: int, stop_at_success: bool) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Run a controller from the present state.
+
+    Returns:
+        Frames ``(T+1, H, W, 3)`` uint8, actions ``(T, 3)`` float32, and whether the task succeeded.
+    """
+    frames, actions = [sim.render()], []
+    for _ in range(horizon):
+        actions.append(act(sim))
+        sim.step(actions[-1])
+        frames.append(sim.render())
+        if stop_at_success and sim.success:
+            break
+    return np.stack(frames), np.stack(actions), sim.success
+
+
+def record_expert(
+    start_state_ids: Iterable[int], *, seed: int, config: ExpertConfig | None = None, variant: str = "nominal"
+) -> Iterator[Episode]:
+    """Demonstrations, failures included, one per start state.
+
+    Args:
+        start_state_ids: Where to start.
+        seed: Seed of the demonstrator; each episode's noise depends on the seed and its id only.
+        config: The demonstrator's mistakes.
+        variant: Scene variant.
+    """
+    config, sim = config or ExpertConfig(), MoveBlockSim(variant)
+    for start in start_state_ids:
+        sim.reset(start)
+        rng = np.random.default_rng([seed, start, 1])
+        frames, actions, success = record(
+            sim, expert_controller(sim, config, rng), horizon=sim.task.horizon, stop_at_success=True
+        )
+        yield _episode(sim, frames, actions, success, {"source": "expert", "seed": seed, "expert": config.to_dict()})
+
+
+def record_play(start_state_ids: Iterable[int], *, seed: int, variant: str = "nominal") -> Iterator[Episode]:
+    """Unlabelled play of full length, one episode per start state; arguments as :func:`record_expert`."""
+    sim = MoveBlockSim(variant)
+    for start in start_state_ids:
+        sim.reset(start)
+        rng = np.random.default_rng([seed, start, 2])
+        frames, actions, _ = record(sim, play_controller(sim, rng), horizon=sim.task.horizon, stop_at_success=False)
+        yield _episode(sim, frames, actions, None, {"source": "play", "seed": seed})
+
+
+def _episode(sim: MoveBlockSim, frames: np.ndarray, actions: np.ndarray, success: bool | None, meta: dict) -> Episode:
+    return Episode(
+        frames=frames,
+        actions=actions,
+        success=success,
+        finish_step=len(actions),
+        start_state_id=sim.start_state_id,
+        task_id=sim.task_id,
+        instruction=sim.task.instructions[sim.task_id],
+        meta={"task": sim.task.name, "variant": sim.variant, **meta},
+    )
