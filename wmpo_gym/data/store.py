@@ -1,0 +1,207 @@
+"""Episodes on disk: one directory each, complete or absent.
+
+::
+
+    episode_000123/
+        frames.mkv          lossless FFV1 video (or frames.npy)
+        data.safetensors    actions float32 (T, D)
+        meta.json           outcome, ids, instruction, checksums of the two files above
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wmpo_gym.data.atomic import (
+    ArtifactError,
+    load_safetensors,
+    plain,
+    read_json,
+    save_safetensors,
+    sha256,
+    write_dir_atomic,
+    write_json_atomic,
+)
+from wmpo_gym.data.episode import Episode
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+FRAME_FILES = {"ffv1": "frames.mkv", "npy": "frames.npy"}
+
+
+class BrokenEpisodeError(ArtifactError):
+    """An episode directory is empty, half-written or damaged."""
+
+
+def save_episode(directory: str | Path, episode: Episode, *, codec: str = "ffv1") -> Path:
+    """Write one episode under a temporary name and rename it.
+
+    Args:
+        directory: The episode's directory; an earlier episode there is replaced.
+        episode: What to write.
+        codec: ``"ffv1"`` (lossless video) or ``"npy"`` (raw, larger, quicker).
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: If the codec is unknown.
+        WriteError: If the disk is full; no directory is left then.
+    """
+    if codec not in FRAME_FILES:
+        raise ValueError(f"Unknown codec {codec!r}; choose one of {', '.join(FRAME_FILES)}.")
+    directory, frames_name = Path(directory), FRAME_FILES[codec]
+    # Not durable: an episode is cheap, and one damaged by a power cut is noticed and skipped.
+    with write_dir_atomic(directory, durable=False) as temporary:
+        frames_file, data_file = temporary / frames_name, temporary / "data.safetensors"
+        frames_file.write_bytes(_encode(episode, codec))
+        save_safetensors(data_file, {"actions": episode.actions}, durable=False)
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "success": episode.success,
+            "finish_step": episode.finish_step,
+            "start_state_id": episode.start_state_id,
+            "task_id": episode.task_id,
+            "instruction": episode.instruction,
+            "meta": episode.meta,
+            "sha256": {file.name: sha256(file) for file in (frames_file, data_file)},
+        }
+        write_json_atomic(temporary / "meta.json", plain(meta), durable=False)
+    return directory
+
+
+def _encode(episode: Episode, codec: str) -> bytes:
+    if codec == "npy":
+        buffer = io.BytesIO()
+        np.save(buffer, episode.frames, allow_pickle=False)
+        return buffer.getvalue()
+    from wmpo_gym.data.video import encode_lossless
+
+    return encode_lossless(episode.frames, float(episode.meta.get("control_hz", 10.0)))
+
+
+def load_episode(directory: str | Path) -> Episode:
+    """Read one episode and check that it is whole.
+
+    Raises:
+        BrokenEpisodeError: If a file is missing, cut off or edited, or they do not fit together.
+    """
+    directory = Path(directory)
+    try:
+        meta = _read_meta(directory)
+        for name, digest in meta["sha256"].items():
+            if sha256(directory / name) != digest:
+                raise ArtifactError(f"{name} is not what was written")
+        frames_name = next(n for n in meta["sha256"] if n in FRAME_FILES.values())
+        actions = load_safetensors(directory / "data.safetensors", framework="np")["actions"]
+        fields = ("success", "finish_step", "start_state_id", "task_id", "instruction", "meta")
+        return Episode(
+            frames=_decode(directory / frames_name), actions=actions, **{name: meta[name] for name in fields}
+        )
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, StopIteration) as error:
+        raise BrokenEpisodeError(
+            f"Broken episode {directory}: {error or type(error).__name__}. Delete that directory, or collect "
+            "or copy it again."
+        ) from error
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    meta = read_json(directory / "meta.json")
+    if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(f"meta.json does not describe an episode of format {FORMAT_VERSION}")
+    return meta
+
+
+def _decode(file: Path) -> np.ndarray:
+    if file.suffix == ".npy":
+        return np.load(file, allow_pickle=False)
+    from wmpo_gym.data.video import decode_lossless
+
+    return decode_lossless(file.read_bytes())
+
+
+class EpisodeStore:
+    """A directory of episodes that one process appends to and any number read.
+
+    Broken episodes are named in one warning with their count and skipped; they are never half-read.
+
+    Args:
+        root: The directory; it need not exist yet.
+        codec: How appended episodes store their frames, see :func:`save_episode`.
+    """
+
+    def __init__(self, root: str | Path, *, codec: str = "ffv1") -> None:
+        self.root = Path(root)
+        self.codec = codec
+        self._next: int | None = None
+
+    def directories(self) -> list[Path]:
+        """Every episode directory in order of writing, broken ones too."""
+        return sorted(d for d in self.root.glob("episode_*") if d.is_dir())
+
+    def append(self, episode: Episode) -> Path:
+        """Write an episode under the next free number.
+
+        Returns:
+            Its directory.
+
+        Raises:
+            WriteError: If the disk is full; the episodes before it are untouched.
+        """
+        if self._next is None:
+            numbers = [int(d.name.rpartition("_")[2]) for d in self.directories() if d.name[8:].isdecimal()]
+            self._next = max(numbers, default=-1) + 1
+        path = save_episode(self.root / f"episode_{self._next:06d}", episode, codec=self.codec)
+        self._next += 1
+        return path
+
+    def __len__(self) -> int:
+        """Number of episodes whose description can be read."""
+        return len(self._metas())
+
+    def __iter__(self) -> Iterator[Episode]:
+        """Whole episodes in order of writing; broken ones are skipped and reported at the end."""
+        broken: list[BrokenEpisodeError] = []
+        for directory in self.directories():
+            try:
+                episode = load_episode(directory)
+            except BrokenEpisodeError as error:
+                broken.append(error)
+                continue
+            yield episode
+        if broken:
+            listed = "\n  ".join(str(e) for e in broken[:10])
+            more = f"\n  and {len(broken) - 10} more" if len(broken) > 10 else ""
+            logger.warning(
+                "Skipped %d broken episode(s) in %s:\n  %s%s", len(broken), self.root, listed, more
+            )
+
+    def load(self) -> list[Episode]:
+        """Read all whole episodes.
+
+        Raises:
+            ArtifactError: If the directory does not exist.
+        """
+        if not self.root.is_dir():
+            raise ArtifactError(f"No directory of episodes at {self.root}; `wmpo collect` makes one.")
+        return list(self)
+
+    def ids(self) -> list[int | None]:
+        """Start-state ids of the episodes in order of writing, from their descriptions alone."""
+        return [meta["start_state_id"] for meta in self._metas()]
+
+    def _metas(self) -> list[dict[str, Any]]:
+        metas = []
+        for directory in self.directories():
+            try:
+                metas.append(_read_meta(directory))
+            except ArtifactError:
+                logger.debug("no readable description in %s", directory)
+        return metas
