@@ -1,0 +1,36 @@
+"""Fixtures shared by every test folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tests run beside other work; one thread is as fast on tensors this small."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], tuple[dict[str, Any], dict[str, Any]]]:
+    """Loader of reference vectors: ``golden(name) -> (tensors, meta)``.
+
+    ``tests/golden/NAME.safetensors`` holds torch tensors computed by the published code on tiny inputs and
+    ``NAME.json`` the configuration, seeds and checks that belong to them.
+    """
+    from safetensors.torch import load_file
+
+    def load(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        meta = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+        return load_file(GOLDEN / f"{name}.safetensors"), meta
+
+    return load
