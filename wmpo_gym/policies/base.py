@@ -1,0 +1,57 @@
+"""The one interface that group-based algorithms (GRPO, DPO) ask of a policy.
+
+A Stable-Baselines3 policy answers ``predict``; policy optimisation over action *tokens* needs two things
+more: to sample a chunk together with the log-probability of each of its tokens, and to evaluate those
+log-probabilities again under changed weights.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from stable_baselines3.common.policies import BasePolicy
+
+Observation = dict[str, torch.Tensor]
+
+
+class GroupPolicy(BasePolicy):
+    """A Stable-Baselines3 policy over chunks of K actions of D numbers, each chosen as L tokens.
+
+    Tokens are ordered step by step: token ``k * D + d`` is dimension d of action k, so L = K * D.
+
+    Both methods below apply the same sampling temperature, so that the ratio of a freshly sampled batch is
+    exactly one. Randomness comes from a generator of the policy's own, never from torch's global one.
+    """
+
+    @abstractmethod
+    def sample(
+        self, obs: Observation, deterministic: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Choose one action chunk per row, without gradients.
+
+        Args:
+            obs: Batch of observations, ``pixels`` uint8 (B,H,W,3) or (B,3,H,W) and ``task_id`` int (B,).
+            deterministic: Take the likeliest token everywhere instead of drawing.
+
+        Returns:
+            ``actions`` float32 (B,K,D) in the action space, ``log_prob`` float32 (B,L) of the chosen tokens,
+            and ``trace`` int64 (B,L), the tokens themselves: what :meth:`log_prob` needs to find the same
+            decision again.
+        """
+
+    @abstractmethod
+    def log_prob(self, obs: Observation, trace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of earlier decisions under the current weights, with gradients.
+
+        Args:
+            obs: The observations the decisions were made on (see :meth:`sample`).
+            trace: int64 (B,L) from :meth:`sample`.
+
+        Returns:
+            ``log_prob`` float32 (B,L) and ``entropy`` float32 (B,L), both in nats.
+        """
+
+    def _predict(self, observation: Observation, deterministic: bool = False) -> torch.Tensor:
+        """Actions (B,K,D) for SB3's ``predict``."""
+        return self.sample(observation, deterministic)[0]

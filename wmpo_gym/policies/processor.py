@@ -1,0 +1,159 @@
+"""What stands between an observation and the network: image preparation and the tokenised instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from wmpo_gym.policies.vla import BYTE_PAD, BYTE_START, BYTE_STOP, VLAConfig
+
+PLACEHOLDER = -1
+
+
+class TextTokenizer(Protocol):
+    """What is asked of a tokenizer."""
+
+    start: int
+    stop: int
+    pad: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without start and stop."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens 0 to 255; needs no vocabulary file and reads any sentence."""
+
+    start, stop, pad = BYTE_START, BYTE_STOP, BYTE_PAD
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of ``text``."""
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; start, stop and padding are skipped."""
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class PretrainedTokenizer:
+    """A transformers tokenizer from a directory or the hub."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(name)
+        self.start = self._tokenizer.bos_token_id
+        self.stop = self._tokenizer.eos_token_id
+        self.pad = self.stop if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without start and stop."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def load_tokenizer(name: str) -> TextTokenizer:
+    """``"bytes"``, or a directory or hub id of a transformers tokenizer."""
+    return ByteTokenizer() if name == "bytes" else PretrainedTokenizer(name)
+
+
+class InstructionTable:
+    """The network's text input for every instruction of a task, tokenised once.
+
+    Attributes:
+        text: int64 (N,S), start token, prompt, placeholders, stop token, padding.
+        length: int64 (N,), prompt tokens including the start token.
+
+    Args:
+        instructions: The task's sentences; an observation's ``task_id`` indexes them.
+        config: The network's configuration.
+
+    Raises:
+        ValueError: If there is no instruction, or one is blank.
+    """
+
+    def __init__(self, instructions: Sequence[str], config: VLAConfig) -> None:
+        if not instructions or not all(s.strip() for s in instructions):
+            raise ValueError(
+                f"A VLA policy needs the task's instructions, none of them blank; got {list(instructions)}. "
+                "Pass instructions=task.instructions."
+            )
+        tokenizer = load_tokenizer(config.tokenizer)
+        prompts = [
+            [tokenizer.start, *tokenizer.encode(config.prompt.format(task=s)), *config.prompt_suffix]
+            for s in instructions
+        ]
+        rows = [p + [PLACEHOLDER] * config.n_tokens + [tokenizer.stop] for p in prompts]
+        width = max(map(len, rows))
+        self.text = torch.tensor([r + [tokenizer.pad] * (width - len(r)) for r in rows])
+        self.length = torch.tensor([len(p) for p in prompts])
+
+    def __call__(self, task_id: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text (B,S) and prompt lengths (B,) for task ids (B,), on their device.
+
+        Raises:
+            ValueError: If a task id has no instruction.
+        """
+        task_id = task_id.reshape(-1).long()
+        if len(task_id) and not 0 <= int(task_id.min()) <= int(task_id.max()) < len(self.text):
+            raise ValueError(
+                f"task_id must be in [0, {len(self.text) - 1}], one per instruction the policy was given; "
+                f"got {sorted(set(task_id.tolist()))}."
+            )
+        self.text, self.length = self.text.to(task_id.device), self.length.to(task_id.device)
+        return self.text[task_id], self.length[task_id]
+
+
+def channels_first(pixels: torch.Tensor) -> torch.Tensor:
+    """View uint8 (B,H,W,3) or (B,3,H,W) as (B,3,H,W).
+
+    Raises:
+        ValueError: If neither layout fits or the pixels are not uint8.
+    """
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or 3 not in (pixels.shape[-1], pixels.shape[1]):
+        raise ValueError(
+            f"pixels must be uint8 of shape (B,H,W,3) or (B,3,H,W), got {pixels.dtype} {tuple(pixels.shape)}."
+        )
+    return pixels.permute(0, 3, 1, 2) if pixels.shape[-1] == 3 else pixels
+
+
+def prepare_images(pixels: torch.Tensor, config: VLAConfig) -> list[torch.Tensor]:
+    """Crop, resize and normalise pixels for every tower.
+
+    Args:
+        pixels: uint8 (B,H,W,3) or (B,3,H,W).
+        config: The network's configuration.
+
+    Returns:
+        One float32 batch (B,3 or 5,image_size,image_size) per tower.
+    """
+    image = channels_first(pixels).float() / 255.0
+    if config.crop_area < 1.0 or image.shape[-2:] != (config.image_size, config.image_size):
+        image = _crop_and_resize(image, config.image_size, config.crop_area)
+    batches = []
+    for tower in config.towers:
+        mean = torch.tensor(tower.mean, device=image.device)[:, None, None]
+        std = torch.tensor(tower.std, device=image.device)[:, None, None]
+        batch = (image - mean) / std
+        if config.coordinates:
+            axis = torch.linspace(-1.0, 1.0, config.image_size, device=image.device)
+            grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))
+            batch = torch.cat([batch, grid.expand(len(batch), -1, -1, -1)], dim=1)
+        batches.append(batch)
+    return batches
+
+
+def _crop_and_resize(image: torch.Tensor, size: int, area: float) -> torch.Tensor:
+    """Centre crop of ``area`` of the image, sampled bilinearly at ``size`` x ``size`` points.
+
+    The first and last sample lie on the edges of the crop, as in TensorFlow's ``crop_and_resize``, which the
+    published policy is fine-tuned with (side ``sqrt(0.9)`` = 0.948683).
+    """
+    side = area**0.5
+    axis = torch.linspace(-side, side, size, device=image.device)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    grid = torch.stack([x, y], dim=-1).expand(len(image), -1, -1, -1)
+    return F.grid_sample(image, grid, mode="bilinear", align_corners=True)
