@@ -1,0 +1,1 @@
+"""Protocol, statistics, twin replay, gates, report: what tells a gain in imagination from a gain."""
