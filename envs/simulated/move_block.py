@@ -14,8 +14,8 @@ import numpy as np
 from wmpo_gym.tasks import MOVE_BLOCK, Task, get_task
 
 BLOCKS = ("red", "blue")  # index = task_id
-TOLERANCE = 0.15  # metres between block and disc centre that count as success
-REACH = 0.13  # metres between tool and block centre within which the magnet grips
+TOLERANCE = 0.16  # metres between block and disc centre that count as success
+REACH = 0.14  # metres between tool and block centre within which the magnet grips
 STEP_LENGTH = 0.12  # metres of commanded travel per control step at action 1
 WORKSPACE = 0.86  # metres: limit of the commanded tool position
 SUBSTEPS = 10
@@ -81,7 +81,7 @@ class MoveBlockSim:
         tool = (rng.uniform(-0.78, -0.66), rng.uniform(-0.6, 0.6))
         first = np.array([rng.uniform(-0.45, 0.0), rng.uniform(-0.55, 0.55)])
         second = first
-        while np.abs(second - first).max() < 0.36:
+        while np.abs(second - first).max() < 0.38:
             second = np.array([rng.uniform(-0.45, 0.0), rng.uniform(-0.55, 0.55)])
         self._place("tool", tool)
         for name, xy in zip(BLOCKS, (first, second), strict=True):
