@@ -8,35 +8,50 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from wmpo_gym.policies.vla import BYTE_PAD, BYTE_START, BYTE_STOP, VLAConfig
+from wmpo_gym.policies.vla import VLAConfig
 
 PLACEHOLDER = -1
 
 
 class TextTokenizer(Protocol):
-    """What is asked of a tokenizer."""
+    """What is asked of a tokenizer: every token is one or more ids, whose embeddings are added up."""
 
-    start: int
-    stop: int
-    pad: int
+    start: list[int]
+    stop: list[int]
+    pad: list[int]
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids without start and stop."""
+    def encode(self, text: str) -> list[list[int]]:
+        """Tokens of a text without start and stop."""
         ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens 0 to 255; needs no vocabulary file and reads any sentence."""
+    """UTF-8 bytes as ids; needs no vocabulary file and reads any sentence.
 
-    start, stop, pad = BYTE_START, BYTE_STOP, BYTE_PAD
+    A token holds ``group`` bytes. The byte at position i of its token has id ``256 * i + byte``, so that order
+    within the token counts; a text is filled up with zero bytes.
 
-    def encode(self, text: str) -> list[int]:
-        """The bytes of ``text``."""
-        return list(text.encode("utf-8"))
+    Args:
+        group: Bytes per token.
+    """
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; start, stop and padding are skipped."""
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+    def __init__(self, group: int = 1) -> None:
+        self.group = group
+        pad = 256 * group
+        self.pad, self.start, self.stop = ([pad + i, *[pad] * (group - 1)] for i in range(3))
+
+    def encode(self, text: str) -> list[list[int]]:
+        """The bytes of ``text``, group by group."""
+        data = text.encode("utf-8")
+        data += bytes(-len(data) % self.group)
+        ids = [256 * (i % self.group) + byte for i, byte in enumerate(data)]
+        return [ids[i : i + self.group] for i in range(0, len(ids), self.group)]
+
+    def decode(self, tokens: Sequence[Sequence[int]]) -> str:
+        """The text of tokens; start, stop and padding are skipped."""
+        limit = 256 * self.group
+        data = bytes(i % 256 for token in tokens if token[0] < limit for i in token)
+        return data.rstrip(b"\0").decode("utf-8", errors="replace")
 
 
 class PretrainedTokenizer:
@@ -46,25 +61,25 @@ class PretrainedTokenizer:
         from transformers import AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(name)
-        self.start = self._tokenizer.bos_token_id
-        self.stop = self._tokenizer.eos_token_id
-        self.pad = self.stop if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
+        pad = self._tokenizer.pad_token_id
+        self.start, self.stop = [self._tokenizer.bos_token_id], [self._tokenizer.eos_token_id]
+        self.pad = self.stop if pad is None else [pad]
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids without start and stop."""
-        return self._tokenizer.encode(text, add_special_tokens=False)
+    def encode(self, text: str) -> list[list[int]]:
+        """Tokens of ``text`` without start and stop."""
+        return [[i] for i in self._tokenizer.encode(text, add_special_tokens=False)]
 
 
-def load_tokenizer(name: str) -> TextTokenizer:
-    """``"bytes"``, or a directory or hub id of a transformers tokenizer."""
-    return ByteTokenizer() if name == "bytes" else PretrainedTokenizer(name)
+def load_tokenizer(config: VLAConfig) -> TextTokenizer:
+    """The tokenizer of the prompt that a configuration names."""
+    return ByteTokenizer(config.bytes_per_token) if config.tokenizer == "bytes" else PretrainedTokenizer(config.tokenizer)
 
 
 class InstructionTable:
     """The network's text input for every instruction of a task, tokenised once.
 
     Attributes:
-        text: int64 (N,S), start token, prompt, placeholders, stop token, padding.
+        text: int64 (N,S,bytes_per_token), start token, prompt, placeholders, stop token, padding.
         length: int64 (N,), prompt tokens including the start token.
 
     Args:
@@ -81,18 +96,17 @@ class InstructionTable:
                 f"A VLA policy needs the task's instructions, none of them blank; got {list(instructions)}. "
                 "Pass instructions=task.instructions."
             )
-        tokenizer = load_tokenizer(config.tokenizer)
-        prompts = [
-            [tokenizer.start, *tokenizer.encode(config.prompt.format(task=s)), *config.prompt_suffix]
-            for s in instructions
-        ]
-        rows = [p + [PLACEHOLDER] * config.n_tokens + [tokenizer.stop] for p in prompts]
+        tokenizer = load_tokenizer(config)
+        suffix = [[i] for i in config.prompt_suffix]
+        blank = [PLACEHOLDER] * config.bytes_per_token
+        prompts = [[tokenizer.start, *tokenizer.encode(config.prompt.format(task=s)), *suffix] for s in instructions]
+        rows = [[*p, *[blank] * config.n_tokens, tokenizer.stop] for p in prompts]
         width = max(map(len, rows))
-        self.text = torch.tensor([r + [tokenizer.pad] * (width - len(r)) for r in rows])
+        self.text = torch.tensor([[*r, *[tokenizer.pad] * (width - len(r))] for r in rows])
         self.length = torch.tensor([len(p) for p in prompts])
 
     def __call__(self, task_id: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text (B,S) and prompt lengths (B,) for task ids (B,), on their device.
+        """Text (B,S,bytes_per_token) and prompt lengths (B,) for task ids (B,), on their device.
 
         Raises:
             ValueError: If a task id has no instruction.

@@ -20,9 +20,7 @@ from wmpo_gym.policies.tokens import ActionTokenizer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
-# Text ids of the byte tokenizer: the 256 bytes, then these.
-BYTE_PAD, BYTE_START, BYTE_STOP = 256, 257, 258
-BYTE_VOCABULARY = 259
+BYTE_SPECIALS = 3  # padding, start and stop follow the bytes in the byte tokenizer's vocabulary
 
 
 def _tuples(value: Any) -> Any:
@@ -58,6 +56,10 @@ class VLAConfig:
         towers: The vision towers; their features are concatenated.
         image_size: Side in pixels of the towers' input.
         crop_area: Share of the image kept by the centre crop (published: 0.9).
+        bytes_per_token: With the byte tokenizer, how many bytes one token holds: their embeddings, one table per
+            position, are added. More make the sequence shorter.
+        patch_merge: Join squares of this many by this many neighbouring patches into one before projecting
+            (space to depth), again to make the sequence shorter.
         coordinates: Append two channels holding the row and the column in [-1, 1], which lets a small
             convolutional tower tell *where* something is.
         projector: Hidden widths of the projector's MLP.
@@ -87,6 +89,8 @@ class VLAConfig:
     prompt: str = "In: What action should the robot take to {task}?\nOut:"
     prompt_suffix: tuple[int, ...] = ()
     crop_area: float = 1.0
+    bytes_per_token: int = 1
+    patch_merge: int = 1
     coordinates: bool = False
     learned_placeholders: bool = False
 
@@ -97,11 +101,14 @@ class VLAConfig:
             raise ValueError(f"The prompt template must contain {{task}}, got {self.prompt!r}.")
         if not 0.0 < self.crop_area <= 1.0:
             raise ValueError(f"crop_area must be in (0, 1], got {self.crop_area}.")
-        if self.tokenizer == "bytes" and self.text_vocabulary < BYTE_VOCABULARY + self.n_bins:
+        needed = 256 * self.bytes_per_token + BYTE_SPECIALS + self.n_bins
+        if self.tokenizer == "bytes" and self.text_vocabulary < needed:
             raise ValueError(
-                f"text_vocabulary must hold {BYTE_VOCABULARY} byte tokens and n_bins={self.n_bins} action "
-                f"tokens, got {self.text_vocabulary}."
+                f"text_vocabulary must hold the byte tokens and n_bins={self.n_bins} action tokens, together "
+                f"{needed}; got {self.text_vocabulary}."
             )
+        if self.tokenizer != "bytes" and self.bytes_per_token != 1:
+            raise ValueError(f"bytes_per_token={self.bytes_per_token} needs the byte tokenizer.")
 
     @property
     def n_tokens(self) -> int:
@@ -151,11 +158,11 @@ class VLAConfig:
             {
                 "num_channels": 5,
                 "patch_size": 2,
-                "num_stages": 3,
-                "hidden_sizes": [32, 64, 128],
-                "depths": [1, 1, 1],
+                "num_stages": 2,
+                "hidden_sizes": [32, 64],
+                "depths": [1, 1],
                 "layer_scale_init_value": 0.0,
-                "initializer_range": 0.06,
+                "initializer_range": 0.1,
                 "image_size": image_size,
             },
         )
@@ -167,21 +174,24 @@ class VLAConfig:
             "max_position_embeddings": 512,
             "initializer_range": 0.06,
         }
-        base = cls(
-            towers=(tower,),
-            image_size=image_size,
-            language=language,
-            projector=(128,),
-            chunk=chunk,
-            action_dim=action_dim,
-            n_bins=15,
-            bin_layout="centers",
-            text_vocabulary=BYTE_VOCABULARY + 15,
-            prompt="{task}",
-            coordinates=True,
-            learned_placeholders=True,
-        )
-        return replace(base, **changes)
+        values: dict[str, Any] = {
+            "towers": (tower,),
+            "image_size": image_size,
+            "language": language,
+            "projector": (256,),
+            "chunk": chunk,
+            "action_dim": action_dim,
+            "n_bins": 15,
+            "bin_layout": "centers",
+            "prompt": "{task}",
+            "bytes_per_token": 4,
+            "patch_merge": 4,
+            "coordinates": True,
+            "learned_placeholders": True,
+        }
+        values.update(changes)
+        size = 256 * values["bytes_per_token"] + BYTE_SPECIALS + values["n_bins"]
+        return cls(**{"text_vocabulary": size, **values})
 
     @classmethod
     def openvla_oft_7b(cls, *, chunk: int = 8, action_dim: int = 7, **changes: Any) -> VLAConfig:
@@ -245,6 +255,16 @@ class Projector(nn.Module):
         return x
 
 
+def merge_patches(patches: torch.Tensor, side: int) -> torch.Tensor:
+    """Join squares of ``side`` by ``side`` neighbours of a square patch grid: (B,P,C) to (B,P/side²,C·side²)."""
+    if side == 1:
+        return patches
+    batch, n, width = patches.shape
+    grid = math.isqrt(n)
+    cells = patches.reshape(batch, grid // side, side, grid // side, side, width)
+    return cells.transpose(2, 3).reshape(batch, n // side**2, width * side**2)
+
+
 class VisionTower(nn.Module):
     """A transformers vision backbone that returns its patches, whatever the backbone."""
 
@@ -296,7 +316,7 @@ class VLANetwork(nn.Module):
         language.is_causal = False
         self.towers = nn.ModuleList([VisionTower(tower) for tower in config.towers])
         patch_width = sum(tower.width for tower in self.towers)
-        self.projector = Projector((patch_width, *config.projector, language.hidden_size))
+        self.projector = Projector((patch_width * config.patch_merge**2, *config.projector, language.hidden_size))
         self.language_model = LlamaForCausalLM(language)
         for layer in self.language_model.model.layers:
             layer.self_attn.is_causal = False
@@ -314,14 +334,15 @@ class VLANetwork(nn.Module):
 
         Args:
             images: One normalised batch (B,channels,H,W) per tower.
-            text: int64 (B,S): start token, prompt, ``n_tokens`` placeholders (-1), stop token, padding.
+            text: int64 (B,S,bytes_per_token), ids to add up: start token, prompt, ``n_tokens`` placeholders (-1), stop token, padding.
             length: int64 (B,), number of prompt tokens *including* the start token.
 
         Returns:
             Float32 logits (B,L,n_bins). Token j is read one position before its placeholder, where a causal
             language model predicts it.
         """
-        patches = self.projector(torch.cat([t(x) for t, x in zip(self.towers, images, strict=True)], dim=-1))
+        seen = torch.cat([tower(x) for tower, x in zip(self.towers, images, strict=True)], dim=-1)
+        patches = self.projector(merge_patches(seen, self.config.patch_merge))
         words = self._embed(text)
         sequence = torch.cat([words[:, :1], patches.to(words.dtype), words[:, 1:]], dim=1)
         n_patches = patches.shape[1]
@@ -340,8 +361,8 @@ class VLANetwork(nn.Module):
 
     def _embed(self, text: torch.Tensor) -> torch.Tensor:
         """Word embeddings (B,S,C) with the placeholders' own embeddings, or zeros, in place."""
-        blank = text < 0
-        words = self.language_model.model.embed_tokens(text.clamp(min=0))
+        blank = text[..., 0] < 0
+        words = self.language_model.model.embed_tokens(text.clamp(min=0)).sum(dim=2)
         if self.placeholders is None:
             return words.masked_fill(blank[..., None], 0.0)
         slot = (blank.cumsum(dim=1) - 1).clamp(min=0)
