@@ -1,0 +1,246 @@
+"""Supervised fine-tuning: imitate recorded episodes, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.policies.vla import VLAConfig
+from wmpo_gym.policies.vla_policy import VLAPolicy, make_spaces
+from wmpo_gym.tasks import Symmetry, Task, get_task
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class SFTSettings:
+    """How to fine-tune.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch: Windows per step.
+        lr: Peak learning rate of the one-cycle schedule.
+        weight_decay: Decoupled weight decay (AdamW).
+        warmup: Share of the steps in which the rate rises.
+        max_grad_norm: Gradients are scaled down to this norm.
+        shift: Augmentation: move the picture by up to this many pixels in each direction.
+        symmetries: Names of the task's symmetries to augment with. Leave out one that would undo a bias
+            of the demonstrator you want to keep.
+    """
+
+    steps: int = 500
+    batch: int = 64
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.15
+    max_grad_norm: float = 1.0
+    shift: int = 2
+    symmetries: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+
+@dataclass
+class Windows:
+    """Every control step of every episode as one training example.
+
+    Attributes:
+        pixels: uint8 (N,H,W,3), what was seen.
+        task_id: int64 (N,).
+        actions: float32 (N,K,D), what was done next; zero where the episode had ended.
+        mask: bool (N,K), True where an action was recorded.
+    """
+
+    pixels: torch.Tensor
+    task_id: torch.Tensor
+    actions: torch.Tensor
+    mask: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def make_windows(episodes: Sequence[Episode], chunk: int) -> Windows:
+    """Cut episodes into (frame s, actions s .. s+K-1) for every control step s.
+
+    Args:
+        episodes: Demonstrations, failures included.
+        chunk: Actions per decision (K); the last K-1 windows of an episode are shorter and masked.
+
+    Raises:
+        ValueError: If there is no action in any episode.
+    """
+    if not any(e.n_steps for e in episodes):
+        raise ValueError("No demonstrations to learn from: the episodes hold no action. Collect some first.")
+    pixels, ids, actions, masks = [], [], [], []
+    for episode in (e for e in episodes if e.n_steps):
+        steps = episode.n_steps
+        index = np.arange(steps)[:, None] + np.arange(chunk)
+        mask = index < steps
+        chunks = episode.actions[np.minimum(index, steps - 1)]
+        pixels.append(episode.frames[:steps])
+        ids.append(np.full(steps, episode.task_id))
+        actions.append(np.where(mask[..., None], chunks, np.float32(0.0)))
+        masks.append(mask)
+    return Windows(
+        torch.from_numpy(np.concatenate(pixels)),
+        torch.from_numpy(np.concatenate(ids)),
+        torch.from_numpy(np.concatenate(actions)),
+        torch.from_numpy(np.concatenate(masks)),
+    )
+
+
+def _batches(n: int, batch: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Endless shuffled batches of indices; every example is seen once before any is seen again."""
+    order = np.empty(0, np.int64)
+    while True:
+        while len(order) < batch:
+            order = np.concatenate([order, rng.permutation(n)])
+        yield order[:batch]
+        order = order[batch:]
+
+
+def shift_images(pixels: torch.Tensor, limit: int, rng: np.random.Generator) -> torch.Tensor:
+    """Move each picture (B,H,W,3) by up to ``limit`` pixels in both directions, repeating its border."""
+    n, height, width = pixels.shape[:3]
+    offset = torch.from_numpy(rng.integers(-limit, limit + 1, (2, n)))
+    rows = (torch.arange(height) + offset[0, :, None]).clamp(0, height - 1)
+    columns = (torch.arange(width) + offset[1, :, None]).clamp(0, width - 1)
+    return pixels[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def apply_symmetry(batch: Windows, symmetry: Symmetry, where: torch.Tensor) -> Windows:
+    """Transform the examples marked in ``where`` (bool (B,)) by a symmetry of the task."""
+    image = batch.pixels[..., list(symmetry.channel_order)]
+    if symmetry.flip is not None:
+        image = image.flip(1 if symmetry.flip == "vertical" else 2)
+    actions = batch.actions * torch.tensor(symmetry.action_signs)
+    return Windows(
+        torch.where(where[:, None, None, None], image, batch.pixels),
+        torch.where(where, torch.tensor(symmetry.instruction_order)[batch.task_id], batch.task_id),
+        torch.where(where[:, None, None], actions, batch.actions),
+        batch.mask,
+    )
+
+
+def _draw_batch(
+    windows: Windows, index: np.ndarray, settings: SFTSettings, symmetries: Sequence[Symmetry], rng: np.random.Generator
+) -> Windows:
+    batch = Windows(windows.pixels[index], windows.task_id[index], windows.actions[index], windows.mask[index])
+    for symmetry in symmetries:
+        batch = apply_symmetry(batch, symmetry, torch.from_numpy(rng.random(len(index)) < 0.5))
+    if settings.shift:
+        batch.pixels = shift_images(batch.pixels, settings.shift, rng)
+    return batch
+
+
+def token_loss(policy: VLAPolicy, batch: Windows) -> tuple[torch.Tensor, float]:
+    """Mean cross-entropy (nats) of the recorded actions' tokens, and the share predicted exactly."""
+    targets = policy.encode(batch.actions)
+    kept = batch.mask.repeat_interleave(policy.config.action_dim, dim=1)
+    logits = policy.logits({"pixels": batch.pixels, "task_id": batch.task_id})[kept]
+    targets = targets[kept].to(logits.device)
+    return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean().item()
+
+
+def _find_symmetries(task: Task, names: Sequence[str]) -> list[Symmetry]:
+    known = {s.name: s for s in task.symmetries}
+    if missing := [n for n in names if n not in known]:
+        raise ValueError(f"Task {task.name!r} has no symmetry {missing[0]!r}; it has {sorted(known)}.")
+    return [known[n] for n in names]
+
+
+def train_sft(
+    episodes: Sequence[Episode],
+    task: str | Task,
+    *,
+    config: VLAConfig | None = None,
+    settings: SFTSettings | None = None,
+    seed: int = 0,
+    policy: VLAPolicy | None = None,
+    progress: Progress | None = None,
+    log_dir: str | Path | None = None,
+) -> VLAPolicy:
+    """Fine-tune a VLA policy on demonstrations.
+
+    The same seed, episodes and settings give the same weights on one machine; torch's and numpy's global
+    generators are left alone.
+
+    Args:
+        episodes: Demonstrations; failures are imitated like successes.
+        task: The task they belong to.
+        config: The network; None is :meth:`VLAConfig.tiny` for the task.
+        settings: How to train.
+        seed: Seeds the initial weights, the order of the examples and the augmentation.
+        policy: Go on from this policy instead of a new one; ``config`` is then ignored.
+        progress: Called after each step with (steps done, steps, {"loss", "accuracy", "lr"}).
+        log_dir: Directory for TensorBoard curves.
+
+    Returns:
+        The policy, ready to sample.
+
+    Raises:
+        ValueError: If there is nothing to learn from, or actions or images do not fit the task.
+    """
+    task, settings = get_task(task), settings or SFTSettings()
+    symmetries = _find_symmetries(task, settings.symmetries)
+    windows = make_windows(episodes, task.chunk)
+    _check_fit(windows, task)
+    if policy is None:
+        size = task.image_size
+        config = config or VLAConfig.tiny(chunk=task.chunk, action_dim=task.action_dim, image_size=size)
+        spaces = make_spaces(config, (size, size, 3), len(task.instructions))
+        policy = VLAPolicy(*spaces, config=config, instructions=task.instructions, seed=seed)
+    rng = np.random.default_rng([seed, 3])
+    trainable = [p for p in policy.network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.lr, total_steps=settings.steps, pct_start=settings.warmup
+    )
+    writer = _writer(log_dir)
+    policy.set_training_mode(True)
+    for step, index in zip(range(settings.steps), _batches(len(windows), settings.batch, rng)):
+        loss, accuracy = token_loss(policy, _draw_batch(windows, index, settings, symmetries, rng))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
+        optimizer.step()
+        metrics = {"loss": loss.item(), "accuracy": accuracy, "lr": optimizer.param_groups[0]["lr"]}
+        schedule.step()
+        if writer is not None:
+            for key, value in metrics.items():
+                writer.add_scalar(f"sft/{key}", value, step)
+        if progress is not None:
+            progress(step + 1, settings.steps, metrics)
+    if writer is not None:
+        writer.close()
+    policy.set_training_mode(False)
+    return policy
+
+
+def _check_fit(windows: Windows, task: Task) -> None:
+    size, n = task.image_size, len(task.instructions)
+    if windows.pixels.shape[1:] != (size, size, 3) or windows.actions.shape[-1] != task.action_dim:
+        raise ValueError(
+            f"Task {task.name!r} has {size}x{size} RGB frames and {task.action_dim} numbers per action; the "
+            f"episodes have frames {tuple(windows.pixels.shape[1:])} and {windows.actions.shape[-1]} numbers."
+        )
+    if int(windows.task_id.max()) >= n:
+        raise ValueError(f"Task {task.name!r} has {n} instructions; an episode has task_id {windows.task_id.max()}.")
+
+
+def _writer(log_dir: str | Path | None) -> Any:
+    if log_dir is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(log_dir))
