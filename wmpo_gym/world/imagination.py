@@ -1,0 +1,193 @@
+"""Imagination: a world model rolled out chunk by chunk, each chunk on what the previous one made.
+
+It knows frames, actions and noise, and nothing of episodes, rewards or seeds; those belong to the
+environment. All randomness comes in through the ``noise`` argument, so a row depends on its own inputs only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wmpo_gym.world.flow import RectifiedFlow, WorldNetwork
+
+if TYPE_CHECKING:
+    from wmpo_gym.world.autoencoder import Autoencoder
+    from wmpo_gym.world.world import World
+
+Index = Tensor | np.ndarray | slice | list[int]
+
+
+@dataclass
+class ImaginationState:
+    """What the next chunk depends on, one row per trajectory.
+
+    Attributes:
+        context: float32 ``(B, C, H, h, w)``, the last H frames as latents.
+        prev_action: float32 ``(B, D)``, the action that led to the last of them; zeros at the start.
+    """
+
+    context: Tensor
+    prev_action: Tensor
+
+    def __len__(self) -> int:
+        return self.context.shape[0]
+
+    def rows(self, index: Index) -> ImaginationState:
+        """A copy of some rows; ``index`` as for a tensor: integers, a bool mask or a slice."""
+        return ImaginationState(**{name: _take(value, index).clone() for name, value in self._items()})
+
+    def assign(self, index: Index, other: ImaginationState) -> None:
+        """Overwrite some rows in place with those of ``other``, in order."""
+        for name, value in self._items():
+            value[_index(index)] = getattr(other, name).to(value)
+
+    def to(self, device: torch.device | str) -> ImaginationState:
+        """The same state on a device."""
+        return ImaginationState(**{name: value.to(device) for name, value in self._items()})
+
+    def to_dict(self) -> dict[str, np.ndarray]:
+        """Copies as numpy arrays, to be stored; :meth:`from_dict` restores the same numbers."""
+        return {name: value.cpu().numpy().copy() for name, value in self._items()}
+
+    @classmethod
+    def from_dict(cls, arrays: dict[str, np.ndarray]) -> ImaginationState:
+        """Rebuild a state from :meth:`to_dict`, on the CPU; a step takes it to the network.
+
+        Raises:
+            ValueError: If an array is missing.
+        """
+        names = [f.name for f in fields(cls)]
+        if missing := [name for name in names if name not in arrays]:
+            raise ValueError(f"An imagination state needs {' and '.join(names)}; it lacks {missing}.")
+        return cls(**{name: torch.from_numpy(np.array(arrays[name], dtype=np.float32)) for name in names})
+
+    def _items(self) -> list[tuple[str, Tensor]]:
+        return [(f.name, getattr(self, f.name)) for f in fields(self)]
+
+
+class Imagination:
+    """Generate frames, a chunk per step, for a batch of trajectories at once.
+
+    Args:
+        network: World model; see :class:`~wmpo_gym.world.flow.WorldNetwork`.
+        autoencoder: Maps frames to latents and back.
+        chunk: K, actions and frames per step.
+        context_frames: H, frames the network sees.
+        denoising_steps: Euler steps per chunk.
+        image_size: Side of the square frames, or ``(height, width)``, in pixels.
+        action_dim: D.
+        flow: Sampler settings.
+
+    Attributes:
+        noise_shape: ``(C, K, h, w)`` of the noise that a row needs per step.
+        nfe_per_chunk: Network evaluations per row and step.
+    """
+
+    def __init__(
+        self,
+        network: WorldNetwork,
+        autoencoder: Autoencoder,
+        *,
+        chunk: int,
+        context_frames: int,
+        denoising_steps: int,
+        image_size: int | tuple[int, int],
+        action_dim: int,
+        flow: RectifiedFlow | None = None,
+    ) -> None:
+        self.network, self.autoencoder = network, autoencoder
+        self.flow = RectifiedFlow() if flow is None else flow
+        self.chunk, self.context_frames, self.action_dim = chunk, context_frames, action_dim
+        self.nfe_per_chunk = denoising_steps
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        height, width = (side // autoencoder.downscale for side in self.image_size)
+        self.noise_shape = (autoencoder.latent_channels, chunk, height, width)
+
+    @classmethod
+    def from_world(cls, world: World) -> Imagination:
+        """The imagination of a :class:`~wmpo_gym.world.world.World`, with its sampling settings."""
+        return cls(
+            world.network,
+            world.autoencoder,
+            chunk=world.task.chunk,
+            context_frames=world.config.context_frames,
+            denoising_steps=world.config.denoising_steps,
+            image_size=world.task.image_size,
+            action_dim=world.task.action_dim,
+            flow=RectifiedFlow(context_noise=world.config.context_noise),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return getattr(self.network, "device", torch.device("cpu"))
+
+    @torch.no_grad()
+    def start(self, frames: Tensor | np.ndarray) -> ImaginationState:
+        """State at the beginning of trajectories: the robot has stood still in front of its first frame.
+
+        Args:
+            frames: uint8 ``(B, height, width, 3)`` first frames.
+
+        Raises:
+            ValueError: If the frames are not uint8 or of another shape.
+        """
+        frames = torch.as_tensor(frames).to(self.device)
+        if frames.dtype != torch.uint8 or tuple(frames.shape[1:]) != (*self.image_size, 3):
+            raise ValueError(
+                f"Start frames must be uint8 (B, {self.image_size[0]}, {self.image_size[1]}, 3), got "
+                f"{frames.dtype} {tuple(frames.shape)}."
+            )
+        # Encoded once and repeated, not the other way round: an encoder may draw from its posterior.
+        context = self.autoencoder.encode(frames[:, None]).repeat(1, 1, self.context_frames, 1, 1)
+        return ImaginationState(context, context.new_zeros(len(frames), self.action_dim))
+
+    @torch.no_grad()
+    def step(
+        self, state: ImaginationState, actions: Tensor | np.ndarray, noise: Tensor | np.ndarray
+    ) -> tuple[Tensor, ImaginationState]:
+        """Imagine one chunk; ``state`` is left as it was.
+
+        Args:
+            state: From :meth:`start` or the step before.
+            actions: float32 ``(B, K, D)`` in [-1, 1].
+            noise: float32 ``(B, C, K, h, w)``, standard normal.
+
+        Returns:
+            uint8 frames ``(B, K, height, width, 3)`` and the state after them.
+
+        Raises:
+            ValueError: If actions or noise do not have these shapes.
+        """
+        state = state.to(self.device)
+        actions, noise = (torch.as_tensor(x).to(self.device, torch.float32) for x in (actions, noise))
+        self._check("actions", actions, (len(state), self.chunk, self.action_dim))
+        self._check("noise", noise, (len(state), *self.noise_shape))
+        latents = self.flow.sample(
+            self.network, noise, state.context, actions, self.nfe_per_chunk, prev_action=state.prev_action
+        )
+        frames = self.autoencoder.decode(latents)
+        # Recorded frames lie on the grid of 256 levels and so do the pixels a network trained on them should
+        # see. A lossy autoencoder is left out of the loop instead: encoding anew each chunk would add its
+        # losses up (the published loop keeps the generated latents for that reason).
+        latents = self.autoencoder.encode(frames) if self.autoencoder.lossless else latents
+        context = torch.cat([state.context, latents], dim=2)[:, :, -self.context_frames :]
+        return frames, ImaginationState(context.contiguous(), actions[:, -1].clone())
+
+    @staticmethod
+    def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
+
+
+def _index(index: Index) -> Any:
+    return torch.as_tensor(index) if isinstance(index, (np.ndarray, list)) else index
+
+
+def _take(value: Tensor, index: Index) -> Tensor:
+    return value[_index(index)]
