@@ -104,7 +104,7 @@ class TemporalBlock(Block):
     def forward(
         self, x: Tensor, modulation: Tensor, rotation: Tensor, mask: Tensor, past: KeysValues | None
     ) -> tuple[Tensor, KeysValues]:
-        """Like :class:`SpatialBlock`; the other arguments, and what else is returned, as in :class:`Attention`."""
+        """Like :class:`SpatialBlock`; arguments and keys and values as in :class:`Attention`."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self._modulation(modulation)
         by_place = modulate(x, shift, scale).transpose(1, 2).flatten(0, 1)
         out, keys_values = self.attn(by_place, rotation, mask, past)
@@ -124,7 +124,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         """``(B,)`` in [0, 1000] to ``(B, dim)``; the sinusoids are always computed in float32."""
         angles = timestep.float()[:, None] * frequencies(self.n_features // 2, timestep.device)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype_of(self)))
 
 
 class ActionEmbedder(nn.Module):
@@ -137,7 +137,7 @@ class ActionEmbedder(nn.Module):
 
     def forward(self, actions: Tensor) -> Tensor:
         """``(B, K, D)`` to ``(B, K, dim)``."""
-        return self.fc(actions.to(self.fc[0].weight.dtype))
+        return self.fc(actions.to(dtype_of(self)))
 
 
 class FinalLayer(nn.Module):
@@ -218,16 +218,18 @@ class STDiT(ModelMixin, ConfigMixin):
 
     def _initialise(self) -> None:
         """Start as a network of spatial blocks that puts out zero; time is grown into it."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            nn.init.zeros_(module.bias)
+            if name.startswith(("t_embedder.", "t_block.")):
+                nn.init.normal_(module.weight, std=0.02)
+            elif name == "final_layer.linear" or (
+                name.startswith("temporal_blocks.") and name.endswith(("attn.proj", "mlp.fc2"))
+            ):
+                nn.init.zeros_(module.weight)
+            else:
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]):
-            nn.init.normal_(linear.weight, std=0.02)
-        for block in self.temporal_blocks:
-            nn.init.zeros_(block.attn.proj.weight)
-            nn.init.zeros_(block.mlp.fc2.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(
         self,
@@ -330,9 +332,10 @@ class STDiT(ModelMixin, ConfigMixin):
         """``(B, C, T, h, w)``, padded to whole patches, to tokens ``(B, T, S, dim)`` with their position."""
         p, (height, width) = self.config.patch_size, latents.shape[3:]
         frames = F.pad(latents.transpose(1, 2).flatten(0, 1), (0, -width % p, 0, -height % p))
-        grid = self.x_embedder(frames.to(self.x_embedder.weight.dtype))
+        grid = self.x_embedder(frames.to(dtype_of(self.x_embedder)))
         scale = math.sqrt(height * width) * self.config.pixels_per_latent / self.config.base_size
-        place = position_embedding(*grid.shape[2:], self.config.hidden_size, scale, grid.device)
+        rows, columns = grid.shape[2:]
+        place = position_embedding(rows, columns, self.config.hidden_size, scale, grid.device)
         return (grid.flatten(2).transpose(1, 2) + place.to(grid.dtype)).unflatten(0, (latents.shape[0], -1))
 
     def _latents(self, tokens: Tensor, time: Tensor, shape: torch.Size) -> Tensor:
@@ -352,6 +355,11 @@ class STDiT(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"actions must have shape (B, {shape[0]}, {shape[1]}), got {tuple(actions.shape)}."
             )
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Floating-point type a module computes in."""
+    return next(module.parameters()).dtype
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
