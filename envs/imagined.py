@@ -1,0 +1,299 @@
+"""``WMPO-Imagined-v0``: a learned world model is the dynamics, a learned classifier the reward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gymnasium.utils import EzPickle
+
+from wmpo_gym.data.atomic import read_json
+from wmpo_gym.envs.chunk_env import Chunk, ChunkEnv, ChunkVectorEnv, Starts, State
+from wmpo_gym.envs.rows import take_prefixed
+from wmpo_gym.tasks import Task, get_task
+from wmpo_gym.world.world import World, find_pretrained
+
+if TYPE_CHECKING:
+    import torch
+
+    from wmpo_gym.reward.classifier import SuccessClassifier
+
+# What must agree between the task of the spaces and the task a world was trained for.
+SHARED_FIELDS = ("name", "instructions", "chunk", "action_dim", "image_size")
+
+
+class ImaginedVectorEnv(ChunkVectorEnv):
+    """A batch of episodes imagined by a world model, natively batched.
+
+    ## Description
+    One step samples the K frames that follow an action chunk and lets the success classifier look at every
+    one of them. Row i draws its noise from a generator of its own, so nothing depends on what else is in the
+    batch; finished rows are not put through the networks. Weights are loaded at the first reset.
+
+    ## Action Space
+    ``Box(-1, 1, (K, D), float32)``: one chunk of K control steps.
+
+    ## Observation Space
+    ``Dict(pixels: Box(0, 255, (H, W, 3), uint8), task_id: Discrete(n_instructions))``: the chunk's last
+    frame, or the frame of success.
+
+    ## Rewards
+    1.0 at the step in which the success probability first reaches the threshold, else 0.0, plus
+    ``reward_terms``.
+
+    ## Starting State
+    One of the world's start frames, drawn from ``split`` or named by ``options={"start_state_id": …}``; or
+    any picture by ``options={"start_frames": …}``.
+
+    ## Episode End
+    Terminated at the first frame whose probability reaches the threshold; truncated after
+    ``max_episode_steps`` chunks (a limit of trust in the model, not of the task).
+
+    ## Arguments
+    See below and :class:`~wmpo_gym.envs.chunk_env.ChunkVectorEnv`.
+
+    ## Info
+    ``is_success``, ``success_prob`` (of the observed frame; 0.0 until the classifier's first window is full),
+    ``start_state_id`` (-1 for a picture without id), ``instruction``, ``n_frames`` (control steps executed by
+    this step, up to the frame of success), ``nfe`` (network evaluations it spent), ``reward_<term>``; with
+    ``return_frames`` also ``frames`` on steps.
+
+    ## Version History
+    * v0: first release.
+
+    Args:
+        num_envs: Rows.
+        task: Task or its name; None is the world's own, or ``"move-block"``.
+        world: A :class:`World`, its directory, the name of a bundled one or a hub id; None is the bundled
+            world of the task.
+        device: Where the networks run. On CPU equal seeds give equal pixels; on a GPU kernels may differ by
+            one grey level.
+        max_batch: Rows put through the networks at once; None is all.
+        threshold: Success probability that counts; None is the classifier's calibrated one.
+        **kwargs: See :class:`~wmpo_gym.envs.chunk_env.ChunkVectorEnv`.
+
+    Raises:
+        ValueError: If there is no such task or world, or they do not belong together.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        task: str | Task | None = None,
+        *,
+        world: World | str | Path | None = None,
+        device: str = "cpu",
+        max_batch: int | None = None,
+        threshold: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        EzPickle.__init__(
+            self,
+            num_envs,
+            task,
+            world=world,
+            device=device,
+            max_batch=max_batch,
+            threshold=threshold,
+            **kwargs,
+        )
+        super().__init__(num_envs, _task_of(task, world), **kwargs)
+        if max_batch is not None and max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1 or None, got {max_batch}.")
+        if threshold is not None and not 0.0 < threshold <= 1.0:
+            raise ValueError(f"threshold is a probability in (0, 1], got {threshold}.")
+        self._source = self.task if world is None else world
+        self._world: World | None = None
+        self._device = device
+        self._max_batch = max_batch or num_envs
+        self._threshold = threshold
+        self._noise: list[torch.Generator] = []
+        self._dream: Any = None  # ImaginationState of all rows
+        self._judge: Any = None  # StreamState of all rows
+
+    # -- the world -------------------------------------------------------------------------------------------
+    @property
+    def world(self) -> World:
+        """The world, loaded on first use."""
+        if self._world is None:
+            world = self._source if isinstance(self._source, World) else World.from_pretrained(self._source)
+            self._check_world(world)
+            self._world = world
+        return self._world
+
+    @property
+    def world_fitness(self) -> dict[str, Any]:
+        """The gates on the world's card, each with ``passed`` (None: not measurable); empty if not validated.
+
+        Algorithms read it before they train and warn; the environment itself only shows it.
+        """
+        return dict(self.world.card.get("gates") or {})
+
+    @property
+    def start_state_ids(self) -> np.ndarray:
+        """Ids of the world's start frames."""
+        return self.world.start_frames.ids
+
+    @property
+    def classifier(self) -> SuccessClassifier:
+        """The world's success classifier."""
+        assert self.world.classifier is not None, "checked when the world was loaded"
+        return self.world.classifier
+
+    @property
+    def threshold(self) -> float:
+        """Success probability from which on an episode counts as a success."""
+        return self.classifier.threshold if self._threshold is None else self._threshold
+
+    def describe(self) -> str:
+        """Readable summary, with the world's fitness."""
+        gates = [f"{name} {(gate or {}).get('passed')}" for name, gate in self.world_fitness.items()]
+        return "\n".join(
+            [
+                super().describe(),
+                f"world: {type(self.world.network).__name__}, {len(self.start_state_ids)} start frames, "
+                f"success at probability {self.threshold:g}",
+                f"gates passed: {', '.join(gates) or 'never measured; run `wmpo validate`'}",
+            ]
+        )
+
+    def _check_world(self, world: World) -> None:
+        """Refuse a world that does not fit the spaces or cannot judge an episode."""
+        for field in SHARED_FIELDS:
+            ours, theirs = getattr(self.task_spec, field), getattr(world.task, field)
+            if ours != theirs:
+                raise ValueError(
+                    f"The world was trained for task {world.task.name!r} with {field} {theirs!r}, the "
+                    f"environment is for {self.task!r} with {ours!r}. Leave out `task` to take the world's."
+                )
+        if world.classifier is None:
+            raise ValueError(
+                "The world has no success classifier (it is only pre-trained), so it cannot reward. "
+                "Train one with `wmpo train reward`."
+            )
+        horizon = self.max_episode_steps * self.task_spec.chunk
+        if horizon + 1 < world.classifier.window:
+            raise ValueError(
+                f"Episodes of {horizon} control steps never fill the classifier's window of "
+                f"{world.classifier.window} frames; raise max_episode_steps or use a shorter window."
+            )
+
+    def _open(self) -> None:
+        if self._noise:
+            return
+        import torch
+
+        world = self.world
+        for network in (world.network, getattr(world.autoencoder, "vae", None), world.classifier):
+            if network is not None:
+                network.to(self._device).eval()
+        self._imagination = world.imagination()
+        self._index_of_id = {int(start_id): i for i, start_id in enumerate(world.start_frames.ids)}
+        self._noise = [torch.Generator("cpu") for _ in range(self.num_envs)]
+
+    # -- episodes --------------------------------------------------------------------------------------------
+    def _begin(self, starts: Starts) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+
+        frames, task_ids = starts.frames, starts.task_ids
+        if frames is None or task_ids is None:
+            known = self.world.start_frames
+            index = [self._index_of_id[int(start_id)] for start_id in starts.start_state_ids]
+            frames, task_ids = known.frames[index], known.task_ids[index]
+        pictures = torch.tensor(frames, device=self._device)
+        with torch.no_grad():
+            dream = self._imagination.start(pictures)
+            judge = self.classifier.start(pictures)
+        if len(starts.rows) == self.num_envs:
+            self._dream, self._judge = dream, judge
+        else:
+            self._dream.assign(starts.rows, dream)
+            self._judge.assign(starts.rows, judge)
+        for row, seed in zip(starts.rows, starts.noise_seeds, strict=True):
+            self._noise[row].manual_seed(int(seed))
+        return frames, task_ids
+
+    def _advance(self, rows: np.ndarray, actions: np.ndarray) -> Chunk:
+        parts = [slice(i, i + self._max_batch) for i in range(0, len(rows), self._max_batch)]
+        imagined = [self._imagine(rows[part], actions[part]) for part in parts]
+        frames, probs = (np.concatenate(pieces) for pieces in zip(*imagined, strict=True))
+        nfe = self._imagination.nfe_per_chunk
+        self.ledger.imagined_frames += frames.shape[0] * frames.shape[1]
+        self.ledger.nfe += frames.shape[0] * nfe
+        reached = probs >= self.threshold  # False where the window is not full (NaN)
+        success = np.any(reached, axis=1)
+        last = np.where(success, reached.argmax(axis=1), frames.shape[1] - 1)
+        each = np.arange(len(rows))
+        clips = None
+        if self.wants_frames:
+            clips = frames[each[:, None], np.minimum(np.arange(frames.shape[1]), last[:, None])]
+        return Chunk(
+            pixels=frames[each, last],
+            n_frames=last + 1,
+            is_success=success,
+            success_prob=np.nan_to_num(probs[each, last]).astype(np.float64),
+            nfe=nfe,
+            frames=clips,
+        )
+
+    def _imagine(self, rows: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Frames uint8 (n, K, H, W, 3) and success probabilities (n, K) of the next chunk."""
+        import torch
+
+        shape = self._imagination.noise_shape
+        noise = torch.stack([torch.randn(shape, generator=self._noise[row]) for row in rows])
+        with torch.no_grad():
+            frames, dream = self._imagination.step(self._dream.rows(rows), actions, noise)
+            task_ids = torch.as_tensor(self._episode.task_id[rows], device=frames.device)
+            probs, judge = self.classifier.update(self._judge.rows(rows), frames, task_ids)
+        self._dream.assign(rows, dream)
+        self._judge.assign(rows, judge)
+        return frames.cpu().numpy(), probs.cpu().numpy()
+
+    # -- state -----------------------------------------------------------------------------------------------
+    def _dump_rows(self, rows: np.ndarray) -> State:
+        state = {"noise": np.stack([self._noise[row].get_state().numpy() for row in rows])}
+        for name, held in (("dream", self._dream), ("judge", self._judge)):
+            state |= {f"{name}.{key}": value for key, value in held.rows(rows).to_dict().items()}
+        return state
+
+    def _load_rows(self, rows: np.ndarray, state: State) -> None:
+        import torch
+
+        for row, packed in zip(rows, state["noise"], strict=True):
+            self._noise[row].set_state(torch.from_numpy(packed.copy()))
+        for name, held in (("dream", self._dream), ("judge", self._judge)):
+            held.assign(rows, type(held).from_dict(take_prefixed(state, f"{name}.")))
+
+
+def _task_of(task: str | Task | None, world: World | str | Path | None) -> Task:
+    """The task asked for, else the world's own; reads no weights."""
+    if task is not None:
+        return get_task(task)
+    if world is None:
+        return get_task("move-block")
+    if isinstance(world, World):
+        return world.task
+    return Task.from_dict(read_json(find_pretrained(world, "world") / "config.json")["task"])
+
+
+class ImaginedEnv(ChunkEnv):
+    """One row of :class:`ImaginedVectorEnv`, where the spaces, rewards and infos are described."""
+
+    vector_class = ImaginedVectorEnv
+
+    @property
+    def world(self) -> World:
+        """The world, loaded on first use."""
+        return self._batch.world
+
+    @property
+    def world_fitness(self) -> dict[str, Any]:
+        """The gates on the world's card; empty if it was never validated."""
+        return self._batch.world_fitness
+
+    @property
+    def threshold(self) -> float:
+        """Success probability from which on an episode counts as a success."""
+        return self._batch.threshold

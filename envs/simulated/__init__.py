@@ -1,0 +1,91 @@
+"""Simulators behind ``WMPO-Simulated-v0``: one module per family, found by the name of its task."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from wmpo_gym.tasks import Task, get_task
+
+
+class Simulator(Protocol):
+    """What ``WMPO-Simulated-v0`` asks of a simulator; every row of a batch has its own."""
+
+    task_id: int
+    """Instruction of the present episode; fixed by the start state."""
+
+    def reset(self, start_state_id: int) -> None:
+        """Put the scene into a start state of the task."""
+
+    def step(self, action: np.ndarray) -> None:
+        """Advance one control step; ``action`` is ``(action_dim,)`` in [-1, 1]."""
+
+    def render(self) -> np.ndarray:
+        """The observation, uint8 ``(image_size, image_size, 3)``."""
+
+    @property
+    def success(self) -> bool:
+        """Whether the task is done in the present state."""
+
+    def get_state(self) -> np.ndarray:
+        """Everything needed to continue exactly, float64 of fixed length."""
+
+    def set_state(self, state: np.ndarray) -> None:
+        """Restore what :meth:`get_state` returned."""
+
+
+SimulatorFactory = Callable[..., Simulator]
+
+# "module:class" or a callable taking (variant, task); a string is imported when the first simulator is made.
+SIMULATORS: dict[str, str | SimulatorFactory] = {
+    "move-block": "wmpo_gym.envs.simulated.move_block:MoveBlockSim",
+}
+
+
+def register_simulator(task: str | Task, factory: str | SimulatorFactory) -> None:
+    """Name the simulator of a task of your own.
+
+    Args:
+        task: The task, known to :func:`wmpo_gym.tasks.register_task`.
+        factory: Called with ``variant`` and ``task``, or a string ``"module:name"`` of such a callable
+            (needed where another process has to find it).
+    """
+    SIMULATORS[get_task(task).name] = factory
+
+
+def make_simulator(task: str | Task = "move-block", variant: str = "nominal") -> Simulator:
+    """Make the simulator of a task.
+
+    Args:
+        task: Task or its name.
+        variant: One of ``task.variants``.
+
+    Raises:
+        ValueError: If the task has no simulator or no such variant.
+        ModuleNotFoundError: If the physics library is missing; the message holds the pip line.
+    """
+    task = get_task(task)
+    if task.name not in SIMULATORS:
+        raise ValueError(
+            f"Task {task.name!r} has no simulator; there are simulators for {', '.join(SIMULATORS)}. "
+            "Add yours with wmpo_gym.envs.simulated.register_simulator."
+        )
+    if variant not in task.variants:
+        raise ValueError(
+            f"Unknown variant {variant!r} of {task.name!r}; choose one of {', '.join(task.variants)}."
+        )
+    factory = SIMULATORS[task.name]
+    if isinstance(factory, str):
+        module, _, name = factory.partition(":")
+        try:
+            factory = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"The simulator of {task.name!r} needs the package {error.name!r}. Install it with: "
+                "pip install 'wmpo-gym[sim]'",
+                name=error.name,
+            ) from error
+    return factory(variant=variant, task=task)
