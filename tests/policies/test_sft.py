@@ -1,0 +1,124 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.policies.sft import SFTSettings, apply_symmetry, make_windows, shift_images, token_loss, train_sft
+from wmpo_gym.tasks import MOVE_BLOCK
+
+
+def episode(steps: int, seed: int = 0, task_id: int = 0) -> Episode:
+    rng = np.random.default_rng(seed)
+    return Episode(
+        frames=rng.integers(0, 256, (steps + 1, 32, 32, 3), dtype=np.uint8),
+        actions=rng.uniform(-1, 1, (steps, 3)).astype(np.float32),
+        success=False,
+        finish_step=steps,
+        start_state_id=seed,
+        task_id=task_id,
+        instruction=MOVE_BLOCK.instructions[task_id],
+    )
+
+
+def test_every_control_step_is_a_window_and_the_end_is_masked():
+    first, second = episode(6, 0), episode(3, 1, task_id=1)
+    windows = make_windows([first, second], chunk=4)
+    assert len(windows) == 9
+    assert windows.mask.sum(1).tolist() == [4, 4, 4, 3, 2, 1, 3, 2, 1]
+    assert windows.task_id.tolist() == [0] * 6 + [1] * 3
+    for s in range(6):
+        left = min(4, 6 - s)
+        assert np.array_equal(windows.pixels[s].numpy(), first.frames[s])
+        assert np.array_equal(windows.actions[s, :left].numpy(), first.actions[s : s + left])
+        assert not windows.actions[s, left:].any()
+    assert len(make_windows([episode(0), first], chunk=4)) == 6
+
+
+def test_masked_actions_do_not_count():
+    policy = train_sft([episode(6)], MOVE_BLOCK, settings=SFTSettings(steps=1, batch=4))
+    windows = make_windows([episode(6)], chunk=4)
+    loss, _ = token_loss(policy, windows)
+    windows.actions[~windows.mask] = 1.0
+    assert torch.equal(token_loss(policy, windows)[0], loss)
+    windows.actions[windows.mask] = 1.0
+    assert not torch.equal(token_loss(policy, windows)[0], loss)
+
+
+def test_shifts_move_the_picture_within_the_limit():
+    pixels = torch.zeros(64, 9, 9, 3, dtype=torch.uint8)
+    pixels[:, 4, 4] = 255
+    shifted = shift_images(pixels, 2, np.random.default_rng(0))
+    places = shifted[..., 0].nonzero()
+    offsets = places[:, 1:] - 4
+    assert len(places) == 64 and offsets.abs().max() == 2
+    assert {tuple(o) for o in offsets.tolist()} > {(0, 0), (2, -2)} or len({tuple(o) for o in offsets.tolist()}) > 15
+    border = torch.arange(9, dtype=torch.uint8).expand(1, 9, 9)[..., None].expand(1, 9, 9, 3)
+    assert shift_images(border, 2, np.random.default_rng(1)).max() <= 8, "the border is repeated, not wrapped"
+
+
+def test_symmetries_change_picture_sentence_and_actions_together():
+    mirror, swap = MOVE_BLOCK.symmetries
+    windows = make_windows([episode(5)], chunk=4)
+    some = torch.tensor([True, False, True, False, True])
+    mirrored = apply_symmetry(windows, mirror, some)
+    assert torch.equal(mirrored.pixels[0], windows.pixels[0].flip(0))
+    assert torch.equal(mirrored.actions[0], windows.actions[0] * torch.tensor([1.0, -1.0, 1.0]))
+    assert torch.equal(mirrored.pixels[1], windows.pixels[1]) and mirrored.task_id.tolist() == [0] * 5
+    swapped = apply_symmetry(windows, swap, some)
+    assert torch.equal(swapped.pixels[2], windows.pixels[2].flip(-1))
+    assert swapped.task_id.tolist() == [1, 0, 1, 0, 1] and torch.equal(swapped.actions, windows.actions)
+    twice = apply_symmetry(swapped, swap, some)
+    assert torch.equal(twice.pixels, windows.pixels) and torch.equal(twice.task_id, windows.task_id)
+
+
+def test_a_few_windows_are_learned_by_heart():
+    episodes = [episode(4, seed=s, task_id=s % 2) for s in range(4)]
+    losses = []
+    policy = train_sft(
+        episodes,
+        "move-block",
+        settings=SFTSettings(steps=60, batch=16, shift=0),
+        progress=lambda done, total, metrics: losses.append((done, total, metrics["loss"])),
+    )
+    assert [d for d, *_ in losses] == list(range(1, 61)) and losses[0][1] == 60
+    assert losses[-1][2] < 0.7 * losses[0][2]
+    assert not policy.training
+
+
+def test_same_seed_same_weights_and_no_global_randomness():
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    settings = SFTSettings(steps=3, batch=4, symmetries=("swap colours",))
+    weights = [
+        torch.cat([p.flatten() for p in train_sft([episode(8)], "move-block", settings=settings, seed=s).parameters()])
+        for s in (0, 0, 1)
+    ]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+
+
+def test_training_goes_on_from_a_policy_and_writes_curves(tmp_path):
+    settings = SFTSettings(steps=2, batch=4)
+    policy = train_sft([episode(8)], "move-block", settings=settings)
+    same = train_sft([episode(8)], "move-block", settings=settings, policy=policy, log_dir=tmp_path)
+    assert same is policy
+    assert any(f.name.startswith("events") for f in tmp_path.iterdir())
+
+
+def test_unfit_episodes_are_named():
+    with pytest.raises(ValueError, match="no action"):
+        train_sft([], "move-block")
+    with pytest.raises(ValueError, match="task_id 5"):
+        bad = episode(3)
+        bad.task_id = 5
+        train_sft([bad], "move-block")
+    with pytest.raises(ValueError, match="32x32"):
+        bad = episode(3)
+        bad.frames = bad.frames[:, :16, :16]
+        train_sft([bad], "move-block")
+    with pytest.raises(ValueError, match="no symmetry 'rotate'.*mirror"):
+        train_sft([episode(3)], "move-block", settings=SFTSettings(symmetries=("rotate",)))
