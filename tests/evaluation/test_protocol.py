@@ -47,7 +47,7 @@ def test_every_difference_is_named(protocol):
     other = dataclasses.replace(protocol, seed=4, task=task, versions=protocol.versions | {"numpy": "0.1"})
     text = "\n".join(protocol.differences(other))
     assert "seed: 3, expected 4" in text
-    assert "task.success_tolerance_px: 2.6, expected 9.0" in text
+    assert f"task.success_tolerance_px: {protocol.task['success_tolerance_px']}, expected 9.0" in text
     assert "versions.numpy" in text and "expected '0.1'" in text
     assert len(protocol.differences(other)) == 3
 

@@ -37,9 +37,12 @@ class Series:
 
     def points(self) -> list[tuple[float, float, float, float]]:
         """Defined points as (x, y, low, high)."""
-        low, high = self.low or self.y, self.high or self.y
-        rows = zip(self.x, self.y, low, high, strict=True)
-        return [(x, y, y if a is None else a, y if b is None else b) for x, y, a, b in rows if _is_number(y)]
+        rows = zip(self.x, self.y, self.low or self.y, self.high or self.y, strict=True)
+        return [
+            (x, y, y if a is None else a, y if b is None else b)
+            for x, y, a, b in rows
+            if y is not None and math.isfinite(y)
+        ]
 
 
 def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: str) -> str:
@@ -86,7 +89,7 @@ def interval_chart(rows: Sequence[tuple[str, float, float, float, int]], *, titl
         rows: (label, rate, low, high, colour 0 to 3), rates in fractions; undefined rates are left out.
         title: Said to screen readers.
     """
-    rows = [r for r in rows if _is_number(r[1])]
+    rows = [r for r in rows if r[1] is not None and math.isfinite(r[1])]
     if not rows:
         return '<p class="note">Nothing was recorded for this chart.</p>'
     left, pitch = 24, 50
@@ -167,7 +170,3 @@ def _x(share: float) -> float:
 
 def _y(fraction: float) -> float:
     return TOP + (1 - fraction) * (HEIGHT - TOP - BOTTOM)
-
-
-def _is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)

@@ -57,6 +57,7 @@ class EvalProtocol:
         seed: Root of the per-episode seeds and of the policy's sampling.
         deterministic: Whether the policy acts greedily.
         temperature: Sampling temperature; ignored by greedy policies.
+        num_envs: Rows of a wave; a sampling policy draws for a whole wave at once.
         variant: Scene variant of the simulator.
         world: Name or fingerprint of the world model, None in the simulator.
         versions: Package versions (:func:`installed_versions`).
@@ -69,6 +70,7 @@ class EvalProtocol:
     seed: int
     deterministic: bool
     temperature: float = 1.0
+    num_envs: int = 64
     variant: str = "nominal"
     world: str | None = None
     versions: dict[str, str] = field(default_factory=installed_versions)

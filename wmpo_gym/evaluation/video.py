@@ -121,6 +121,7 @@ def _mux(frames: np.ndarray, codec: str, container_format: str, fps: float) -> b
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container_format) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.options = {"crf": "20", "preset": "slow"} if codec == "libx264" else {"crf": "30", "b": "0"}
         stream.codec_context.thread_count = 1
