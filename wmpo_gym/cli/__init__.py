@@ -1,0 +1,1 @@
+"""The ``wmpo`` command: one thin module per sub-command."""
