@@ -1,0 +1,224 @@
+"""A convolutional world model on the pixels themselves: small enough to learn and to run on a CPU.
+
+It predicts the clean frames of a whole action chunk at once. Two habits make it learn quickly: every frame
+starts as a mixture of the last real frame and that frame shifted by a displacement the actions predict
+(moving things mostly keep their looks), and the frame-level actions modulate every block (FiLM).
+The velocity that samplers expect follows from the predicted frames, ``v = (x0_hat - x_t) / sigma``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+MIN_SIGMA = 0.02  # below this noise level a velocity is not computed from a difference
+
+
+@dataclass
+class ConvContext:
+    """What a chunk's denoising steps share.
+
+    Attributes:
+        frames: ``(B, C, H, h, w)`` context frames in [-1, 1].
+        prev_action: ``(B, D)`` action that led to the last context frame (motors lag; zeros at the start).
+        sigma: ``(B,)`` noise level of the context in [0, 1].
+    """
+
+    frames: Tensor
+    prev_action: Tensor
+    sigma: Tensor
+
+
+class FloatLinear(nn.Linear):
+    """A linear layer computed in float64 and rounded, so that a row does not depend on its batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to ``(B, in)``; see the class."""
+        return F.linear(x.double(), self.weight.double(), self.bias.double()).float()
+
+
+class FiLMBlock(nn.Module):
+    """Residual block of two 3x3 convolutions, modulated by the conditioning vector."""
+
+    def __init__(self, in_channels: int, channels: int, cond_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, channels)
+        self.film = FloatLinear(cond_dim, 2 * channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
+        nn.init.zeros_(self.film.weight)
+        nn.init.zeros_(self.film.bias)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """``(B, in_channels, h, w)`` and ``(B, cond_dim)`` to ``(B, channels, h, w)``."""
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.film(cond)[:, :, None, None].chunk(2, dim=1)
+        hidden = self.norm2(hidden) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(hidden))
+
+
+class ConvWorldModel(ModelMixin, ConfigMixin):
+    """U-Net world model on frames (the bundled world's network).
+
+    Args:
+        image_size: Side of the square frames in pixels.
+        channels: Frame channels C.
+        context_frames: H, frames the model sees.
+        chunk: K, frames predicted per call (one per action).
+        action_dim: D.
+        widths: Channels per resolution level; the first level works at ``image_size / patch``.
+        patch: Pixel-unshuffle factor of the input.
+        blocks: FiLM blocks per level and direction.
+        cond_dim: Width of the conditioning vector.
+        detail: Channels of the two last convolutions, which work at full resolution.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int = 40,
+        channels: int = 3,
+        context_frames: int = 2,
+        chunk: int = 4,
+        action_dim: int = 3,
+        widths: tuple[int, ...] = (48, 96, 128),
+        patch: int = 2,
+        blocks: int = 2,
+        cond_dim: int = 192,
+        detail: int = 32,
+    ) -> None:
+        super().__init__()
+        self.chunk, self.context_frames, self.channels, self.patch = chunk, context_frames, channels, patch
+        in_frames = context_frames + 2 * chunk  # context, noisy frames, shifted frames
+        out_per_frame = channels + 1  # residual and mask
+        # Sum of the actions so far is the displacement; given to the network beside the actions themselves.
+        self.cond = nn.Sequential(
+            FloatLinear(2 * 16 + action_dim * (2 * chunk + 1), cond_dim), nn.SiLU(), FloatLinear(cond_dim, cond_dim)
+        )
+        self.shift = nn.Parameter(torch.zeros(2, chunk, (chunk + 1) * action_dim))
+        self.stem = nn.Conv2d(in_frames * channels * patch**2 + 2, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for i, width in enumerate(widths):
+            self.down.append(nn.ModuleList(FiLMBlock(width, width, cond_dim) for _ in range(blocks)))
+            if i:
+                self.down[-1].insert(0, nn.Conv2d(widths[i - 1], width, 3, stride=2, padding=1))
+        for i in reversed(range(len(widths) - 1)):
+            stage = nn.ModuleList([FiLMBlock(widths[i + 1] + widths[i], widths[i], cond_dim)])
+            stage.extend(FiLMBlock(widths[i], widths[i], cond_dim) for _ in range(blocks - 1))
+            self.up.append(stage)
+        self.head_norm = nn.GroupNorm(8, widths[0])
+        self.to_pixels = nn.Conv2d(widths[0], detail * patch**2, 3, padding=1)
+        self.sharpen = nn.Conv2d(detail + (chunk + 1) * channels, detail, 3, padding=1)
+        self.head = nn.Conv2d(detail, chunk * out_per_frame, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    # -- the published signature -----------------------------------------------------------------------------
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        actions: Tensor,
+        context_mask: Tensor,
+        prev_action: Tensor | None = None,
+        context_sigma: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity of all frames.
+
+        Args:
+            latents: ``(B, C, H + K, h, w)``, clean context frames first.
+            timestep: ``(B,)`` in [0, 1000]; 1000 is pure noise.
+            actions: ``(B, K, D)`` in [-1, 1].
+            context_mask: ``(B, H + K)`` bool, True on the H leading context frames.
+            prev_action: ``(B, D)`` or None for zeros.
+            context_sigma: ``(B,)`` noise level of the context in [0, 1], or None for none.
+
+        Returns:
+            ``(B, C, H + K, h, w)``; zero on the context frames.
+
+        Raises:
+            ValueError: If the context is not exactly the leading H frames.
+        """
+        n = self.context_frames
+        if not bool(context_mask[:, :n].all()) or bool(context_mask[:, n:].any()):
+            raise ValueError(f"ConvWorldModel takes its {n} leading frames as context; context_mask says otherwise.")
+        cache = self.encode_context(latents[:, :, :n], prev_action, context_sigma)
+        velocity = self.denoise(latents[:, :, n:], timestep, actions, cache)
+        return torch.cat([torch.zeros_like(latents[:, :, :n]), velocity], dim=2)
+
+    def encode_context(self, context: Tensor, prev_action: Tensor | None = None, sigma: Tensor | None = None) -> ConvContext:
+        """Bundle what the denoising steps of one chunk share; ``context`` is ``(B, C, H, h, w)``."""
+        batch = context.shape[0]
+        if prev_action is None:
+            prev_action = context.new_zeros(batch, self.config.action_dim)
+        return ConvContext(context, prev_action, context.new_zeros(batch) if sigma is None else sigma)
+
+    def denoise(self, latents: Tensor, timestep: Tensor, actions: Tensor, cache: ConvContext) -> Tensor:
+        """Velocity ``(B, C, K, h, w)`` of the noisy frames ``latents`` at ``timestep`` (B,)."""
+        sigma = timestep / 1000.0
+        clean = self.predict(latents, sigma, actions, cache)
+        return (clean - latents) / sigma.clamp(min=MIN_SIGMA)[:, None, None, None, None]
+
+    # -- the network -----------------------------------------------------------------------------------------
+    def predict(self, noisy: Tensor, sigma: Tensor, actions: Tensor, cache: ConvContext) -> Tensor:
+        """Clean frames ``(B, C, K, h, w)`` in about [-1, 1] from noisy ones at noise level ``sigma`` (B,)."""
+        batch, channels, chunk, height, width = noisy.shape
+        last = cache.frames[:, :, -1]
+        shifted = self._shifted(last, torch.cat([cache.prev_action[:, None], actions], dim=1))
+        # Scaled down where there is only noise to see, so that it does not drown the context.
+        scaled = noisy * (1 - 0.9 * sigma)[:, None, None, None, None]
+        frames = torch.cat([cache.frames, scaled, shifted], dim=2).transpose(1, 2).flatten(1, 2)
+        x = torch.cat([F.pixel_unshuffle(frames, self.patch), self._coordinates(batch, height, width)], dim=1)
+        features = F.pixel_shuffle(self._unet(x, self._condition(sigma, actions, cache)), self.patch)
+        sharp = torch.cat([last[:, :, None], shifted], dim=2).transpose(1, 2).flatten(1, 2)
+        out = self.head(F.silu(self.sharpen(torch.cat([features, sharp], dim=1))))
+        out = out.view(batch, chunk, channels + 1, height, width).transpose(1, 2)
+        mask, residual = torch.sigmoid(out[:, -1:] - 1.0), out[:, :-1]
+        return last[:, :, None] + mask * (shifted - last[:, :, None]) + residual
+
+    def _shifted(self, last: Tensor, actions: Tensor) -> Tensor:
+        """The last frame moved by the displacement the actions so far predict: ``(B, C, K, h, w)``."""
+        batch, channels, height, width = last.shape
+        offset = torch.einsum("cka,ba->bkc", self.shift.double(), actions.flatten(1).double()).float()
+        rows = torch.linspace(-1 + 1 / height, 1 - 1 / height, height)
+        cols = torch.linspace(-1 + 1 / width, 1 - 1 / width, width)
+        grid = torch.stack(torch.meshgrid(rows, cols, indexing="ij")[::-1], dim=-1).to(last)
+        grid = grid - offset.reshape(-1, 1, 1, 2)
+        source = last[:, None].expand(-1, self.chunk, -1, -1, -1).reshape(-1, channels, height, width)
+        moved = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return moved.view(batch, self.chunk, channels, height, width).transpose(1, 2)
+
+    def _condition(self, sigma: Tensor, actions: Tensor, cache: ConvContext) -> Tensor:
+        levels = torch.stack([sigma, cache.sigma], dim=1)
+        freqs = 2.0 ** torch.arange(8, device=levels.device, dtype=levels.dtype)
+        angles = (levels[:, :, None] * freqs * (torch.pi / 2)).flatten(1)
+        moves = torch.cat([cache.prev_action[:, None], actions, actions.cumsum(dim=1)], dim=1).flatten(1)
+        return F.silu(self.cond(torch.cat([angles.sin(), angles.cos(), moves], dim=1)))
+
+    def _coordinates(self, batch: int, height: int, width: int) -> Tensor:
+        p = self.patch
+        y = torch.linspace(-1, 1, height // p)[:, None].expand(-1, width // p)
+        x = torch.linspace(-1, 1, width // p)[None, :].expand(height // p, -1)
+        return torch.stack([y, x]).to(self.head.weight)[None].expand(batch, -1, -1, -1)
+
+    def _unet(self, x: Tensor, cond: Tensor) -> Tensor:
+        x = self.stem(x)
+        skips = []
+        for stage in self.down:
+            for layer in stage:
+                x = layer(x, cond) if isinstance(layer, FiLMBlock) else layer(x)
+            skips.append(x)
+        skips.pop()
+        for stage in self.up:
+            x = torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), skips.pop()], dim=1)
+            for layer in stage:
+                x = layer(x, cond)
+        return self.to_pixels(F.silu(self.head_norm(x)))
