@@ -1,0 +1,269 @@
+"""A world: everything an imagined environment needs, as one directory of JSON and safetensors.
+
+The directory follows diffusers' habit of a folder per component::
+
+    config.json                 task, components, sampling settings, training provenance (the card)
+    network/                    the world model (ConvWorldModel or STDiT)
+    autoencoder/                only where the network works on latents
+    reward/                     the success classifier
+    start_frames.safetensors    first frames imagination may start from
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.resources
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wmpo_gym.data.atomic import (
+    ArtifactError,
+    load_safetensors,
+    read_json,
+    save_safetensors,
+    sha256,
+    write_dir_atomic,
+    write_json_atomic,
+)
+from wmpo_gym.tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from wmpo_gym.reward.classifier import SuccessClassifier
+    from wmpo_gym.world.imagination import Imagination
+
+FORMAT_VERSION = 1
+COMPONENTS = {
+    "ConvWorldModel": "wmpo_gym.world.conv",
+    "STDiT": "wmpo_gym.world.stdit",
+    "PixelAutoencoder": "wmpo_gym.world.autoencoder",
+    "LatentAutoencoder": "wmpo_gym.world.autoencoder",
+    "ConvSuccessClassifier": "wmpo_gym.reward.conv",
+    "VideoMAESuccessClassifier": "wmpo_gym.reward.videomae",
+}
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """How a world model is sampled.
+
+    Attributes:
+        context_frames: H, frames (or latents) the network sees.
+        denoising_steps: Euler steps per chunk; sample with as many as the network was trained for.
+        context_noise: Noise level in [0, 1] that the network is told its context has (paper §3.2 trains with
+            0.05, the release with 0.015).
+    """
+
+    context_frames: int = 2
+    denoising_steps: int = 1
+    context_noise: float = 0.0
+
+
+@dataclass
+class StartFrames:
+    """First frames that imagination may start from.
+
+    Attributes:
+        frames: uint8 ``(N, H, W, 3)``.
+        ids: int64 ``(N,)`` start-state ids, unique.
+        task_ids: int64 ``(N,)`` instruction of each start state.
+    """
+
+    frames: np.ndarray
+    ids: np.ndarray
+    task_ids: np.ndarray
+
+    def __post_init__(self) -> None:
+        n = len(self.frames)
+        if self.frames.dtype != np.uint8 or self.frames.ndim != 4 or len(self.ids) != n or len(self.task_ids) != n:
+            raise ValueError(
+                f"Start frames must be uint8 (N, H, W, 3) with N ids and N task ids, got {self.frames.dtype} "
+                f"{self.frames.shape}, {len(self.ids)} ids, {len(self.task_ids)} task ids."
+            )
+        if len(np.unique(self.ids)) != n:
+            raise ValueError("Start-state ids of a world must be unique; give each start state once.")
+
+    @classmethod
+    def from_episodes(cls, episodes: list) -> StartFrames:
+        """First frames of recorded episodes, one per start state; episodes without a start state are left out."""
+        first = {e.start_state_id: e for e in reversed(episodes) if e.start_state_id is not None}
+        if not first:
+            raise ValueError("None of the episodes names its start state; a world needs at least one start frame.")
+        ids = sorted(first)
+        return cls(
+            np.stack([first[i].frames[0] for i in ids]),
+            np.array(ids, dtype=np.int64),
+            np.array([first[i].task_id for i in ids], dtype=np.int64),
+        )
+
+
+@dataclass
+class World:
+    """World model, success classifier and start frames of one task.
+
+    Attributes:
+        task: The task.
+        network: :class:`~wmpo_gym.world.conv.ConvWorldModel` or :class:`~wmpo_gym.world.stdit.STDiT`.
+        autoencoder: Maps frames to what the network works on.
+        classifier: Success classifier; None in a world that is only pre-trained, which can imagine but not reward.
+        start_frames: Where imagined episodes start.
+        config: Sampling settings.
+        card: Model card: data, commands, seeds, figures, gates. JSON-able.
+    """
+
+    task: Task
+    network: Any
+    autoencoder: Any
+    classifier: SuccessClassifier | None
+    start_frames: StartFrames
+    config: WorldConfig = field(default_factory=WorldConfig)
+    card: dict[str, Any] = field(default_factory=dict)
+
+    def imagination(self) -> Imagination:
+        """The sampler of this world's network."""
+        from wmpo_gym.world.imagination import Imagination
+
+        return Imagination.from_world(self)
+
+    def save_pretrained(self, directory: str | Path, *, dtype: str = "float32") -> None:
+        """Write the world; the directory appears complete or not at all.
+
+        Args:
+            directory: Target, replaced as a whole.
+            dtype: ``"float32"`` or ``"float16"`` storage of the network's weights (half the size, for shipping).
+
+        Raises:
+            ValueError: If the dtype is not one of the two.
+        """
+        import torch
+
+        if dtype not in ("float32", "float16"):
+            raise ValueError(f"Weights are stored as 'float32' or 'float16', not {dtype!r}.")
+        with write_dir_atomic(directory) as tmp:
+            stored = getattr(torch, dtype)
+            self.network.to(stored).save_pretrained(tmp / "network")
+            self.network.to(torch.float32)
+            if stored != torch.float32:
+                self.network.load_state_dict(type(self.network).from_pretrained(tmp / "network").float().state_dict())
+            self.autoencoder.save_pretrained(tmp / "autoencoder")
+            components = {"network": type(self.network).__name__, "autoencoder": type(self.autoencoder).__name__}
+            if self.classifier is not None:
+                self.classifier.save_pretrained(tmp / "reward")
+                components["reward"] = type(self.classifier).__name__
+            save_safetensors(tmp / "start_frames.safetensors", asdict(self.start_frames))
+            write_json_atomic(
+                tmp / "config.json",
+                {
+                    "format_version": FORMAT_VERSION,
+                    "task": self.task.to_dict(),
+                    "components": components,
+                    "sampling": asdict(self.config),
+                    "files": {str(f.relative_to(tmp)): sha256(f) for f in sorted(tmp.rglob("*.*")) if f.is_file()},
+                    "card": self.card,
+                },
+            )
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str | Path) -> World:
+        """Load a world.
+
+        Args:
+            name_or_dir: A directory, the name of a task with a bundled world (``"move-block"``), or a Hugging
+                Face hub id (``"user/repository"``).
+
+        Raises:
+            ValueError: If there is no such world; the message lists the bundled ones.
+            ArtifactError: If a file is missing, truncated, edited or of another format version.
+        """
+        directory = find_pretrained(name_or_dir, "world")
+        config = read_json(directory / "config.json")
+        if config.get("format_version") != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{directory / 'config.json'}: format version {config.get('format_version')!r}, this release reads "
+                f"{FORMAT_VERSION}. Is it the config.json of a world?"
+            )
+        try:
+            components, sampling = dict(config["components"]), WorldConfig(**config["sampling"])
+            task = Task.from_dict(config["task"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{directory / 'config.json'} is not a world's configuration: {error!r}.") from error
+        _verify(directory, config.get("files", {}))
+        loaded = {name: _load_component(directory / name, kind) for name, kind in components.items()}
+        return cls(
+            task=task,
+            network=loaded["network"],
+            autoencoder=loaded["autoencoder"],
+            classifier=loaded.get("reward"),
+            start_frames=_load_start_frames(directory / "start_frames.safetensors"),
+            config=sampling,
+            card=config.get("card", {}),
+        )
+
+
+def _verify(directory: Path, checksums: dict[str, str]) -> None:
+    """Compare every file with its checksum, so that an edit that stays readable is noticed too."""
+    for name, expected in checksums.items():
+        if not (directory / name).is_file() or sha256(directory / name) != expected:
+            raise ArtifactError(
+                f"{directory / name} is missing or is not the file this world was saved with (its SHA-256 differs from "
+                f"the one in {directory / 'config.json'}). Fetch the directory again, or make it anew with the command "
+                "in its card."
+            )
+
+
+def _load_component(directory: Path, kind: str) -> Any:
+    if kind not in COMPONENTS:
+        raise ArtifactError(f"{directory}: unknown component class {kind!r}; this release knows {', '.join(COMPONENTS)}.")
+    component = getattr(importlib.import_module(COMPONENTS[kind]), kind)
+    try:
+        loaded = component.from_pretrained(directory)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{directory}: could not load a {kind}: {error}. Fetch the directory again, or make it anew with the "
+            "command in the world's card."
+        ) from error
+    return loaded.float().eval() if hasattr(loaded, "eval") else loaded
+
+
+def _load_start_frames(path: Path) -> StartFrames:
+    tensors = load_safetensors(path, framework="np")
+    try:
+        return StartFrames(**tensors)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} does not hold start frames: {error}") from error
+
+
+def find_pretrained(name_or_dir: str | Path, kind: str) -> Path:
+    """Directory of a bundled, local or hub artefact.
+
+    Args:
+        name_or_dir: A path that exists, the name of a task with bundled weights, or a hub id with one slash.
+        kind: Sub-directory of the bundled artefacts, ``"world"``, ``"play"`` or ``"policy"``.
+
+    Raises:
+        ValueError: If nothing is found; the message says what was tried.
+    """
+    path = Path(name_or_dir)
+    if path.is_dir():
+        return path
+    bundled_root = Path(str(importlib.resources.files("wmpo_gym") / "pretrained"))
+    if (bundled_root / str(name_or_dir) / kind).is_dir():
+        return bundled_root / str(name_or_dir) / kind
+    if str(name_or_dir).count("/") == 1 and not str(name_or_dir).startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(str(name_or_dir), allow_patterns=["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"]))
+        except Exception as error:  # the hub library raises many kinds; all mean: not to be had
+            raise ValueError(
+                f"No directory {str(name_or_dir)!r} here, and the Hugging Face hub did not give it: {error}"
+            ) from error
+    names = sorted(p.name for p in bundled_root.iterdir() if (p / kind).is_dir()) if bundled_root.is_dir() else []
+    near = difflib.get_close_matches(str(name_or_dir), [*names, *TASKS], n=1)
+    raise ValueError(
+        f"No {kind} {str(name_or_dir)!r}: not a directory here, not a hub id ('user/name'), and the bundled ones are "
+        f"{', '.join(names) or 'none'}." + (f" Did you mean {near[0]!r}?" if near else "")
+    )
