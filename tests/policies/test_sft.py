@@ -7,14 +7,21 @@ import pytest
 import torch
 
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.policies.sft import SFTSettings, apply_symmetry, make_windows, shift_images, token_loss, train_sft
+from wmpo_gym.policies.sft import (
+    SFTSettings,
+    apply_symmetry,
+    make_windows,
+    shift_images,
+    token_loss,
+    train_sft,
+)
 from wmpo_gym.tasks import MOVE_BLOCK
 
 
 def episode(steps: int, seed: int = 0, task_id: int = 0) -> Episode:
     rng = np.random.default_rng(seed)
     return Episode(
-        frames=rng.integers(0, 256, (steps + 1, 32, 32, 3), dtype=np.uint8),
+        frames=rng.integers(0, 256, (steps + 1, 40, 40, 3), dtype=np.uint8),
         actions=rng.uniform(-1, 1, (steps, 3)).astype(np.float32),
         success=False,
         finish_step=steps,
@@ -55,7 +62,7 @@ def test_shifts_move_the_picture_within_the_limit():
     places = shifted[..., 0].nonzero()
     offsets = places[:, 1:] - 4
     assert len(places) == 64 and offsets.abs().max() == 2
-    assert {tuple(o) for o in offsets.tolist()} > {(0, 0), (2, -2)} or len({tuple(o) for o in offsets.tolist()}) > 15
+    assert len({tuple(o) for o in offsets.tolist()}) > 15
     border = torch.arange(9, dtype=torch.uint8).expand(1, 9, 9)[..., None].expand(1, 9, 9, 3)
     assert shift_images(border, 2, np.random.default_rng(1)).max() <= 8, "the border is repeated, not wrapped"
 
@@ -93,7 +100,12 @@ def test_same_seed_same_weights_and_no_global_randomness():
     before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     settings = SFTSettings(steps=3, batch=4, symmetries=("swap colours",))
     weights = [
-        torch.cat([p.flatten() for p in train_sft([episode(8)], "move-block", settings=settings, seed=s).parameters()])
+        torch.cat(
+            [
+                p.flatten()
+                for p in train_sft([episode(8)], "move-block", settings=settings, seed=s).parameters()
+            ]
+        )
         for s in (0, 0, 1)
     ]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -116,7 +128,7 @@ def test_unfit_episodes_are_named():
         bad = episode(3)
         bad.task_id = 5
         train_sft([bad], "move-block")
-    with pytest.raises(ValueError, match="32x32"):
+    with pytest.raises(ValueError, match="40x40"):
         bad = episode(3)
         bad.frames = bad.frames[:, :16, :16]
         train_sft([bad], "move-block")

@@ -25,19 +25,23 @@ def tiny() -> VLANetwork:
     return build(VLAConfig.tiny())
 
 
-def run(network: VLANetwork, pixels: torch.Tensor, task_id: torch.Tensor, sentences=SENTENCES) -> torch.Tensor:
+def run(
+    network: VLANetwork, pixels: torch.Tensor, task_id: torch.Tensor, sentences=SENTENCES
+) -> torch.Tensor:
     table = InstructionTable(sentences, network.config)
     with torch.no_grad():
         return network(prepare_images(pixels, network.config), *table(task_id))
 
 
-def images(n: int = 4, size: int = 32, seed: int = 0) -> torch.Tensor:
+def images(n: int = 4, size: int = 40, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8))
 
 
-def vit(**changes) -> TowerConfig:
+def vit() -> TowerConfig:
     settings = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    return TowerConfig("siglip_vision_model", {**settings, "image_size": 28, "patch_size": 14, "vision_use_head": False})
+    return TowerConfig(
+        "siglip_vision_model", {**settings, "image_size": 32, "patch_size": 8, "vision_use_head": False}
+    )
 
 
 def two_towers() -> VLAConfig:
@@ -48,14 +52,19 @@ def two_towers() -> VLAConfig:
             "num_hidden_layers": 3,
             "num_attention_heads": 2,
             "num_register_tokens": 4,
-            "image_size": 28,
-            "patch_size": 14,
+            "image_size": 32,
+            "patch_size": 8,
         },
         feature_layer=-2,
         prefix_tokens=5,
     )
     return VLAConfig.tiny(
-        towers=(dino, vit()), image_size=28, crop_area=0.9, coordinates=False, patch_merge=1, projector=(64, 32)
+        towers=(dino, vit()),
+        image_size=32,
+        crop_area=0.9,
+        coordinates=False,
+        patch_merge=1,
+        projector=(64, 32),
     )
 
 
@@ -72,7 +81,9 @@ def test_the_last_prompt_token_is_heard_by_the_first_action_and_back(tiny):
     table = InstructionTable(SENTENCES, tiny.config)
     text, length = table(torch.tensor([0]))
     prepared = prepare_images(images(1), tiny.config)
-    capture = tiny.language_model.model.register_forward_hook(lambda *a: hidden.append(a[-1].last_hidden_state))
+    capture = tiny.language_model.model.register_forward_hook(
+        lambda *a: hidden.append(a[-1].last_hidden_state)
+    )
     with torch.no_grad():
         tiny(prepared, text, length)
         tiny.placeholders[-1] += 1.0  # the last placeholder
@@ -125,7 +136,7 @@ def test_action_tokens_are_read_where_the_published_policy_reads_them(golden, ti
     table = InstructionTable(SENTENCES, tiny.config)
     text, length = table(torch.tensor([0, 2]))
     tiny(prepare_images(images(2), tiny.config), text, length)
-    n_patches = (32 // 4 // tiny.config.patch_merge) ** 2
+    n_patches = (40 // 4 // tiny.config.patch_merge) ** 2
     for row, prompt in zip(positions[0], (length - 1).tolist(), strict=True):
         assert row.tolist() == [n_patches + prompt + j for j in range(tiny.config.n_tokens)]
 
@@ -162,7 +173,9 @@ def test_byte_tokens_spell_the_sentence():
         tokenizer = ByteTokenizer(group)
         tokens = tokenizer.encode("déplace le bloc")
         assert all(len(t) == group for t in tokens)
-        assert tokenizer.decode([tokenizer.start, *tokens, tokenizer.stop, tokenizer.pad]) == "déplace le bloc"
+        assert (
+            tokenizer.decode([tokenizer.start, *tokens, tokenizer.stop, tokenizer.pad]) == "déplace le bloc"
+        )
     assert ByteTokenizer(4).encode("abcd") != ByteTokenizer(4).encode("dcba")
 
 
@@ -212,4 +225,4 @@ def test_wrong_inputs_are_named(tiny):
     with pytest.raises(ValueError, match="instructions"):
         InstructionTable((), tiny.config)
     with pytest.raises(ValueError, match="uint8"):
-        prepare_images(torch.zeros(1, 32, 32, 3), tiny.config)
+        prepare_images(torch.zeros(1, 40, 40, 3), tiny.config)

@@ -18,13 +18,15 @@ from wmpo_gym.policies.vla_policy import make_spaces
 SENTENCES = ("move the red block to the disc", "move the blue block to the disc")
 
 
-def make(seed: int = 0, pixels=(32, 32, 3), **kwargs) -> VLAPolicy:
+def make(seed: int = 0, pixels=(40, 40, 3), **kwargs) -> VLAPolicy:
     config = kwargs.pop("config", VLAConfig.tiny())
-    return VLAPolicy(*make_spaces(config, pixels, 2), config=config, instructions=SENTENCES, seed=seed, **kwargs)
+    return VLAPolicy(
+        *make_spaces(config, pixels, 2), config=config, instructions=SENTENCES, seed=seed, **kwargs
+    )
 
 
 def observe(n: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
-    pixels = np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 256, (n, 40, 40, 3), dtype=np.uint8)
     return {"pixels": torch.from_numpy(pixels), "task_id": torch.arange(n) % 2}
 
 
@@ -123,7 +125,7 @@ def test_state_dict_copy_and_pickle_resume_the_draws(policy):
 
 
 def test_predict_takes_batches_and_single_observations_in_both_layouts():
-    last, first = make(), make(pixels=(3, 32, 32))
+    last, first = make(), make(pixels=(3, 40, 40))
     obs = {k: v.numpy() for k, v in observe(3).items()}
     flipped = {**obs, "pixels": obs["pixels"].transpose(0, 3, 1, 2)}
     batch, _ = last.predict(obs, deterministic=True)
@@ -143,7 +145,9 @@ def test_saved_policy_is_the_same_policy(policy, tmp_path):
     assert loaded.observation_space == policy.observation_space and loaded.action_space == policy.action_space
     trace = policy.sample(observe())[2]
     assert torch.equal(policy.log_prob(observe(), trace)[0], loaded.log_prob(observe(), trace)[0])
-    by_directory = VLAPolicy(policy.observation_space, policy.action_space, lambda _: 1e-3, model=tmp_path / "p")
+    by_directory = VLAPolicy(
+        policy.observation_space, policy.action_space, lambda _: 1e-3, model=tmp_path / "p"
+    )
     assert by_directory.optimizer.param_groups[0]["lr"] == 1e-3
     assert torch.equal(by_directory.sample(observe(), True)[0], policy.sample(observe(), True)[0])
 
@@ -189,7 +193,7 @@ def test_lora_trains_adapters_only_and_starts_at_the_base(policy, tmp_path):
 
 
 def test_spaces_and_arguments_that_do_not_fit_are_named():
-    observation, action = make_spaces(VLAConfig.tiny(), (32, 32, 3), 2)
+    observation, action = make_spaces(VLAConfig.tiny(), (40, 40, 3), 2)
     with pytest.raises(ValueError, match="instructions"):
         VLAPolicy(observation, action)
     with pytest.raises(ValueError, match="huge.*tiny"):

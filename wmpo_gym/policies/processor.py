@@ -28,8 +28,8 @@ class TextTokenizer(Protocol):
 class ByteTokenizer:
     """UTF-8 bytes as ids; needs no vocabulary file and reads any sentence.
 
-    A token holds ``group`` bytes. The byte at position i of its token has id ``256 * i + byte``, so that order
-    within the token counts; a text is filled up with zero bytes.
+    A token holds ``group`` bytes. The byte at position i of its token has id ``256 * i + byte``, so that
+    order within the token counts; a text is filled up with zero bytes.
 
     Args:
         group: Bytes per token.
@@ -72,7 +72,11 @@ class PretrainedTokenizer:
 
 def load_tokenizer(config: VLAConfig) -> TextTokenizer:
     """The tokenizer of the prompt that a configuration names."""
-    return ByteTokenizer(config.bytes_per_token) if config.tokenizer == "bytes" else PretrainedTokenizer(config.tokenizer)
+    return (
+        ByteTokenizer(config.bytes_per_token)
+        if config.tokenizer == "bytes"
+        else PretrainedTokenizer(config.tokenizer)
+    )
 
 
 class InstructionTable:
@@ -99,7 +103,9 @@ class InstructionTable:
         tokenizer = load_tokenizer(config)
         suffix = [[i] for i in config.prompt_suffix]
         blank = [PLACEHOLDER] * config.bytes_per_token
-        prompts = [[tokenizer.start, *tokenizer.encode(config.prompt.format(task=s)), *suffix] for s in instructions]
+        prompts = [
+            [tokenizer.start, *tokenizer.encode(config.prompt.format(task=s)), *suffix] for s in instructions
+        ]
         rows = [[*p, *[blank] * config.n_tokens, tokenizer.stop] for p in prompts]
         width = max(map(len, rows))
         self.text = torch.tensor([[*r, *[tokenizer.pad] * (width - len(r))] for r in rows])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,15 @@ def apply_symmetry(batch: Windows, symmetry: Symmetry, where: torch.Tensor) -> W
 
 
 def _draw_batch(
-    windows: Windows, index: np.ndarray, settings: SFTSettings, symmetries: Sequence[Symmetry], rng: np.random.Generator
+    windows: Windows,
+    index: np.ndarray,
+    settings: SFTSettings,
+    symmetries: Sequence[Symmetry],
+    rng: np.random.Generator,
 ) -> Windows:
-    batch = Windows(windows.pixels[index], windows.task_id[index], windows.actions[index], windows.mask[index])
+    batch = Windows(
+        windows.pixels[index], windows.task_id[index], windows.actions[index], windows.mask[index]
+    )
     for symmetry in symmetries:
         batch = apply_symmetry(batch, symmetry, torch.from_numpy(rng.random(len(index)) < 0.5))
     if settings.shift:
@@ -208,7 +215,8 @@ def train_sft(
     )
     writer = _writer(log_dir)
     policy.set_training_mode(True)
-    for step, index in zip(range(settings.steps), _batches(len(windows), settings.batch, rng)):
+    batches = _batches(len(windows), settings.batch, rng)
+    for step, index in enumerate(islice(batches, settings.steps)):
         loss, accuracy = token_loss(policy, _draw_batch(windows, index, settings, symmetries, rng))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -235,7 +243,9 @@ def _check_fit(windows: Windows, task: Task) -> None:
             f"episodes have frames {tuple(windows.pixels.shape[1:])} and {windows.actions.shape[-1]} numbers."
         )
     if int(windows.task_id.max()) >= n:
-        raise ValueError(f"Task {task.name!r} has {n} instructions; an episode has task_id {windows.task_id.max()}.")
+        raise ValueError(
+            f"Task {task.name!r} has {n} instructions; an episode has task_id {windows.task_id.max()}."
+        )
 
 
 def _writer(log_dir: str | Path | None) -> Any:

@@ -18,10 +18,10 @@ class ActionTokenizer:
 
     Two layouts of the bins are known:
 
-    * ``"edges"``, the published one: ``n_bins`` edges from -1 to 1 with ``n_bins - 1`` bins between them; the
-      two lowest token ids both mean the highest bin.
-    * ``"centers"``: ``n_bins`` bin centres from -1 to 1, so that both limits and, for odd ``n_bins``, zero are
-      exact. Few bins want this one.
+    * ``"edges"``, the published one: ``n_bins`` edges from -1 to 1 with ``n_bins - 1`` bins between them;
+      the two lowest token ids both mean the highest bin.
+    * ``"centers"``: ``n_bins`` bin centres from -1 to 1, so that both limits and, for odd ``n_bins``, zero
+      are exact. Few bins want this one.
 
     Attributes:
         values: float64 (n_bins,), the action value of each token index.

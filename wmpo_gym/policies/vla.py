@@ -56,8 +56,8 @@ class VLAConfig:
         towers: The vision towers; their features are concatenated.
         image_size: Side in pixels of the towers' input.
         crop_area: Share of the image kept by the centre crop (published: 0.9).
-        bytes_per_token: With the byte tokenizer, how many bytes one token holds: their embeddings, one table per
-            position, are added. More make the sequence shorter.
+        bytes_per_token: With the byte tokenizer, how many bytes one token holds: their embeddings, one table
+            per position, are added. More make the sequence shorter.
         patch_merge: Join squares of this many by this many neighbouring patches into one before projecting
             (space to depth), again to make the sequence shorter.
         coordinates: Append two channels holding the row and the column in [-1, 1], which lets a small
@@ -144,15 +144,23 @@ class VLAConfig:
             raise ValueError(f"The VLA configuration is incomplete or misspelt: {error}.") from error
 
     @classmethod
-    def tiny(cls, *, chunk: int = 4, action_dim: int = 3, image_size: int = 32, **changes: Any) -> VLAConfig:
+    def tiny(cls, *, chunk: int = 4, action_dim: int = 3, image_size: int = 40, **changes: Any) -> VLAConfig:
         """A network that a CPU trains in about a minute, for images of 32 to 64 pixels.
+
+        Two convolutional stages see the image at a half and a quarter of its size; each quadrant becomes one
+        token, so that the projector reads positions from whole quadrants, exactly and with few examples.
 
         Args:
             chunk: Actions per decision.
             action_dim: Numbers per action.
-            image_size: Side of the square image.
+            image_size: Side of the square image, a multiple of 8.
             **changes: Any other field.
+
+        Raises:
+            ValueError: If the image size is not a multiple of 8.
         """
+        if image_size % 8:
+            raise ValueError(f"image_size of the tiny VLA must be a multiple of 8, got {image_size}.")
         tower = TowerConfig(
             "convnext",
             {
@@ -185,7 +193,7 @@ class VLAConfig:
             "bin_layout": "centers",
             "prompt": "{task}",
             "bytes_per_token": 4,
-            "patch_merge": 4,
+            "patch_merge": image_size // 8,
             "coordinates": True,
             "learned_placeholders": True,
         }
@@ -256,7 +264,7 @@ class Projector(nn.Module):
 
 
 def merge_patches(patches: torch.Tensor, side: int) -> torch.Tensor:
-    """Join squares of ``side`` by ``side`` neighbours of a square patch grid: (B,P,C) to (B,P/side²,C·side²)."""
+    """Join squares of ``side``² neighbouring patches of a square grid: (B,P,C) to (B,P/side²,C·side²)."""
     if side == 1:
         return patches
     batch, n, width = patches.shape
@@ -314,9 +322,12 @@ class VLANetwork(nn.Module):
         # Parallel decoding: every position sees every other. The flag is for transformers' own mask maker,
         # which we never rely on: forward() always hands over an explicit mask.
         language.is_causal = False
-        self.towers = nn.ModuleList([VisionTower(tower) for tower in config.towers])
-        patch_width = sum(tower.width for tower in self.towers)
-        self.projector = Projector((patch_width * config.patch_merge**2, *config.projector, language.hidden_size))
+        towers = [VisionTower(tower) for tower in config.towers]
+        self.towers = nn.ModuleList(towers)
+        patch_width = sum(tower.width for tower in towers)
+        self.projector = Projector(
+            (patch_width * config.patch_merge**2, *config.projector, language.hidden_size)
+        )
         self.language_model = LlamaForCausalLM(language)
         for layer in self.language_model.model.layers:
             layer.self_attn.is_causal = False
@@ -334,7 +345,8 @@ class VLANetwork(nn.Module):
 
         Args:
             images: One normalised batch (B,channels,H,W) per tower.
-            text: int64 (B,S,bytes_per_token), ids to add up: start token, prompt, ``n_tokens`` placeholders (-1), stop token, padding.
+            text: int64 (B,S,bytes_per_token), ids whose embeddings add up: start token, prompt, ``n_tokens``
+                placeholders (-1), stop token, padding.
             length: int64 (B,), number of prompt tokens *including* the start token.
 
         Returns:

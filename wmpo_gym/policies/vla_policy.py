@@ -70,7 +70,10 @@ class VLAPolicy(GroupPolicy):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
+            observation_space,
+            action_space,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
         )
         card = read_policy_card(model) if model is not None else {}
         self.config = card["config"] if card else _resolve_config(config, observation_space, action_space)
@@ -128,7 +131,9 @@ class VLAPolicy(GroupPolicy):
         cumulative = log_probs.double().exp().cumsum(dim=-1)
         threshold = uniform.to(log_probs.device)[..., None] * cumulative[..., -1:]
         # right=True never picks a token of probability zero.
-        return torch.searchsorted(cumulative, threshold, right=True)[..., 0].clamp(max=log_probs.shape[-1] - 1)
+        return torch.searchsorted(cumulative, threshold, right=True)[..., 0].clamp(
+            max=log_probs.shape[-1] - 1
+        )
 
     def log_prob(self, obs: Observation, trace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`GroupPolicy.log_prob`."""
@@ -205,7 +210,9 @@ class VLAPolicy(GroupPolicy):
             ArtifactError: If a file is missing or damaged, or the files do not fit each other.
         """
         card = read_policy_card(directory)
-        return cls(*make_spaces(card["config"], card["pixels"], len(card["instructions"])), model=directory, **kwargs)
+        return cls(
+            *make_spaces(card["config"], card["pixels"], len(card["instructions"])), model=directory, **kwargs
+        )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
@@ -240,7 +247,9 @@ def read_policy_card(directory: str | Path) -> dict[str, Any]:
     return card
 
 
-def make_spaces(config: VLAConfig, pixels: Sequence[int], n_instructions: int) -> tuple[spaces.Dict, spaces.Box]:
+def make_spaces(
+    config: VLAConfig, pixels: Sequence[int], n_instructions: int
+) -> tuple[spaces.Dict, spaces.Box]:
     """Observation and action space of a policy, from its configuration and image shape."""
     observation = spaces.Dict(
         {"pixels": spaces.Box(0, 255, tuple(pixels), np.uint8), "task_id": spaces.Discrete(n_instructions)}
@@ -258,7 +267,9 @@ def _image_shape(space: spaces.Space) -> tuple[int, ...]:
 
 
 def _resolve_config(
-    config: str | VLAConfig | Mapping[str, Any] | None, observation_space: spaces.Space, action_space: spaces.Space
+    config: str | VLAConfig | Mapping[str, Any] | None,
+    observation_space: spaces.Space,
+    action_space: spaces.Space,
 ) -> VLAConfig:
     config = "tiny" if config is None else config
     if isinstance(config, VLAConfig):
@@ -278,7 +289,7 @@ def _check_spaces(config: VLAConfig, observation_space: spaces.Space, action_spa
     _image_shape(observation_space)
     if not isinstance(action_space, spaces.Box) or action_space.shape != (config.chunk, config.action_dim):
         raise ValueError(
-            f"The policy acts in chunks of shape ({config.chunk}, {config.action_dim}), the environment expects "
+            f"The policy acts in chunks of shape ({config.chunk}, {config.action_dim}), the environment wants "
             f"{action_space}; build the policy for this task or choose another one."
         )
 
