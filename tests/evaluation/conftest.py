@@ -1,4 +1,4 @@
-"""A policy that can be computed by hand and a world that cannot err: the simulator behind the world's interface."""
+"""A policy made by hand, and a world that cannot err: the simulator behind the interface of a world."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import torch
 from wmpo_gym.tasks import get_task
 
 TASK = get_task("move-block")
+SIDE = TASK.image_size
+PIXELS_PER_CM = SIDE / 185
+GOAL = np.array([SIDE / 2 + 55 * PIXELS_PER_CM, SIDE / 2])
 
 
 class FetchPolicy:
-    """Moves to the named block, carries it towards a spot beside the disc's centre and lets go; noise optional.
+    """Moves to the named block, carries it to a spot beside the disc's centre and lets go; noise optional.
 
-    It sees pixels only. ``aim_error`` (pixels, upwards) sets how often it succeeds.
+    It sees pixels only. ``aim_error`` (centimetres, upwards) sets how often it succeeds.
     """
 
     device = "cpu"
@@ -43,15 +46,15 @@ class FetchPolicy:
         block = _centroid(np.clip(pixels[..., channel] - others - 40, 0, None))
         tool = _centroid(np.clip(70 - pixels.max(axis=-1), 0, None))
         lit = (pixels.min(axis=-1) > 200).sum() > 1
-        goal = np.array([25.5, 16.0 - self.aim_error])
-        step = 0.12 * 32 / 1.85
+        goal = GOAL - (0.0, self.aim_error * PIXELS_PER_CM)
+        step = 12 * PIXELS_PER_CM
         if lit:
             moves, grip = goal - block, [1.0, 1.0, 1.0, 1.0]
             if np.abs(moves).max() < 4 * step:
                 grip = [1.0, 1.0, 1.0, -1.0]
         else:
             moves, grip = block - tool, [-1.0, -1.0, -1.0, 1.0]
-            if np.linalg.norm(goal - block) < 4:
+            if np.linalg.norm(goal - block) < 23 * PIXELS_PER_CM:
                 return np.tile([-0.5, 0.0, -1.0], (4, 1))
         n = 3 if lit and grip[-1] < 0 else 4
         share = np.clip(moves / step / n, -1, 1) * (1, -1)
@@ -75,7 +78,7 @@ class TwinState:
 
 
 class TwinImagination:
-    """The simulator behind the interface of ``Imagination``; start frames must come from known start states."""
+    """The simulator behind the interface of ``Imagination``; it knows start frames by heart."""
 
     noise_shape = (1, TASK.chunk, 1, 1)
     nfe_per_chunk = 1
@@ -108,11 +111,11 @@ class TwinImagination:
 
 
 class RuleClassifier:
-    """Success as it looks: the named block within ``radius`` pixels of the disc's centre and the lamp dark."""
+    """Success as it looks: the named block within ``radius`` centimetres of the disc's centre, lamp dark."""
 
     window, threshold = 1, 0.5
 
-    def __init__(self, radius: float = 2.6) -> None:
+    def __init__(self, radius: float = 16.0) -> None:
         self.radius = radius
 
     def start(self, frames: np.ndarray) -> None:
@@ -127,7 +130,7 @@ class RuleClassifier:
         others = np.delete(frame, channel, axis=-1).max(axis=-1)
         block = _centroid(np.clip(frame[..., channel] - others - 40, 0, None))
         dark = (frame.min(axis=-1) > 200).sum() == 0
-        return float(dark and np.linalg.norm(block - (25.5, 16.0)) < self.radius)
+        return float(dark and np.linalg.norm(block - GOAL) < self.radius * PIXELS_PER_CM)
 
 
 @pytest.fixture
@@ -139,7 +142,7 @@ def fetch() -> type[FetchPolicy]:
 def twin_world():
     """Factory of worlds that dream the simulator: ``twin_world(ids, radius=…, blur=…)``."""
 
-    def make(ids: list[int], radius: float = 2.6, blur: float = 0.0) -> SimpleNamespace:
+    def make(ids: list[int], radius: float = 16.0, blur: float = 0.0) -> SimpleNamespace:
         imagination = TwinImagination(ids, blur)
         return SimpleNamespace(
             task=TASK,

@@ -21,8 +21,8 @@ def simulated(num_envs: int, **kwargs):
 
 
 def test_results_do_not_depend_on_the_number_of_rows(fetch):
-    a = rollout(simulated(7), fetch(1.5), IDS, deterministic=True, seed=1)
-    b = rollout(simulated(3), fetch(1.5), IDS, deterministic=True, seed=1)
+    a = rollout(simulated(7), fetch(9.0), IDS, deterministic=True, seed=1)
+    b = rollout(simulated(3), fetch(9.0), IDS, deterministic=True, seed=1)
     assert a.start_state_ids.tolist() == IDS
     for name in ("success", "n_frames", "task_ids"):
         assert (getattr(a, name) == getattr(b, name)).all()

@@ -5,16 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from wmpo_gym.evaluation.imagining import imagine_actions, imagine_episodes, imagine_full_horizon
 from wmpo_gym.evaluation.locate import locate_coloured_block, object_error
 from wmpo_gym.evaluation.rollouts import make_rollout_env, rollout
-from wmpo_gym.evaluation.twin import (
-    compare_with_twin,
-    imagine_actions,
-    imagine_episodes,
-    imagine_full_horizon,
-    replay,
-    start_frames,
-)
+from wmpo_gym.evaluation.twin import compare_with_twin, replay, start_frames
 from wmpo_gym.tasks import get_task
 
 pytest.importorskip("mujoco")
@@ -23,7 +17,7 @@ IDS = list(TASK.split_ids("validation")[:8])
 
 
 def test_a_perfect_world_agrees_with_its_twin(fetch, twin_world):
-    c = compare_with_twin(twin_world(IDS), fetch(2.0, noise=0.2), IDS, seed=1)
+    c = compare_with_twin(twin_world(IDS), fetch(12.0, noise=0.2), IDS, seed=1)
     assert (c.imagined.frames == c.replay.frames).all() and np.nanmax(c.error) == 0.0
     assert 0 < c.replay.success.sum() < len(IDS)
     assert c.agreement.accuracy.value >= 7 / 8  # the classifier looks at pixels, the simulator at the state
@@ -45,8 +39,8 @@ def test_imagination_goes_on_after_the_claim(fetch, twin_world):
 
 
 def test_early_claims_are_false_but_still_judged_over_the_full_horizon(fetch, twin_world):
-    generous = twin_world(IDS, radius=30.0)  # claims whenever the lamp is dark
-    c = compare_with_twin(generous, fetch(6.0), IDS, deterministic=True, record_frames=False)
+    generous = twin_world(IDS, radius=200.0)  # claims whenever the lamp is dark
+    c = compare_with_twin(generous, fetch(40.0), IDS, deterministic=True, record_frames=False)
     assert c.imagined.claimed.all() and (c.imagined.claimed_step == 1).all()
     assert c.agreement.precision.value == c.replay.success.mean() < 0.5
     assert c.agreement.gap.points == pytest.approx(100 * (1 - c.replay.success.mean()))
@@ -54,7 +48,7 @@ def test_early_claims_are_false_but_still_judged_over_the_full_horizon(fetch, tw
 
 
 def test_the_replay_agrees_with_the_environment(fetch):
-    r = rollout(make_rollout_env("WMPO-Simulated-v0", 8, task=TASK), fetch(0.5), IDS, deterministic=True)
+    r = rollout(make_rollout_env("WMPO-Simulated-v0", 8, task=TASK), fetch(3.0), IDS, deterministic=True)
     full = np.nan_to_num(r.actions).reshape(8, TASK.horizon, -1)
     twin = replay(TASK, IDS, full)
     won = r.success
@@ -73,7 +67,11 @@ def test_noise_belongs_to_the_episode_not_to_the_batch(fetch, twin_world):
     world = twin_world(IDS, blur=30.0)
     frames, task_ids = start_frames(TASK, np.array(IDS))
     args = (world, np.zeros((8, TASK.horizon, 3), np.float32), frames, task_ids)
-    whole, parts, other = imagine_actions(*args), imagine_actions(*args, batch_size=3), imagine_actions(*args, seed=9)
+    whole, parts, other = (
+        imagine_actions(*args),
+        imagine_actions(*args, batch_size=3),
+        imagine_actions(*args, seed=9),
+    )
     assert (whole.frames == parts.frames).all()
     assert (whole.frames[:, 1:] != other.frames[:, 1:]).any()
     assert (whole.frames[0, 1] != whole.frames[1, 1]).any()
@@ -81,7 +79,7 @@ def test_noise_belongs_to_the_episode_not_to_the_batch(fetch, twin_world):
 
 def test_recorded_episodes_are_imagined_and_late_claims_dropped(fetch, twin_world):
     env = make_rollout_env("WMPO-Simulated-v0", 8, task=TASK, record_frames=True)
-    r = rollout(env, fetch(1.5), IDS, deterministic=True, record_frames=True)
+    r = rollout(env, fetch(9.0), IDS, deterministic=True, record_frames=True)
     episodes = list(r.episodes(TASK))
     imagined, truth = imagine_episodes(twin_world(IDS), episodes)
     assert (truth == r.success).all()
@@ -101,7 +99,7 @@ def test_the_locator_finds_the_named_block(fetch):
         simulator.reset(start_state_id)
         found = locate_coloured_block(simulator.render()[None], np.array([simulator.task_id]))[0]
         assert np.abs(found - simulator.to_pixels(simulator.position(simulator.target))).max() < 0.15
-    assert np.isnan(locate_coloured_block(np.full((1, 32, 32, 3), 150, np.uint8), np.array([0]))).all()
+    assert np.isnan(locate_coloured_block(np.full((1, 40, 40, 3), 150, np.uint8), np.array([0]))).all()
 
 
 def test_object_error_measures_a_shift_and_counts_a_lost_object_as_a_picture_width():
@@ -110,12 +108,12 @@ def test_object_error_measures_a_shift_and_counts_a_lost_object_as_a_picture_wid
     grey = np.full_like(frames, 150)
     error = object_error(TASK, shifted, frames, task_ids)
     assert error == pytest.approx(np.full(2, 5**0.5), abs=0.3)
-    assert (object_error(TASK, grey, frames, task_ids) == 32).all()
+    assert (object_error(TASK, grey, frames, task_ids) == TASK.image_size).all()
     assert np.isnan(object_error(TASK, frames, grey, task_ids)).all()
 
 
 def test_error_at_success_takes_the_deciding_step(fetch, twin_world):
-    c = compare_with_twin(twin_world(IDS), fetch(1.0), IDS, deterministic=True)
+    c = compare_with_twin(twin_world(IDS), fetch(6.0), IDS, deterministic=True)
     c.error[:] = np.arange(TASK.horizon + 1)
     decided = c.replay.success | c.imagined.claimed
     expected = np.where(c.replay.success, c.replay.success_step, c.imagined.claimed_step)[decided]

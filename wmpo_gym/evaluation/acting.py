@@ -16,12 +16,13 @@ Act = Callable[[Observation], np.ndarray]
 def acting(policy: Any, *, deterministic: bool, seed: int) -> Iterator[Act]:
     """A function from observations to action chunks, and the policy as it was afterwards.
 
-    While it is in use, the policy's own generators are seeded, so that an evaluation is repeatable and does not
-    shift the random numbers of a training that goes on after it; torch's global generator is not touched.
+    While it is in use, the policy's own generators are seeded, so that an evaluation is repeatable and does
+    not shift the random numbers of a training that goes on after it; torch's global generator is not touched.
 
     Args:
         policy: A :class:`~wmpo_gym.policies.base.GroupPolicy`, a Stable-Baselines3 policy or algorithm, or
-            anything with ``sample(obs, deterministic)`` on tensors or ``predict(obs, deterministic=…)`` on arrays.
+            anything with ``sample(obs, deterministic)`` on tensors or ``predict(obs, deterministic=…)`` on
+            arrays.
         deterministic: Greedy actions.
         seed: Seed of the sampling.
 

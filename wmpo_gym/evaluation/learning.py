@@ -1,4 +1,4 @@
-"""Small helpers around group algorithms: continue from a policy in memory, and stop after so many iterations."""
+"""Helpers around group algorithms: start from a policy in memory, stop after so many iterations."""
 
 from __future__ import annotations
 
@@ -41,14 +41,15 @@ class StopAfterIterations(BaseCallback):
 
     def __init__(self, iterations: int, *, desc: str = "iterations", progress: bool = False) -> None:
         super().__init__()
-        self.iterations, self.done = iterations, 0
+        self.iterations, self.done, self._rollouts = iterations, 0, 0
         self._bar = progress_bar(total=iterations, desc=desc, disable=not progress)
 
     def _on_rollout_start(self) -> None:
         # The update that follows a rollout is over when the next rollout starts.
-        self._started = getattr(self, "_started", -1) + 1
-        self.done = self._started
-        self._bar.update(self.done - self._bar.n)
+        if self._rollouts:
+            self.done += 1
+            self._bar.update(1)
+        self._rollouts += 1
 
     def _on_step(self) -> bool:
         return self.done < self.iterations

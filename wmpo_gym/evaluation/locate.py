@@ -1,4 +1,4 @@
-"""Where the object the instruction names is in a picture, measured alike in imagined and in simulated frames."""
+"""Where the named object is in a picture, measured alike in imagined and in simulated frames."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FULL_COLOUR = 140.0  # excess of a pixel that a block covers entirely, after the
 def locate_coloured_block(frames: np.ndarray, task_ids: np.ndarray) -> np.ndarray:
     """Centre of the named block of ``move-block`` by its colour.
 
-    The excess of a channel over the two others is proportional to the share of the pixel that the block covers,
-    so its centre of mass is exact to a few hundredths of a pixel. The tool hides the same part of the block in
-    both kinds of frame, so its bias cancels in a comparison.
+    The excess of a channel over the two others is proportional to the share of the pixel that the block
+    covers, so its centre of mass is exact to a few hundredths of a pixel. The tool hides the same part of the
+    block in both kinds of frame, so its bias cancels in a comparison.
 
     Args:
         frames: uint8 (N, ..., H, W, 3).
@@ -46,7 +46,9 @@ def locate_coloured_block(frames: np.ndarray, task_ids: np.ndarray) -> np.ndarra
 LOCATORS: dict[str, Locator] = {"move-block": locate_coloured_block}
 
 
-def object_error(task: Task, imagined: np.ndarray, twin: np.ndarray, task_ids: np.ndarray) -> np.ndarray | None:
+def object_error(
+    task: Task, imagined: np.ndarray, twin: np.ndarray, task_ids: np.ndarray
+) -> np.ndarray | None:
     """Distance between the named object in two clips of the same actions.
 
     Args:
@@ -56,8 +58,8 @@ def object_error(task: Task, imagined: np.ndarray, twin: np.ndarray, task_ids: n
         task_ids: int (N,).
 
     Returns:
-        float64 (N, T) in pixels: the picture's width where imagination has lost the object, NaN where the twin
-        does not show it either. None if the task has no locator.
+        float64 (N, T) in pixels: the picture's width where imagination has lost the object, NaN where the
+        twin does not show it either. None if the task has no locator.
     """
     if task.name not in LOCATORS:
         return None

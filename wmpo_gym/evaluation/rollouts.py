@@ -35,8 +35,8 @@ class Rollouts:
         success: bool (N,), as the environment says it: true in the simulator, claimed in imagination.
         n_frames: int64 (N,), control steps executed.
         success_prob: float64 (N,), of the last frame.
-        actions: float32 (N, n_chunks, K, D), the chunks the policy chose; NaN for those after the episode's end,
-            so that they cannot be mistaken for actions.
+        actions: float32 (N, n_chunks, K, D), the chunks the policy chose; NaN for those after the episode's
+            end, so that they cannot be mistaken for actions.
         frames: Per episode uint8 (n_frames + 1, H, W, 3), or None if they were not recorded.
         ledger: What the episodes cost.
         protocol: How they were measured, where :func:`evaluate_policy_on` made them.
@@ -107,8 +107,8 @@ def rollout(
     Only rows whose episode is running are put through the policy.
 
     Args:
-        vector_env: Imagined or simulated batch made with ``autoreset_mode="DISABLED", skip_finished=True`` (and
-            ``return_frames=True`` to record frames).
+        vector_env: Imagined or simulated batch made with ``autoreset_mode="DISABLED", skip_finished=True``
+            (and ``return_frames=True`` to record frames).
         policy: See :func:`~wmpo_gym.evaluation.acting.acting`.
         start_state_ids: Start states in order; one may be named several times.
         deterministic: Greedy actions.
@@ -139,7 +139,7 @@ def rollout(
 
 
 def _checked(vector_env: VectorEnv, record_frames: bool) -> Any:
-    env = vector_env.unwrapped
+    env: Any = vector_env.unwrapped
     if env.metadata.get("autoreset_mode") is not AutoresetMode.DISABLED or not getattr(
         env, "skip_finished", False
     ):
@@ -190,7 +190,7 @@ def _wave(
 
 
 def _begin(env: Any, ids: np.ndarray, seeds: list[int]) -> dict[str, np.ndarray]:
-    """Reset the rows that the wave needs; the others stay finished, or idle along if there was no wave before."""
+    """Reset the rows that the wave needs; the others stay finished, or idle along in a first wave."""
     spare = env.num_envs - len(ids)
     options: dict[str, Any] = {"start_state_id": np.concatenate([ids, np.repeat(ids[:1], spare)])}
     if env.started:
@@ -204,7 +204,7 @@ def _joined(waves: list[Rollouts], env: Any) -> Rollouts:
         none = np.zeros(0, np.int64)
         return Rollouts(none, none, none.astype(bool), none, none.astype(float), np.zeros(shape, np.float32))
     names = ("start_state_ids", "task_ids", "success", "n_frames", "success_prob", "actions")
-    columns = {name: np.concatenate([getattr(w, name) for w in waves]) for name in names}
+    columns: dict[str, Any] = {name: np.concatenate([getattr(w, name) for w in waves]) for name in names}
     recorded = waves[0].frames is not None
     return Rollouts(**columns, frames=[f for w in waves for f in w.frames or ()] if recorded else None)
 
@@ -315,9 +315,9 @@ def collect_episodes(
 ) -> int:
     """Record one episode per start state, going on where an earlier call stopped.
 
-    Episodes are written wave by wave. Start states that the store holds already are skipped; the wave in which
-    an earlier call was interrupted is run again with the same seeds and only what is missing of it is written,
-    so the episodes are those of an uninterrupted call.
+    Episodes are written wave by wave. Start states that the store holds already are skipped; the wave in
+    which an earlier call was interrupted is run again with the same seeds and only what is missing of it is
+    written, so the episodes are those of an uninterrupted call.
 
     Args:
         vector_env: As for :func:`rollout`, made with ``return_frames=True``.

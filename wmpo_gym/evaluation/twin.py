@@ -1,54 +1,27 @@
 """Twin replay: run the actions of imagined episodes in the simulator and see whether the claims hold.
 
 The comparison is fair only over the full horizon. An imagined episode of the environment stops when its
-classifier fires; the policy never chose actions for the rest, and a replay of the cut sequence would count every
-early claim as false. Here imagination goes on to the horizon, the claim is its first firing, and the twin's
-outcome is its first success, each at whatever step it comes.
+classifier fires; the policy never chose actions for the rest, and a replay of the cut sequence would count
+every early claim as false. Here imagination goes on to the horizon, the claim is its first firing, and the
+twin's outcome is its first success, each at whatever step it comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from wmpo_gym.data.episode import Episode
 from wmpo_gym.envs.simulated import make_simulator
-from wmpo_gym.evaluation.acting import Observation, acting, episode_seeds
+from wmpo_gym.evaluation.acting import acting
+from wmpo_gym.evaluation.imagining import NEVER, Imagined, check_full_horizon, imagine_full_horizon
 from wmpo_gym.evaluation.locate import object_error
 from wmpo_gym.evaluation.statistics import Agreement, precision_recall
 from wmpo_gym.progress import progress_bar
 from wmpo_gym.tasks import Task, get_task
 from wmpo_gym.world.world import World
-
-NEVER = -1
-Choose = Callable[[Observation, slice, int], np.ndarray]
-
-
-@dataclass
-class Imagined:
-    """N full-horizon imagined episodes of T control steps.
-
-    Attributes:
-        task_ids: int64 (N,).
-        actions: float32 (N, T, D).
-        frames: uint8 (N, T+1, H, W, 3), the start frame first.
-        probs: float32 (N, T+1), success probability per frame; NaN where the classifier's window is not full.
-        claimed_step: int64 (N,), first frame whose probability reaches the threshold, or -1.
-    """
-
-    task_ids: np.ndarray
-    actions: np.ndarray
-    frames: np.ndarray
-    probs: np.ndarray
-    claimed_step: np.ndarray
-
-    @property
-    def claimed(self) -> np.ndarray:
-        """Whether success was claimed, bool (N,)."""
-        return self.claimed_step != NEVER
 
 
 @dataclass
@@ -133,9 +106,18 @@ def compare_with_twin(
     ids = np.asarray(start_state_ids, np.int64)
     frames, task_ids = start_frames(world.task, ids, variant)
     imagined = imagine_full_horizon(
-        world, policy, frames, task_ids, seed=seed, deterministic=deterministic, start_state_ids=ids, progress=progress
+        world,
+        policy,
+        frames,
+        task_ids,
+        seed=seed,
+        deterministic=deterministic,
+        start_state_ids=ids,
+        progress=progress,
     )
-    twin = replay(world.task, ids, imagined.actions, variant=variant, record_frames=record_frames, progress=progress)
+    twin = replay(
+        world.task, ids, imagined.actions, variant=variant, record_frames=record_frames, progress=progress
+    )
     error = None if twin.frames is None else object_error(world.task, imagined.frames, twin.frames, task_ids)
     return TwinComparison(ids, imagined, twin, twin_agreement(imagined, twin), error)
 
@@ -145,8 +127,10 @@ def twin_agreement(imagined: Imagined, twin: Replay) -> Agreement:
     return precision_recall(imagined.claimed, twin.success)
 
 
-def start_frames(task: str | Task, start_state_ids: np.ndarray, variant: str = "nominal") -> tuple[np.ndarray, np.ndarray]:
-    """First frames uint8 (N, H, W, 3) and instructions int64 (N,) of start states, as the simulator shows them."""
+def start_frames(
+    task: str | Task, start_state_ids: np.ndarray, variant: str = "nominal"
+) -> tuple[np.ndarray, np.ndarray]:
+    """First frames uint8 (N, H, W, 3) as the simulator shows them, and instructions int64 (N,)."""
     simulator = make_simulator(task, variant)
     frames, task_ids = [], []
     for start_state_id in start_state_ids:
@@ -154,129 +138,6 @@ def start_frames(task: str | Task, start_state_ids: np.ndarray, variant: str = "
         frames.append(simulator.render())
         task_ids.append(simulator.task_id)
     return np.stack(frames), np.array(task_ids, np.int64)
-
-
-def imagine_full_horizon(
-    world: World,
-    policy: Any,
-    frames: np.ndarray,
-    task_ids: np.ndarray,
-    *,
-    seed: int = 0,
-    deterministic: bool = False,
-    start_state_ids: np.ndarray | None = None,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> Imagined:
-    """Imagine episodes of a policy that go on after a claimed success.
-
-    Args:
-        world: World with a success classifier.
-        policy: See :func:`~wmpo_gym.evaluation.acting.acting`.
-        frames: uint8 (N, H, W, 3) first frames.
-        task_ids: int64 (N,) instructions.
-        seed: Root seed of noise and sampling.
-        deterministic: Greedy actions; the world's noise stays.
-        start_state_ids: int64 (N,), to give an episode the same noise wherever it stands in the list.
-        batch_size: Episodes imagined at once.
-        progress: Show a progress bar.
-    """
-    seeds = episode_seeds(seed, np.arange(len(frames)) if start_state_ids is None else start_state_ids)
-    with acting(policy, deterministic=deterministic, seed=seed) as act:
-
-        def choose(obs: Observation, rows: slice, chunk: int) -> np.ndarray:
-            return act(obs)
-
-        return _imagine(world, choose, frames, task_ids, seeds, batch_size, progress)
-
-
-def imagine_actions(
-    world: World, actions: np.ndarray, frames: np.ndarray, task_ids: np.ndarray, *, seed: int = 0, batch_size: int = 64
-) -> Imagined:
-    """Imagine what given actions lead to; arguments as :func:`imagine_full_horizon`, ``actions`` (N, T, D)."""
-    task = world.task
-    _check_full(task, actions, len(frames))
-    chunks = np.asarray(actions, np.float32).reshape(len(frames), task.n_chunks, task.chunk, task.action_dim)
-
-    def choose(obs: Observation, rows: slice, chunk: int) -> np.ndarray:
-        return chunks[rows, chunk]
-
-    return _imagine(world, choose, frames, task_ids, episode_seeds(seed, np.arange(len(frames))), batch_size, False)
-
-
-def imagine_episodes(world: World, episodes: Sequence[Episode], *, seed: int = 0) -> tuple[Imagined, np.ndarray]:
-    """Imagine recorded episodes from their first frames, and when each of them was over.
-
-    Where an episode ended early its last action is repeated to the horizon; claims more than a chunk after the
-    recorded end are dropped, because nothing is known about what would have happened then.
-
-    Returns:
-        The imagined episodes, and whether each recording succeeded, bool (N,).
-
-    Raises:
-        ValueError: If an episode is not labelled, or longer than the task's horizon.
-    """
-    task = world.task
-    for i, episode in enumerate(episodes):
-        if episode.success is None or not 0 < episode.n_steps <= task.horizon:
-            raise ValueError(
-                f"Episode {i} has {episode.n_steps} steps and success={episode.success}; judging a world needs "
-                f"labelled episodes of 1 to {task.horizon} steps."
-            )
-    actions = np.stack([np.pad(e.actions, ((0, task.horizon - e.n_steps), (0, 0)), mode="edge") for e in episodes])
-    frames, task_ids = np.stack([e.frames[0] for e in episodes]), np.array([e.task_id for e in episodes])
-    imagined = imagine_actions(world, np.clip(actions, -1, 1), frames, task_ids, seed=seed)
-    ends = np.array([e.n_steps for e in episodes])
-    imagined.claimed_step[imagined.claimed_step > ends + task.chunk] = NEVER
-    return imagined, np.array([bool(e.success) for e in episodes])
-
-
-def _imagine(
-    world: World,
-    choose: Choose,
-    frames: np.ndarray,
-    task_ids: np.ndarray,
-    seeds: Sequence[int],
-    batch_size: int,
-    progress: bool,
-) -> Imagined:
-    import torch
-
-    task = world.task
-    if world.classifier is None:
-        raise ValueError("This world has no success classifier; train one with `wmpo train reward`.")
-    parts = []
-    with torch.no_grad(), progress_bar(total=len(frames), desc="imagined episodes", disable=not progress) as bar:
-        for i in range(0, len(frames), batch_size):
-            rows = slice(i, min(i + batch_size, len(frames)))
-            parts.append(_imagine_batch(world, choose, frames[rows], task_ids[rows], seeds[rows], rows))
-            bar.update(rows.stop - rows.start)
-    actions, clips, probs = (np.concatenate(column) for column in zip(*parts, strict=True))
-    # NaN compares as not reached: the window is not full yet.
-    reached = probs >= world.classifier.threshold
-    claimed = np.where(reached.any(axis=1), reached.argmax(axis=1), NEVER)
-    return Imagined(np.asarray(task_ids), actions.reshape(len(frames), task.horizon, -1), clips, probs, claimed)
-
-
-def _imagine_batch(
-    world: World, choose: Choose, frames: np.ndarray, task_ids: np.ndarray, seeds: Sequence[int], rows: slice
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Actions (n, chunks, K, D), frames (n, T+1, H, W, 3) and probabilities (n, T+1) of one batch."""
-    import torch
-
-    imagination, classifier = world.imagination(), world.classifier
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    dream, judge = imagination.start(frames), classifier.start(frames)
-    clips, probs = [frames[:, None]], [np.full((len(frames), 1), np.nan, np.float32)]
-    actions = []
-    for chunk in range(world.task.n_chunks):
-        actions.append(choose({"pixels": clips[-1][:, -1], "task_id": np.asarray(task_ids)}, rows, chunk))
-        noise = torch.stack([torch.randn(imagination.noise_shape, generator=g) for g in generators])
-        made, dream = imagination.step(dream, actions[-1], noise)
-        scores, judge = classifier.update(judge, made, task_ids)
-        clips.append(np.asarray(made))
-        probs.append(np.asarray(scores))
-    return np.stack(actions, axis=1), np.concatenate(clips, axis=1), np.concatenate(probs, axis=1)
 
 
 def replay(
@@ -305,10 +166,12 @@ def replay(
             success, or if the simulator cannot displace its object.
     """
     task = get_task(task)
-    _check_full(task, actions, len(start_state_ids))
+    check_full_horizon(task, actions, len(start_state_ids))
     simulator = make_simulator(task, variant)
     if displacement is not None and not hasattr(simulator, "displace_block"):
-        raise ValueError(f"The simulator of {task.name!r} has no displace_block method, so nothing can be perturbed.")
+        raise ValueError(
+            f"The simulator of {task.name!r} has no displace_block method, so nothing can be perturbed."
+        )
     steps, clips = [], []
     walk = progress_bar(range(len(actions)), desc="twin replay", disable=not progress)
     for i in walk:
@@ -361,7 +224,9 @@ def simulate_full_horizon(
             task_ids = np.array([s.task_id for s in simulators], np.int64)
             first, chosen = np.full(len(ids), NEVER), []
             for chunk in range(task.n_chunks):
-                chosen.append(act({"pixels": np.stack([s.render() for s in simulators]), "task_id": task_ids}))
+                chosen.append(
+                    act({"pixels": np.stack([s.render() for s in simulators]), "task_id": task_ids})
+                )
                 for row, simulator in enumerate(simulators):
                     for k, action in enumerate(chosen[-1][row], start=1):
                         simulator.step(action)
@@ -370,13 +235,3 @@ def simulate_full_horizon(
             actions.append(np.concatenate(chosen, axis=1))
             steps.append(first)
     return np.concatenate(actions), Replay(np.concatenate(steps), None)
-
-
-def _check_full(task: Task, actions: np.ndarray, n: int) -> None:
-    expected = (n, task.horizon, task.action_dim)
-    if np.shape(actions) != expected or not np.isfinite(actions).all():
-        raise ValueError(
-            f"A replay needs finite actions of shape {expected} for the full horizon, got {np.shape(actions)}"
-            f"{'' if np.isfinite(actions).all() else ' with NaN'}. Actions cut off at an imagined success would make "
-            "every early claim look false; use imagine_full_horizon."
-        )

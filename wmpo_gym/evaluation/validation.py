@@ -1,0 +1,245 @@
+"""Measure the gates of a world and write them into its card."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.envs.simulated import SIMULATORS
+from wmpo_gym.evaluation.gates import (
+    GATES,
+    MAX_ITERATIONS,
+    MIN_GAIN,
+    GateResult,
+    faithful_gate,
+    honest_gate,
+    learnable_gate,
+    physics_gate,
+)
+from wmpo_gym.evaluation.imagining import NEVER, Imagined, imagine_actions, imagine_episodes
+from wmpo_gym.evaluation.locate import object_error
+from wmpo_gym.evaluation.statistics import paired_difference, precision_recall
+from wmpo_gym.evaluation.twin import TwinComparison, compare_with_twin, simulate_full_horizon
+from wmpo_gym.tasks import Task
+from wmpo_gym.world.world import World
+
+SENSITIVITY_EPISODES = 32
+
+
+def validate(
+    world: World,
+    policy: Any,
+    *,
+    episodes: int = 128,
+    split: str = "validation",
+    seed: int = 0,
+    deterministic: bool = False,
+    learnable: GateResult | Callable[[], GateResult] | None = None,
+    real_episodes: Sequence[Episode] | None = None,
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Measure the gates and write them into the world's card.
+
+    Args:
+        world: The world; ``world.card["gates"]`` is replaced. Save the world to keep them.
+        policy: The policy that is to be trained in it.
+        episodes: Start states of gates 1, 3 and 4.
+        split: Their split; the world must not have been trained on it.
+        seed: Root seed.
+        deterministic: Greedy actions.
+        learnable: Gate 2, or how to measure it (:func:`measure_learnable` takes a minute or more). None keeps
+            the one in the card, since it belongs to task and policy and not to the world; without one it
+            stays missing.
+        real_episodes: Held-out labelled episodes. Given, or where the task has no simulator, gates 3 and 4
+            are measured on them and 1 and 2 are not measurable.
+        progress: Show progress bars.
+
+    Returns:
+        Gate name to :meth:`GateResult.to_dict`.
+
+    Raises:
+        ValueError: If there is neither a simulator nor real episodes.
+    """
+    if real_episodes is not None or not has_simulator(world.task):
+        results = _validate_on_recordings(world, real_episodes, seed)
+    else:
+        ids = np.asarray(world.task.split_ids(split)[:episodes])
+        kept = (world.card.get("gates") or {}).get("learnable")
+        if learnable is not None:
+            kept = (learnable() if callable(learnable) else learnable).to_dict()
+        results = _validate_in_twin(world, policy, ids, seed, deterministic, progress)
+        results |= {"learnable": kept} if kept else {}
+    world.card["gates"] = {name: results[name] for name in GATES if name in results}
+    return world.card["gates"]
+
+
+def _validate_in_twin(
+    world: World, policy: Any, ids: np.ndarray, seed: int, deterministic: bool, progress: bool
+) -> dict[str, dict[str, Any]]:
+    task = world.task
+    actions, nominal = simulate_full_horizon(task, policy, ids, seed=seed, deterministic=deterministic)
+    physics = physics_gate(task, ids, actions, nominal, seed=seed, progress=progress)
+    comparison = compare_with_twin(
+        world, policy, ids, seed=seed, deterministic=deterministic, progress=progress
+    )
+    return {"physics": physics.to_dict()} | judge_comparison(world, comparison, seed=seed)
+
+
+def judge_comparison(world: World, comparison: TwinComparison, *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Gates 3 and 4 of a comparison with the twin."""
+    made, few = comparison.imagined, slice(0, SENSITIVITY_EPISODES)
+    sensitivity = action_sensitivity(
+        world, made.actions[few], made.frames[few, 0], made.task_ids[few], seed=seed
+    )
+    errors = None if comparison.error is None else comparison.error_at_success()
+    horizon = comparison.error_by_step()
+    figures = {"median_object_error_px_at_horizon": horizon["median"][-1]} if horizon else {}
+    faithful = faithful_gate(world.task, errors, sensitivity, **figures)
+    return {
+        "faithful": faithful.to_dict(),
+        "honest": honest_gate(comparison.agreement, "twin replay").to_dict(),
+    }
+
+
+def _validate_on_recordings(
+    world: World, episodes: Sequence[Episode] | None, seed: int
+) -> dict[str, dict[str, Any]]:
+    if not episodes:
+        raise ValueError(
+            f"Task {world.task.name!r} has no simulator here; give real_episodes: labelled episodes that "
+            "neither the world model nor the classifier was trained on."
+        )
+    imagined, truth = imagine_episodes(world, episodes, seed=seed)
+    few = slice(0, SENSITIVITY_EPISODES)
+    sensitivity = action_sensitivity(
+        world, imagined.actions[few], imagined.frames[few, 0], imagined.task_ids[few], seed=seed
+    )
+    errors = _errors_at_end(world.task, imagined, episodes)
+    faithful = faithful_gate(world.task, errors, sensitivity, psnr_db=_psnr(imagined, episodes))
+    honest = honest_gate(precision_recall(imagined.claimed, truth), "the recorded outcomes")
+    reason = "There is no simulator to perturb or to train in; only real episodes were available."
+    missing = {
+        name: GateResult(name, None, {}, "a simulator", reason).to_dict() for name in ("physics", "learnable")
+    }
+    return missing | {"faithful": faithful.to_dict(), "honest": honest.to_dict()}
+
+
+def _errors_at_end(task: Task, imagined: Imagined, episodes: Sequence[Episode]) -> np.ndarray | None:
+    """Object error at the recorded end of successes, else at the false claim."""
+    errors = []
+    for i, episode in enumerate(episodes):
+        step = episode.n_steps if episode.success else int(imagined.claimed_step[i])
+        if step == NEVER or step > episode.n_steps:
+            continue
+        made, real = imagined.frames[i : i + 1, step : step + 1], episode.frames[None, step : step + 1]
+        error = object_error(task, made, real, imagined.task_ids[i : i + 1])
+        if error is None:
+            return None
+        errors.append(float(error[0, 0]))
+    return np.array([e for e in errors if np.isfinite(e)])
+
+
+def _psnr(imagined: Imagined, episodes: Sequence[Episode]) -> float:
+    """Mean peak signal-to-noise ratio of the imagined frames in dB, where there is a recording."""
+    squared = [
+        np.square(imagined.frames[i, 1 : e.n_steps + 1].astype(float) - e.frames[1:]).mean()
+        for i, e in enumerate(episodes)
+    ]
+    return float(np.mean([10 * np.log10(255.0**2 / max(s, 1e-12)) for s in squared]))
+
+
+def measure_learnable(
+    policy: Any,
+    task: Task,
+    *,
+    episodes: int = 128,
+    split: str = "validation",
+    n_groups: int = 32,
+    group_size: int = 8,
+    block: int = 5,
+    seed: int = 0,
+    progress: bool = True,
+    **grpo: Any,
+) -> GateResult:
+    """Measure gate 2: train a copy of a policy with GRPO in the simulator and compare.
+
+    Stops as soon as the wanted gain is reached. ``policy`` itself is not changed.
+
+    Args:
+        policy: A :class:`~wmpo_gym.policies.base.GroupPolicy`.
+        task: The task; it needs a simulator.
+        episodes: Start states of the comparison.
+        split: Their split; training uses the train split.
+        n_groups: Groups per iteration.
+        group_size: Rollouts per group.
+        block: Iterations between two looks at the gain.
+        seed: Root seed.
+        progress: Show progress bars.
+        **grpo: Further arguments of :class:`~wmpo_gym.algorithms.grpo.GRPO`.
+    """
+    from wmpo_gym.algorithms.grpo import GRPO
+    from wmpo_gym.evaluation.learning import StopAfterIterations, grpo_from_policy
+    from wmpo_gym.evaluation.rollouts import evaluate_policy_on, make_rollout_env
+
+    def outcomes(candidate: Any) -> np.ndarray:
+        return evaluate_policy_on(
+            task, candidate, split, episodes, deterministic=False, seed=seed, progress=progress
+        ).success
+
+    env = make_rollout_env("WMPO-Simulated-v0", n_groups * group_size, task=task)
+    ids = list(task.split_ids("train"))
+    model = grpo_from_policy(GRPO, policy, env, group_size=group_size, start_state_ids=ids, seed=seed, **grpo)
+    before, iterations = outcomes(policy), 0
+    while iterations < MAX_ITERATIONS:
+        stop = StopAfterIterations(min(block, MAX_ITERATIONS - iterations), desc="gate 2", progress=progress)
+        model.learn(10**9, callback=stop, reset_num_timesteps=iterations == 0)
+        iterations += stop.done
+        after = outcomes(model.policy)
+        if paired_difference(before, after).points >= MIN_GAIN:
+            break
+    env.close()
+    return learnable_gate(before, after, iterations)
+
+
+def action_sensitivity(
+    world: World, actions: np.ndarray, frames: np.ndarray, task_ids: np.ndarray, *, seed: int = 0
+) -> dict[str, float]:
+    """How much the picture depends on the actions, compared with the noise.
+
+    Args:
+        world: The world.
+        actions: float (N, T, D); an episode's different actions are those of its neighbour in the list.
+        frames: uint8 (N, H, W, 3) start frames.
+        task_ids: int64 (N,).
+        seed: Seed of the noise.
+
+    Returns:
+        Mean absolute difference in grey levels (0 to 255) over all imagined frames under
+        ``different_actions`` and under ``different_noise``, and their ratio ``action_sensitivity`` (infinite
+        if noise changes nothing).
+    """
+
+    def imagine(chosen: np.ndarray, noise_seed: int) -> np.ndarray:
+        made = imagine_actions(world, chosen, frames, task_ids, seed=noise_seed)
+        return made.frames[:, 1:].astype(np.int16)
+
+    base = imagine(actions, seed)
+    by_actions = float(np.abs(imagine(np.roll(actions, 1, axis=0), seed) - base).mean())
+    by_noise = float(np.abs(imagine(actions, seed + 1) - base).mean())
+    return {
+        "different_actions": by_actions,
+        "different_noise": by_noise,
+        "action_sensitivity": by_actions / by_noise if by_noise else float("inf"),
+    }
+
+
+def has_simulator(task: Task) -> bool:
+    """Whether the task's twin can be run here."""
+    return task.name in SIMULATORS and (
+        not str(SIMULATORS[task.name]).startswith("wmpo_gym.")
+        or importlib.util.find_spec("mujoco") is not None
+    )
