@@ -70,6 +70,9 @@ class Task:
         action_low: Physical value of action -1 per dimension (metres per step, or gripper command).
         action_high: Physical value of action +1 per dimension.
         success_tolerance_px: Radius of the success region in observation pixels, for the *faithful* gate.
+        exclusive_instructions: Whether an episode can fulfil one instruction at most.
+        motion_px: Observation pixels (columns, rows) that one step of action components 0 and 1 at value 1
+            moves the tool by, where that is known; a starting point for the world model.
         variants: Names of the scene variants of the simulator; the first is the nominal one.
         symmetries: Transformations under which the task is invariant.
     """
@@ -85,6 +88,8 @@ class Task:
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
     success_tolerance_px: float
+    exclusive_instructions: bool = False
+    motion_px: tuple[float, float] | None = None
     variants: tuple[str, ...] = ("nominal",)
     symmetries: tuple[Symmetry, ...] = ()
 
@@ -160,6 +165,8 @@ MOVE_BLOCK = Task(
     action_low=(-0.12, -0.12, -1.0),
     action_high=(0.12, 0.12, 1.0),
     success_tolerance_px=3.46,
+    exclusive_instructions=True,
+    motion_px=(2.6, -2.6),
     variants=("nominal", "moved-goal", "background", "texture"),
     symmetries=(
         # The table is symmetric about its long axis, and red and blue differ in the RGB channel order only.

@@ -78,7 +78,7 @@ class MoveBlockSim:
         rng = np.random.default_rng([self.task.start_states.seed, start_state_id])
         mujoco.mj_resetData(self.model, self.data)
         self.task_id = int(rng.integers(len(BLOCKS)))
-        tool = (rng.uniform(-0.78, -0.66), rng.uniform(-0.6, 0.6))
+        tool = (rng.uniform(-0.73, -0.62), rng.uniform(-0.6, 0.6))
         first = np.array([rng.uniform(-0.45, 0.0), rng.uniform(-0.55, 0.55)])
         second = first
         while np.abs(second - first).max() < 0.38:

@@ -1,8 +1,9 @@
 """A convolutional world model on the pixels themselves: small enough to learn and to run on a CPU.
 
 It predicts the clean frames of a whole action chunk at once. Two habits make it learn quickly: every frame
-starts as a mixture of the last real frame and that frame shifted by a displacement the actions predict
-(moving things mostly keep their looks), and the frame-level actions modulate every block (FiLM).
+starts as a mixture of the last known frame and that frame displaced, by what the actions predict and by what
+every pixel adds to it (moving things mostly keep their looks), and the frame-level actions modulate every
+block (FiLM).
 The velocity that samplers expect follows from the predicted frames, ``v = (x0_hat - x_t) / sigma``.
 """
 
@@ -16,6 +17,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+OWN_SHIFT_SCALE = 0.1  # per-pixel displacements are learned in these units (of half the image)
 MIN_SIGMA = 0.02  # below this noise level a velocity is not computed from a difference
 
 
@@ -79,6 +81,8 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         blocks: FiLM blocks per level and direction.
         cond_dim: Width of the conditioning vector.
         detail: Channels of the two last convolutions, which work at full resolution.
+        shift_init: Pixels (columns, rows) that action components 0 and 1 move things by, where that is known
+            beforehand; only the start of what is learned.
     """
 
     @register_to_config
@@ -94,16 +98,17 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         blocks: int = 2,
         cond_dim: int = 192,
         detail: int = 32,
+        shift_init: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         super().__init__()
         self.chunk, self.context_frames, self.channels, self.patch = chunk, context_frames, channels, patch
         in_frames = context_frames + 2 * chunk  # context, noisy frames, shifted frames
-        out_per_frame = channels + 1  # residual and mask
+        out_per_frame = channels + 3  # residual, mask and displacement
         # Sum of the actions so far is the displacement; given to the network beside the actions themselves.
         self.cond = nn.Sequential(
             FloatLinear(2 * 16 + action_dim * (2 * chunk + 1), cond_dim), nn.SiLU(), FloatLinear(cond_dim, cond_dim)
         )
-        self.shift = nn.Parameter(torch.zeros(2, chunk, (chunk + 1) * action_dim))
+        self.shift = nn.Parameter(self._initial_shift(shift_init))
         self.stem = nn.Conv2d(in_frames * channels * patch**2 + 2, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths):
@@ -120,6 +125,15 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         self.head = nn.Conv2d(detail, chunk * out_per_frame, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    def _initial_shift(self, pixels: tuple[float, float]) -> Tensor:
+        """Linear map ``(2, K, (K + 1) * D)`` from the actions to the (column, row) shift, in units of half the image."""
+        cfg = self.config
+        shift = torch.zeros(2, cfg.chunk, cfg.chunk + 1, cfg.action_dim)
+        for axis in range(min(2, cfg.action_dim)):
+            for k in range(cfg.chunk):
+                shift[axis, k, 1 : k + 2, axis] = pixels[axis] * 2 / cfg.image_size
+        return shift.flatten(2)
 
     # -- the published signature -----------------------------------------------------------------------------
     def forward(
@@ -172,7 +186,8 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         """Clean frames ``(B, C, K, h, w)`` in about [-1, 1] from noisy ones at noise level ``sigma`` (B,)."""
         batch, channels, chunk, height, width = noisy.shape
         last = cache.frames[:, :, -1]
-        shifted = self._shifted(last, torch.cat([cache.prev_action[:, None], actions], dim=1))
+        shift = self._shift(torch.cat([cache.prev_action[:, None], actions], dim=1))[:, :, None, None]
+        shifted = self._moved(last, shift)
         # Scaled down where there is only noise to see, so that it does not drown the context.
         scaled = noisy * (1 - 0.9 * sigma)[:, None, None, None, None]
         frames = torch.cat([cache.frames, scaled, shifted], dim=2).transpose(1, 2).flatten(1, 2)
@@ -180,20 +195,26 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         features = F.pixel_shuffle(self._unet(x, self._condition(sigma, actions, cache)), self.patch)
         sharp = torch.cat([last[:, :, None], shifted], dim=2).transpose(1, 2).flatten(1, 2)
         out = self.head(F.silu(self.sharpen(torch.cat([features, sharp], dim=1))))
-        out = out.view(batch, chunk, channels + 1, height, width).transpose(1, 2)
-        mask, residual = torch.sigmoid(out[:, -1:] - 1.0), out[:, :-1]
-        return last[:, :, None] + mask * (shifted - last[:, :, None]) + residual
+        out = out.view(batch, chunk, channels + 3, height, width).transpose(1, 2)
+        residual, mask, own = out[:, :channels], torch.sigmoid(out[:, channels : channels + 1] - 1.0), out[:, -2:]
+        # A pixel may come from elsewhere than the common shift says (a gripped block jumps to the tool).
+        moved = self._moved(last, shift + own.permute(0, 2, 3, 4, 1) * OWN_SHIFT_SCALE)
+        return last[:, :, None] + mask * (moved - last[:, :, None]) + residual
 
-    def _shifted(self, last: Tensor, actions: Tensor) -> Tensor:
-        """The last frame moved by the displacement the actions so far predict: ``(B, C, K, h, w)``."""
+    def _shift(self, actions: Tensor) -> Tensor:
+        """Displacement ``(B, K, 2)`` that the actions so far predict, in units of half the image."""
+        return torch.einsum("cka,ba->bkc", self.shift.double(), actions.flatten(1).double()).float()
+
+    def _moved(self, last: Tensor, shift: Tensor) -> Tensor:
+        """The last frame displaced by ``shift`` ``(B, K, h | 1, w | 1, 2)``: ``(B, C, K, h, w)``."""
         batch, channels, height, width = last.shape
-        offset = torch.einsum("cka,ba->bkc", self.shift.double(), actions.flatten(1).double()).float()
         rows = torch.linspace(-1 + 1 / height, 1 - 1 / height, height)
         cols = torch.linspace(-1 + 1 / width, 1 - 1 / width, width)
         grid = torch.stack(torch.meshgrid(rows, cols, indexing="ij")[::-1], dim=-1).to(last)
-        grid = grid - offset.reshape(-1, 1, 1, 2)
         source = last[:, None].expand(-1, self.chunk, -1, -1, -1).reshape(-1, channels, height, width)
-        moved = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        moved = F.grid_sample(
+            source, (grid - shift).flatten(0, 1), mode="bilinear", padding_mode="border", align_corners=False
+        )
         return moved.view(batch, self.chunk, channels, height, width).transpose(1, 2)
 
     def _condition(self, sigma: Tensor, actions: Tensor, cache: ConvContext) -> Tensor:
