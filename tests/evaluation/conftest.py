@@ -154,3 +154,23 @@ def twin_world():
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_world():
+    """A real world with untrained networks."""
+    pytest.importorskip("mujoco")
+    from wmpo_gym.evaluation.twin import start_frames
+    from wmpo_gym.reward.conv import ConvSuccessClassifier
+    from wmpo_gym.world.autoencoder import PixelAutoencoder
+    from wmpo_gym.world.conv import ConvWorldModel
+    from wmpo_gym.world.world import StartFrames, World
+
+    torch.manual_seed(0)
+    ids = np.arange(4)
+    frames, task_ids = start_frames(TASK, ids)
+    network = ConvWorldModel(image_size=SIDE, widths=(16, 24), blocks=1, cond_dim=32)
+    classifier = ConvSuccessClassifier(n_instructions=2)
+    return World(
+        TASK, network.eval(), PixelAutoencoder(), classifier.eval(), StartFrames(frames, ids, task_ids)
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from wmpo_gym.evaluation.acting import Observation, acting, episode_seeds
 from wmpo_gym.progress import progress_bar
 from wmpo_gym.tasks import Task
 from wmpo_gym.world.world import World
+
+if TYPE_CHECKING:
+    import torch
 
 NEVER = -1  # as a step: it did not happen
 Choose = Callable[[Observation, slice, int], np.ndarray]
@@ -170,7 +173,8 @@ def _imagine_batch(
     imagination: Any = world.imagination()
     classifier: Any = world.classifier
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    dream, judge = imagination.start(frames), classifier.start(frames)
+    first = torch.as_tensor(frames, device=device_of(world))
+    dream, judge = imagination.start(first), classifier.start(first)
     clips, probs = [frames[:, None]], [np.full((len(frames), 1), np.nan, np.float32)]
     actions = []
     for chunk in range(world.task.n_chunks):
@@ -178,9 +182,17 @@ def _imagine_batch(
         noise = torch.stack([torch.randn(imagination.noise_shape, generator=g) for g in generators])
         made, dream = imagination.step(dream, actions[-1], noise)
         scores, judge = classifier.update(judge, made, task_ids)
-        clips.append(np.asarray(made))
-        probs.append(np.asarray(scores))
+        clips.append(made.cpu().numpy())
+        probs.append(scores.cpu().numpy())
     return np.stack(actions, axis=1), np.concatenate(clips, axis=1), np.concatenate(probs, axis=1)
+
+
+def device_of(world: World) -> torch.device:
+    """Where the world's network is."""
+    import torch
+
+    parameter = next(world.network.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def check_full_horizon(task: Task, actions: np.ndarray, n: int) -> None:

@@ -1,0 +1,95 @@
+"""The benchmark's clock adds up and its shortcuts change nothing but the time."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from wmpo_gym.evaluation.bench import bench, bench_imagined, bench_simulated, bench_text
+from wmpo_gym.evaluation.shortcuts import RandomPolicy, _classify_at_the_end, bench_context_cache, bench_plain
+from wmpo_gym.evaluation.stopwatch import Stopwatch, timed_methods
+
+
+class Worker:
+    def outer(self):
+        time.sleep(0.02)
+        self.inner()
+
+    def inner(self):
+        time.sleep(0.05)
+
+
+def test_inner_time_does_not_count_twice():
+    worker, watch = Worker(), Stopwatch()
+    with timed_methods([(worker, ["outer", "missing"], "outer"), (worker, ["inner"], "inner")], watch):
+        worker.outer()
+    assert watch.seconds["inner"] == pytest.approx(0.05, abs=0.015)
+    assert watch.seconds["outer"] == pytest.approx(0.02, abs=0.015)
+    assert "outer" not in vars(worker)
+
+
+def test_methods_are_restored_after_an_error():
+    worker, watch = Worker(), Stopwatch()
+    with pytest.raises(ZeroDivisionError), timed_methods([(worker, ["inner"], "inner")], watch):
+        raise ZeroDivisionError
+    assert vars(worker) == {}
+
+
+def test_split_adds_up_and_networks_are_left_as_they_were(tiny_world):
+    before = set(vars(tiny_world.network))
+    r = bench_imagined(tiny_world, 3, repeats=2)
+    assert sum(r["split"].values()) == pytest.approx(1.0)
+    assert set(r["split"]) == {"network", "decoder", "classifier", "glue"}
+    assert min(r["split"].values()) > 0 and r["split"]["network"] > 0.3
+    assert r["rows"] == 3 and r["chunk_ms_p95"] >= r["chunk_ms_p50"] > 0
+    # All rows live and the whole episode: frames/s and ms/chunk are two views of one number.
+    assert r["frames_per_second"] == pytest.approx(3 * 4 / r["chunk_ms_p50"] * 1000, rel=0.5)
+    assert set(vars(tiny_world.network)) == before
+
+
+def test_twin_is_measured_alike():
+    r = bench_simulated("move-block", 2, repeats=1)
+    assert set(r["split"]) == {"physics", "renderer", "glue"} and r["frames_per_second"] > 0
+
+
+def test_early_stop_is_what_plain_wastes(tiny_world):
+    tiny_world.classifier.threshold = 0.0  # claims at the first full window
+    try:
+        r = bench_plain(tiny_world, rows=4, repeats=1)
+    finally:
+        tiny_world.classifier.threshold = 1.0
+        never = bench_plain(tiny_world, rows=4, repeats=1)
+    assert r["plain_wasted_frames"] == pytest.approx(1 - 1 / 20) and r["ratio"] > 2
+    assert never["plain_wasted_frames"] == 0.0
+
+
+def test_classifying_at_the_end_agrees_with_the_stream(tiny_world):
+    frames = np.random.default_rng(0).integers(0, 255, (2, 9, 40, 40, 3), dtype=np.uint8)
+    import torch
+
+    tiny_world.classifier.threshold = float(np.nanmax(tiny_world.classifier.scores(frames[0], 0)))
+    finish = _classify_at_the_end(tiny_world, torch.from_numpy(frames), torch.tensor([0, 0]))
+    assert finish[0] == np.nanargmax(tiny_world.classifier.scores(frames[0], 0))
+
+
+def test_context_cache_changes_nothing():
+    r = bench_context_cache(rows=1, steps=2, side=4, repeats=1)
+    assert 0 <= r["largest_difference"] < 1e-5 and r["ratio"] > 0
+
+
+def test_whole_benchmark_prints_and_is_json(tiny_world):
+    r = bench(tiny_world, rows=(1, 2), repeats=1, progress=False)
+    json.dumps(r, allow_nan=False)
+    text = bench_text(r)
+    for needle in ("frames/s", "2 rows", "glue %", "physics %", "context computed once", "peak memory"):
+        assert needle in text
+    assert len(r["imagined"]) == len(r["simulated"]) == 2
+
+
+def test_random_policy_repeats():
+    obs = {"task_id": np.zeros(3)}
+    a, b = (RandomPolicy((4, 3), 5).predict(obs)[0] for _ in range(2))
+    assert (a == b).all() and a.shape == (3, 4, 3) and np.abs(a).max() <= 1
