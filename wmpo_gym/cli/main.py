@@ -21,7 +21,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 # What a user types -> (module with the Command, what it does).
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "collect": ("wmpo_gym.cli.collect", "record episodes: the scripted expert, play, or a policy"),
+    "train sft": ("wmpo_gym.cli.train_sft", "fine-tune a policy on recorded episodes"),
+    "train world-model": ("wmpo_gym.cli.train_world_model", "pre-train a world model, or align one on rollouts"),
+}
 
 # Module that is missing -> extra that brings it.
 EXTRAS = {

@@ -197,6 +197,10 @@ class EpisodeStore:
         """Start-state ids of the episodes in order of writing, from their descriptions alone."""
         return [meta["start_state_id"] for meta in self._metas()]
 
+    def outcomes(self) -> list[bool | None]:
+        """Success of the episodes in order of writing, from their descriptions alone."""
+        return [meta["success"] for meta in self._metas()]
+
     def _metas(self) -> list[dict[str, Any]]:
         metas = []
         for directory in self.directories():

@@ -1,0 +1,103 @@
+"""What several commands need: finding policies, worlds and episodes, and choosing start states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wmpo_gym.data.atomic import ArtifactError, plain, read_json, write_json_atomic
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.store import EpisodeStore
+from wmpo_gym.tasks import Task
+
+if TYPE_CHECKING:
+    from wmpo_gym.policies.vla_policy import VLAPolicy
+    from wmpo_gym.world.world import World
+
+
+def load_policy(name_or_dir: str, *, seed: int = 0) -> VLAPolicy:
+    """A policy from a directory, a hub id or the name of a task with a bundled one.
+
+    Raises:
+        ValueError: If there is none.
+        ArtifactError: If its files are damaged.
+    """
+    from wmpo_gym.policies.vla_policy import VLAPolicy
+    from wmpo_gym.world.world import find_pretrained
+
+    return VLAPolicy.from_pretrained(find_pretrained(name_or_dir, "policy"), seed=seed)
+
+
+def load_world(name_or_dir: str) -> World:
+    """A world from a directory, a hub id or the name of a task with a bundled one.
+
+    Raises:
+        ValueError: If there is none.
+        ArtifactError: If its files are damaged.
+    """
+    from wmpo_gym.world.world import World
+
+    return World.from_pretrained(name_or_dir)
+
+
+def load_episodes(directories: Sequence[Path], task: Task) -> list[Episode]:
+    """The episodes of several stores; broken ones are skipped with a warning.
+
+    Raises:
+        ArtifactError: If a directory does not exist or holds no whole episode.
+        ValueError: If an episode was recorded for another task.
+    """
+    episodes = []
+    for directory in directories:
+        found = EpisodeStore(directory).load()
+        if not found:
+            raise ArtifactError(f"{directory} holds no whole episode; `wmpo collect` records some.")
+        for episode in found:
+            if episode.meta.get("task", task.name) != task.name:
+                raise ValueError(
+                    f"{directory} holds episodes of task {episode.meta['task']!r}, not {task.name!r}."
+                )
+        episodes += found
+    return episodes
+
+
+def choose_start_states(task: Task, split: str, n: int, seed: int) -> list[int]:
+    """Draw n different start states of a split.
+
+    A larger n with the same seed begins with the same start states, so that a collection can be extended.
+
+    Raises:
+        ValueError: If the split is unknown or has fewer start states.
+    """
+    ids = task.split_ids(split)
+    if not 0 < n <= len(ids):
+        raise ValueError(
+            f"{n} episodes asked of split {split!r}, which has {len(ids)} start states; choose 1 to {len(ids)}."
+        )
+    return np.random.default_rng([seed, 0x57A7]).permutation(np.arange(ids.start, ids.stop))[:n].tolist()
+
+
+def keep_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Remember what a directory was begun with, and refuse to go on with something else.
+
+    Args:
+        file: JSON file in that directory.
+        settings: What decides its content.
+
+    Raises:
+        ValueError: If the file holds other settings; the message names the first difference.
+    """
+    settings = plain(settings)
+    if not file.exists():
+        write_json_atomic(file, settings)
+        return
+    before = read_json(file)
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise ValueError(
+                f"{file.parent} was begun with {key} = {before.get(key)!r}, now it is {value!r}; use the same options "
+                "to go on there, or another --out."
+            )

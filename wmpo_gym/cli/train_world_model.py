@@ -1,0 +1,175 @@
+"""``wmpo train world-model``: pre-train a world model on play, or align one on a policy's rollouts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from wmpo_gym.cli.common import keep_settings, load_episodes, load_world
+from wmpo_gym.data.atomic import read_json, write_json_atomic
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.tasks import Task, get_task
+from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from wmpo_gym.world.world import World
+
+# Beside the published size (the defaults of STDiT): one that a CPU trains, on the pixels themselves.
+SMALL_STDIT = {"hidden_size": 192, "depth": 4, "num_heads": 4, "patch_size": 4, "predict_sigma": False}
+
+
+@dataclass(frozen=True)
+class Command:
+    """Train a world model: on play first, then (--init) on rollouts of the policy that is to practise in it.
+
+    Interrupted, the same command goes on from its last checkpoint, to the same weights.
+
+    Attributes:
+        episodes: Directories of episodes; labels are not used.
+        out: Directory of the world. Checkpoints, TensorBoard curves, sample videos and quality.json go to the same
+            name with .training behind it.
+        play: Directories of further episodes that count less.
+        weight: How many times more often an episode of --episodes is drawn than one of --play.
+        task: Task.
+        init: World to go on from (directory, hub id or task name); its networks and sampling settings are kept.
+        network: Convolutions on pixels (small, quick), or the published spatial-temporal transformer.
+        network_config: JSON file with further arguments of the network.
+        autoencoder: Directory of a diffusers AutoencoderKL; pixels by default.
+        context_frames: Frames the network sees.
+        denoising_steps: Steps per chunk, in training and afterwards.
+        holdout: Share of the episodes that is kept for measuring.
+        training: How to train.
+    """
+
+    episodes: tuple[Path, ...]
+    out: Path
+    play: tuple[Path, ...] = ()
+    weight: float = 2.5
+    task: str = "move-block"
+    init: str | None = None
+    network: Literal["conv", "stdit"] = "conv"
+    network_config: Path | None = None
+    autoencoder: Path | None = None
+    context_frames: int = 2
+    denoising_steps: int = 1
+    holdout: float = 0.1
+    training: WorldModelTraining = field(default_factory=WorldModelTraining)
+
+    def run(self) -> None:
+        """Train, measure, save."""
+        task = get_task(self.task)
+        episodes, play = load_episodes(self.episodes, task), load_episodes(self.play, task)
+        world = load_world(self.init) if self.init else self._new_world(task, episodes)
+        logs = self.out.with_name(self.out.name + ".training")
+        keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k != "out"})
+        kept, held = _split(episodes, self.holdout, self.training.seed)
+
+        def judge(network: nn.Module, step: int) -> dict[str, float]:
+            return _judge(replace(world, network=network), held, logs, step)
+
+        trainer = WorldModelTrainer(
+            world.network,
+            world.autoencoder,
+            task,
+            [*kept, *play],
+            self.training,
+            context_frames=world.config.context_frames,
+            denoising_steps=world.config.denoising_steps,
+            weights=[self.weight] * len(kept) + [1.0] * len(play),
+            checkpoint_dir=logs / "checkpoint",
+            tensorboard=logs,
+            validate=judge if held else None,
+        )
+        history = trainer.train()
+        world.card = {**world.card, "world_model": self._provenance(len(kept), len(play), history)}
+        world.card.pop("gates", None)  # they were measured with other weights
+        world.save_pretrained(self.out)
+        print(_summary(history[-1] if history else {}, trainer.step, self.out))
+
+    def _new_world(self, task: Task, episodes: list[Episode]) -> World:
+        import torch
+
+        from wmpo_gym.world.autoencoder import LatentAutoencoder, PixelAutoencoder
+        from wmpo_gym.world.world import StartFrames, World, WorldConfig
+
+        autoencoder: Any = LatentAutoencoder.from_pretrained(self.autoencoder) if self.autoencoder else PixelAutoencoder()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.training.seed)
+            network = self._new_network(task, autoencoder)
+        config = WorldConfig(context_frames=self.context_frames, denoising_steps=self.denoising_steps)
+        return World(task, network, autoencoder, None, StartFrames.from_episodes(episodes), config, {"name": task.name})
+
+    def _new_network(self, task: Task, autoencoder: Any) -> nn.Module:
+        from wmpo_gym.world.conv import ConvWorldModel
+        from wmpo_gym.world.stdit import STDiT
+
+        given = read_json(self.network_config) if self.network_config else {}
+        shared = {"context_frames": self.context_frames, "chunk": task.chunk, "action_dim": task.action_dim}
+        size = task.image_size // autoencoder.downscale
+        kind: Any
+        if self.network == "conv":
+            kind, fitted = ConvWorldModel, {"image_size": size, "channels": autoencoder.latent_channels}
+        else:
+            fitted = {
+                "in_channels": autoencoder.latent_channels,
+                "pixels_per_latent": autoencoder.downscale,
+                "base_size": task.image_size,
+                **SMALL_STDIT,
+            }
+            kind = STDiT
+        try:
+            return kind(**{**shared, **fitted, **given})
+        except TypeError as error:
+            raise ValueError(f"{self.network_config} does not fit the network {self.network!r}: {error}") from error
+
+    def _provenance(self, kept: int, play: int, history: Sequence[dict[str, float]]) -> dict[str, Any]:
+        return {
+            "command": " ".join(["wmpo", *sys.argv[1:]]),
+            "init": self.init,
+            "episodes": kept,
+            "play_episodes": play,
+            "training": asdict(self.training),
+            "final": history[-1] if history else {},
+        }
+
+
+def _split(episodes: list[Episode], share: float, seed: int) -> tuple[list[Episode], list[Episode]]:
+    """Episodes to train on, and a share to measure on."""
+    if not 0 <= share < 1:
+        raise ValueError(f"--holdout must be a share of the episodes in [0, 1), got {share}.")
+    held = set(np.random.default_rng([seed, 5]).permutation(len(episodes))[: round(share * len(episodes))].tolist())
+    parts = [e for i, e in enumerate(episodes) if i not in held], [e for i, e in enumerate(episodes) if i in held]
+    return parts
+
+
+def _judge(world: World, held: list[Episode], logs: Path, step: int) -> dict[str, float]:
+    """Figures at a checkpoint; the whole table goes to quality.json and the pictures to samples/."""
+    from wmpo_gym.evaluation.video import save_video
+    from wmpo_gym.evaluation.world_quality import sample_video, world_quality
+
+    quality = world_quality(world, held)
+    write_json_atomic(logs / "quality.json", {"step": step, **quality})
+    save_video(logs / "samples" / f"step_{step:06d}.mp4", sample_video(world, held), fps=world.task.control_hz, scale=3)
+    return _figures(quality)
+
+
+def _figures(quality: dict[str, Any]) -> dict[str, float]:
+    """Means and ends of the curves, to log."""
+    figures = {name: quality[name] for name in ("different_actions", "different_noise")}
+    for name in ("psnr_db", "ssim", "object_error_px"):
+        values = [v for v in quality.get(name, ()) if v is not None]
+        if values:
+            figures |= {f"{name}_mean": float(np.mean(values)), f"{name}_last": values[-1]}
+    return figures
+
+
+def _summary(last: dict[str, float], steps: int, out: Path) -> str:
+    shown = [f"{k} {last[k]:.3g}" for k in ("loss", "psnr_db_mean", "psnr_db_last", "object_error_px_last") if k in last]
+    return f"{steps} steps{': ' if shown else ''}{', '.join(shown)}; the world is in {out}"

@@ -1,0 +1,130 @@
+"""How good a world model's pictures are, step by step, and whether it obeys the actions.
+
+Recorded episodes are imagined again from their first frame with their own actions, over their whole length, and
+compared with the recording. No success classifier is needed, so a world that is only pre-trained can be judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.evaluation.locate import object_error
+from wmpo_gym.world.world import World
+
+LEAST_SQUARED_ERROR = 1e-3  # of grey levels; keeps the PSNR of a perfect frame finite (78 dB)
+
+
+def dream(world: World, frames: np.ndarray, actions: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Imagine what actions lead to.
+
+    Args:
+        world: The world; its classifier is not used.
+        frames: uint8 (N, H, W, 3), where to start.
+        actions: float32 (N, T, D), whole chunks.
+        seed: Seed of the noise.
+
+    Returns:
+        uint8 (N, T+1, H, W, 3), the start frames first.
+    """
+    import torch
+
+    imagination, n = world.imagination(), len(frames)
+    generator = torch.Generator().manual_seed(seed)
+    state, clips = imagination.start(frames), [frames[:, None]]
+    for chunk in np.split(actions, actions.shape[1] // world.task.chunk, axis=1):
+        noise = torch.randn((n, *imagination.noise_shape), generator=generator)
+        made, state = imagination.step(state, chunk, noise)
+        clips.append(made.cpu().numpy())
+    return np.concatenate(clips, axis=1)
+
+
+def world_quality(world: World, episodes: Sequence[Episode], *, seed: int = 0) -> dict[str, Any]:
+    """Judge a world on recorded episodes that it was not trained on.
+
+    Args:
+        world: The world.
+        episodes: At least one; labels are not used.
+        seed: Seed of the imagination's noise.
+
+    Returns:
+        Lists over the control steps 1 to T, means over the episodes that last so long: ``psnr_db``, ``ssim``
+        (Wang et al. 2004) and, where the task's object can be located, the median ``object_error_px``; and how
+        much the picture changes, in grey levels, under ``different_actions`` and under ``different_noise``.
+
+    Raises:
+        ValueError: If there is no episode, or one longer than the task's horizon.
+    """
+    task = world.task
+    if not episodes or max(e.n_steps for e in episodes) > task.horizon:
+        raise ValueError(f"Judging a world needs episodes of at most {task.horizon} steps; got {len(episodes)}.")
+    actions = np.stack([_to_horizon(e.actions, task.horizon) for e in episodes])
+    real = np.stack([_to_horizon(e.frames, task.horizon + 1) for e in episodes])
+    made = dream(world, real[:, 0], actions, seed=seed)
+    lasts = np.array([e.n_steps for e in episodes])[:, None] >= np.arange(1, task.horizon + 1)
+    by_step: dict[str, np.ndarray | None] = {
+        "psnr_db": _psnr(made[:, 1:], real[:, 1:]),
+        "ssim": _ssim(made[:, 1:], real[:, 1:]),
+    }
+    quality: dict[str, Any] = {"episodes": len(episodes)}
+    for name, values in by_step.items():
+        quality[name] = [float(v[m].mean()) if m.any() else None for v, m in zip(values.T, lasts.T, strict=True)]
+    errors = object_error(task, made, real, np.array([e.task_id for e in episodes]))
+    if errors is not None:
+        errors = np.where(lasts, errors[:, 1:], np.nan)
+        quality["object_error_px"] = [
+            float(np.nanmedian(column)) if np.isfinite(column).any() else None for column in errors.T
+        ]
+    return quality | _sensitivity(world, made, actions, seed)
+
+
+def sample_video(world: World, episodes: Sequence[Episode], *, n: int = 6, seed: int = 0) -> np.ndarray:
+    """Recordings (left) beside their imagination (right), one below the other.
+
+    Returns:
+        uint8 (T+1, n H + gaps, 2 W + gap, 3).
+    """
+    from wmpo_gym.evaluation.video import side_by_side
+
+    horizon = world.task.horizon
+    chosen = episodes[:n]
+    real = np.stack([_to_horizon(e.frames, horizon + 1) for e in chosen])
+    actions = np.stack([_to_horizon(e.actions, horizon) for e in chosen])
+    made = dream(world, real[:, 0], actions, seed=seed)
+    rows = [np.pad(side_by_side(a, b), ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=255) for a, b in zip(real, made, strict=True)]
+    return np.concatenate(rows, axis=1)
+
+
+def _to_horizon(values: np.ndarray, length: int) -> np.ndarray:
+    """Repeat the last entry up to a length."""
+    return values[np.minimum(np.arange(length), len(values) - 1)]
+
+
+def _sensitivity(world: World, made: np.ndarray, actions: np.ndarray, seed: int) -> dict[str, float]:
+    base = made.astype(np.int16)
+
+    def change(other_actions: np.ndarray, other_seed: int) -> float:
+        return float(np.abs(dream(world, made[:, 0], other_actions, seed=other_seed).astype(np.int16) - base).mean())
+
+    # Another episode's actions; a single episode is mirrored in action space instead.
+    others = np.roll(actions, 1, axis=0) if len(actions) > 1 else -actions
+    return {"different_actions": change(others, seed), "different_noise": change(actions, seed + 1)}
+
+
+def _psnr(made: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB (N, T) of uint8 (N, T, H, W, 3)."""
+    squared = np.square(made.astype(np.float32) - real).mean(axis=(2, 3, 4))
+    return 10 * np.log10(255.0**2 / np.maximum(squared, LEAST_SQUARED_ERROR))
+
+
+def _ssim(made: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Structural similarity (N, T) of uint8 (N, T, H, W, 3)."""
+    import torch
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    pictures = [torch.from_numpy(x.reshape(-1, *x.shape[2:])).movedim(-1, 1).float() / 255 for x in (made, real)]
+    values = structural_similarity_index_measure(*pictures, data_range=1.0, reduction="none")
+    return values.reshape(made.shape[:2]).numpy()
