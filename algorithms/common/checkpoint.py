@@ -1,0 +1,216 @@
+"""Checkpoints from which a killed run goes on to the same numbers.
+
+A checkpoint is a directory ``iteration-000012`` of safetensors and JSON that appears under its name only when
+it is complete; no pickle. It holds the weights, the optimizer, every random state and the counters.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch as th
+
+from wmpo_gym.data.atomic import (
+    ArtifactError,
+    WriteError,
+    load_safetensors,
+    plain,
+    read_json,
+    save_safetensors,
+    write_dir_atomic,
+    write_json_atomic,
+)
+from wmpo_gym.envs.ledger import Ledger
+
+if TYPE_CHECKING:
+    from wmpo_gym.algorithms.common.group_algorithm import GroupAlgorithm
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, th.Tensor]
+
+
+class CheckpointDirectory:
+    """The checkpoints of one run.
+
+    Args:
+        path: Directory; made when the first checkpoint is written.
+        keep: How many of the newest to keep, at least 1.
+    """
+
+    def __init__(self, path: str | Path, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}.")
+        self.path = Path(path)
+        self.keep = keep
+
+    def complete(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        return sorted(self.path.glob("iteration-[0-9]*"))
+
+    def newest_iteration(self) -> int:
+        """Iteration of the newest complete checkpoint, 0 if there is none."""
+        complete = self.complete()
+        return int(complete[-1].name.split("-")[1]) if complete else 0
+
+    def save(self, iteration: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint in full, then delete the oldest beyond ``keep``.
+
+        Args:
+            iteration: Names the checkpoint.
+            tensors: One safetensors file per entry.
+            state: Written as ``state.json``.
+
+        Raises:
+            WriteError: If it could not be written (for instance a full disk); earlier ones are untouched.
+        """
+        target = self.path / f"iteration-{iteration:06d}"
+        try:
+            with write_dir_atomic(target) as directory:
+                for name, content in tensors.items():
+                    save_safetensors(directory / f"{name}.safetensors", content, durable=False)
+                write_json_atomic(directory / "state.json", state, durable=False)
+        except WriteError as error:
+            kept = [p.name for p in self.complete()]
+            raise WriteError(
+                error.errno,
+                f"{error.strerror}. Training is still in memory and {kept[-1] if kept else 'nothing else'} "
+                "is intact: free some space, then save_checkpoint() again or rerun with learn(resume=True)",
+            ) from error
+        for old in self.complete()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def load_newest(self) -> tuple[dict[str, Tensors], dict[str, Any]] | None:
+        """Read the newest checkpoint that is undamaged; None if there is none.
+
+        A damaged one (cut off or edited by other hands) is named in the log and passed over.
+        """
+        for path in reversed(self.complete()):
+            try:
+                state = read_json(path / "state.json")
+                return {f.stem: load_safetensors(f) for f in sorted(path.glob("*.safetensors"))}, state
+            except ArtifactError as error:
+                logger.warning("Passing over the damaged checkpoint %s: %s", path, error)
+        return None
+
+
+def pack_optimizer(optimizer: th.optim.Optimizer) -> tuple[Tensors, dict[str, Any]]:
+    """An optimizer's state as tensors and JSON."""
+    packed = optimizer.state_dict()
+    slots = {f"{i}.{name}": v for i, slot in packed["state"].items() for name, v in slot.items()}
+    tensors = {k: v for k, v in slots.items() if isinstance(v, th.Tensor)}
+    numbers = {k: v for k, v in slots.items() if k not in tensors}
+    return tensors, {"slots": numbers, "param_groups": packed["param_groups"]}
+
+
+def unpack_optimizer(optimizer: th.optim.Optimizer, tensors: Tensors, state: Mapping[str, Any]) -> None:
+    """Put :func:`pack_optimizer`'s result back, in place."""
+    slots: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **state["slots"]}.items():
+        index, name = key.split(".", 1)
+        slots.setdefault(int(index), {})[name] = value
+    groups = [
+        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
+        for group in state["param_groups"]
+    ]
+    optimizer.load_state_dict({"state": slots, "param_groups": groups})
+
+
+def policy_generators(policy: th.nn.Module) -> dict[str, th.Generator]:
+    """The torch generators a policy samples from, by attribute name."""
+    return {name: value for name, value in vars(policy).items() if isinstance(value, th.Generator)}
+
+
+def pack_rng(policy: th.nn.Module, generator: np.random.Generator) -> tuple[Tensors, dict[str, Any]]:
+    """All random states: python, numpy, torch (CPU and CUDA), the policy's, and the algorithm's own."""
+    tensors = {"torch": th.get_rng_state()}
+    if th.cuda.is_available():
+        tensors |= {f"cuda.{i}": s for i, s in enumerate(th.cuda.get_rng_state_all())}
+    tensors |= {f"policy.{name}": g.get_state() for name, g in policy_generators(policy).items()}
+    kind, keys, *rest = np.random.get_state()
+    return tensors, {
+        "group": generator.bit_generator.state,
+        "numpy": [kind, keys, *rest],
+        "python": random.getstate(),
+    }
+
+
+def unpack_rng(
+    policy: th.nn.Module, generator: np.random.Generator, tensors: Tensors, state: Mapping[str, Any]
+) -> None:
+    """Put :func:`pack_rng`'s result back, in place."""
+    th.set_rng_state(tensors["torch"])
+    for i in range(th.cuda.device_count() if th.cuda.is_available() else 0):
+        if f"cuda.{i}" in tensors:
+            th.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
+    for name, policy_generator in policy_generators(policy).items():
+        policy_generator.set_state(tensors[f"policy.{name}"])
+    generator.bit_generator.state = state["group"]
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _settings(model: GroupAlgorithm) -> dict[str, Any]:
+    """What must be equal on resuming; schedules are functions and cannot be compared."""
+    values = {name: getattr(model, name) for name in model.resume_settings}
+    return plain({k: v for k, v in values.items() if not callable(v)})
+
+
+def save_training(model: GroupAlgorithm, checkpoints: CheckpointDirectory) -> Path:
+    """Write a checkpoint of a run between two iterations.
+
+    Raises:
+        WriteError: If the disk is full; the model and earlier checkpoints are untouched.
+    """
+    optimizer, optimizer_state = pack_optimizer(model.policy.optimizer)
+    rng, rng_state = pack_rng(model.policy, model.group_rng)
+    names = [n for n in model._get_torch_save_params()[0] if n != "policy.optimizer"]
+    weights = {name: dict(getattr(model, name).state_dict()) for name in names}
+    state = {
+        "settings": _settings(model),
+        "iteration": model._iteration,
+        "num_timesteps": model.num_timesteps,
+        "n_updates": model._n_updates,
+        "budget": model.budget.to_dict(),
+        "history": model.history,
+        "optimizer": optimizer_state,
+        "rng": rng_state,
+    }
+    return checkpoints.save(model._iteration, {**weights, "optimizer": optimizer, "rng": rng}, state)
+
+
+def load_training(model: GroupAlgorithm, checkpoints: CheckpointDirectory) -> bool:
+    """Put a model back to the newest checkpoint, in place; False if there is none.
+
+    Raises:
+        ValueError: If the checkpoint was written under other settings.
+    """
+    found = checkpoints.load_newest()
+    if found is None:
+        return False
+    tensors, state = found
+    now, was = _settings(model), state["settings"]
+    changed = [f"{k}={now.get(k)!r} (was {was.get(k)!r})" for k in now | was if now.get(k) != was.get(k)]
+    if changed:
+        raise ValueError(
+            f"The checkpoints in {checkpoints.path} belong to a run with other settings: "
+            f"{', '.join(changed)}. Use the same settings, or another checkpoint_dir."
+        )
+    for name in model._get_torch_save_params()[0]:
+        if name != "policy.optimizer":
+            getattr(model, name).load_state_dict(tensors[name])
+    unpack_optimizer(model.policy.optimizer, tensors["optimizer"], state["optimizer"])
+    unpack_rng(model.policy, model.group_rng, tensors["rng"], state["rng"])
+    model._iteration, model.num_timesteps = state["iteration"], state["num_timesteps"]
+    model._n_updates, model.history = state["n_updates"], state["history"]
+    model.budget = Ledger(**state["budget"])
+    return True
