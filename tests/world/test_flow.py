@@ -168,7 +168,7 @@ def test_sampler(run, cached, golden, published_stdit):
 
 
 def test_sampler_in_bfloat16(golden, published_stdit):
-    """Root mean square against the bfloat16 run of the release; timesteps not rounded are ten times as far."""
+    """Root mean square against the bfloat16 run of the release; exact timesteps are ten times as far."""
     tensors, _ = golden("rflow")
     expected = golden("stdit3_tiny_bf16")[0]["s30_official.z_final_bf16"][:, :, 4:]
     network, z = published_stdit(pixels_per_latent=32).bfloat16(), tensors["sample.z"]
