@@ -1,4 +1,4 @@
-"""A progress bar that counts decisions."""
+"""A progress bar that counts what is limited: decisions, or iterations."""
 
 from __future__ import annotations
 
@@ -6,22 +6,35 @@ from stable_baselines3.common.callbacks import ProgressBarCallback
 from tqdm import tqdm
 
 
-class DecisionProgressBar(ProgressBarCallback):
+class GroupProgressBar(ProgressBarCallback):
     """Progress bar of ``learn`` with the time left and the latest success rate.
 
-    SB3's own adds ``num_envs`` at every ``env.step``; here only rows that are still running decide anything,
-    so that bar would overrun its total.
+    It counts iterations if ``learn`` was given ``max_iterations``, decisions otherwise. SB3's own adds
+    ``num_envs`` at every ``env.step``; here only rows that are still running decide anything, so that bar
+    would overrun its total.
     """
 
     def _on_training_start(self) -> None:
-        total = self.locals["total_timesteps"]
-        self.pbar = tqdm(total=total, initial=self.model.num_timesteps, unit="decision", dynamic_ncols=True)
+        iterations, decisions = self.locals["last_iteration"], self.locals["total_timesteps"]
+        self.counts_iterations = iterations < decisions
+        total, unit = (iterations, "iteration") if self.counts_iterations else (decisions, "decision")
+        self.pbar = tqdm(total=total, initial=self._done(), unit=unit, dynamic_ncols=True)
+
+    def _done(self) -> int:
+        return self.model._iteration if self.counts_iterations else self.model.num_timesteps
+
+    def _advance(self) -> None:
+        self.pbar.update(min(self._done(), self.pbar.total) - self.pbar.n)
 
     def _on_step(self) -> bool:
-        self.pbar.update(min(self.model.num_timesteps, self.pbar.total) - self.pbar.n)
+        self._advance()
         return True
 
     def _on_rollout_end(self) -> None:
         rate = self.model.logger.name_to_value.get("rollout/success_rate")
         if rate is not None:
             self.pbar.set_postfix(success=f"{100 * rate:.0f}%")
+
+    def _on_training_end(self) -> None:
+        self._advance()
+        super()._on_training_end()

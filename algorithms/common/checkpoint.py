@@ -214,3 +214,26 @@ def load_training(model: GroupAlgorithm, checkpoints: CheckpointDirectory) -> bo
     model._n_updates, model.history = state["n_updates"], state["history"]
     model.budget = Ledger(**state["budget"])
     return True
+
+
+def resume_or_refuse(model: GroupAlgorithm, resume: bool) -> bool:
+    """At the start of ``learn``: restore the newest checkpoint if asked to; True if there was one.
+
+    Raises:
+        ValueError: If the model has no ``checkpoint_dir`` to resume from, or if its directory holds an
+            earlier run that is not to be resumed.
+    """
+    if model.checkpoint_dir is None:
+        if resume:
+            raise ValueError("learn(resume=True) needs a checkpoint_dir; give one to the constructor.")
+        return False
+    checkpoints = CheckpointDirectory(model.checkpoint_dir)
+    if resume:
+        return load_training(model, checkpoints)
+    newest = checkpoints.newest_iteration()
+    if newest > model._iteration:
+        raise ValueError(
+            f"{model.checkpoint_dir} holds checkpoints of an earlier run (iteration {newest}); call "
+            "learn(resume=True) to go on with it, or give another checkpoint_dir."
+        )
+    return False

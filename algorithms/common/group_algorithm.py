@@ -20,11 +20,11 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from wmpo_gym.algorithms.common.callbacks import DecisionProgressBar
+from wmpo_gym.algorithms.common.callbacks import GroupProgressBar
 from wmpo_gym.algorithms.common.checkpoint import (
     CheckpointDirectory,
-    load_training,
     policy_generators,
+    resume_or_refuse,
     save_training,
 )
 from wmpo_gym.algorithms.common.env_util import (
@@ -51,6 +51,7 @@ SelfGroupAlgorithm = TypeVar("SelfGroupAlgorithm", bound="GroupAlgorithm")
 
 # An episode that is still running after so many decisions has no time limit; a wave would never end.
 MAX_DECISIONS = 10_000
+NO_LIMIT = 10**12
 
 
 class GroupAlgorithm(BaseAlgorithm):
@@ -275,50 +276,59 @@ class GroupAlgorithm(BaseAlgorithm):
 
     def learn(
         self: SelfGroupAlgorithm,
-        total_timesteps: int,
+        total_timesteps: int = NO_LIMIT,
         callback: MaybeCallback = None,
         log_interval: int = 1,
         tb_log_name: str = "run",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        max_iterations: int | None = None,
         resume: bool = False,
     ) -> SelfGroupAlgorithm:
         """Alternate rollouts and updates.
 
         Args:
-            total_timesteps: Decisions to make; the last iteration is always finished.
+            total_timesteps: Decisions to make; the last iteration is always finished. May be left out if
+                ``max_iterations`` is given.
             callback: Called once per ``env.step``.
             log_interval: Iterations between log entries.
             tb_log_name: Name of the TensorBoard run.
             reset_num_timesteps: Count from zero. False goes on with a trained model for ``total_timesteps``
                 more.
             progress_bar: Show a bar with the time left.
+            max_iterations: Iterations (rollouts and an update each) after which to stop in any case.
             resume: Go on from the newest checkpoint in ``checkpoint_dir``, if there is one, with the numbers
-                an uninterrupted run would have had; ``total_timesteps`` is then that of the whole run.
+                an uninterrupted run would have had; the two limits are then those of the whole run.
 
         Returns:
             The model.
 
         Raises:
             WriteError: If a checkpoint cannot be written; nothing trained is lost.
-            ValueError: If the checkpoints belong to other settings, or to an earlier run and ``resume`` is
-                False.
+            ValueError: If no limit is given, or if the checkpoints belong to other settings, or to an earlier
+                run and ``resume`` is False.
         """
-        if self._resume_or_refuse(resume):
+        if total_timesteps >= NO_LIMIT and max_iterations is None:
+            raise ValueError("learn() needs total_timesteps or max_iterations.")
+        resumed = resume_or_refuse(self, resume)
+        if resumed:
             reset_num_timesteps, total_timesteps = False, max(0, total_timesteps - self.num_timesteps)
+        max_iterations = NO_LIMIT if max_iterations is None else max_iterations
+        last_iteration = max_iterations if resumed else self._iteration + max_iterations
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         self._ledger_seen = read_ledger(self.env)
         callback.on_training_start(locals(), globals())
-        while self.num_timesteps < total_timesteps:
+        while self.num_timesteps < total_timesteps and self._iteration < last_iteration:
             started = time.time()
             rollouts = self.collect_rollouts(callback)
             if rollouts is None:
                 break
             collected = time.time()
             self._iteration += 1
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            left = (last_iteration - self._iteration) / max_iterations
+            self._current_progress_remaining = min(1 - self.num_timesteps / total_timesteps, left)
             if len(rollouts):
                 self.train(rollouts)
             else:
@@ -336,7 +346,7 @@ class GroupAlgorithm(BaseAlgorithm):
         if progress_bar:
             listed = callback if isinstance(callback, list) else [] if callback is None else [callback]
             listed = [c if isinstance(c, BaseCallback) else ConvertCallback(c) for c in listed]
-            callback = [*listed, DecisionProgressBar()]
+            callback = [*listed, GroupProgressBar()]
         return super()._init_callback(callback, progress_bar=False)
 
     def dump_logs(self, write: bool = True) -> None:
@@ -376,20 +386,3 @@ class GroupAlgorithm(BaseAlgorithm):
         if self.checkpoint_dir is None:
             raise ValueError("This model has no checkpoint_dir; give one to the constructor.")
         return save_training(self, CheckpointDirectory(self.checkpoint_dir))
-
-    def _resume_or_refuse(self, resume: bool) -> bool:
-        """Restore the newest checkpoint if asked to; True if there was one."""
-        if self.checkpoint_dir is None:
-            if resume:
-                raise ValueError("learn(resume=True) needs a checkpoint_dir; give one to the constructor.")
-            return False
-        checkpoints = CheckpointDirectory(self.checkpoint_dir)
-        if resume:
-            return load_training(self, checkpoints)
-        newest = checkpoints.newest_iteration()
-        if newest > self._iteration:
-            raise ValueError(
-                f"{self.checkpoint_dir} holds checkpoints of an earlier run (iteration {newest}); call "
-                "learn(resume=True) to go on with it, or give another checkpoint_dir."
-            )
-        return False

@@ -15,7 +15,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from wmpo_gym.algorithms.common.group_algorithm import GroupAlgorithm
+from wmpo_gym.algorithms.common.group_algorithm import NO_LIMIT, GroupAlgorithm
 from wmpo_gym.algorithms.common.objective import (
     LossNormalizer,
     clipped_surrogate,
@@ -287,15 +287,23 @@ class GRPO(GroupAlgorithm):
 
     def learn(
         self: SelfGRPO,
-        total_timesteps: int,
+        total_timesteps: int = NO_LIMIT,
         callback: MaybeCallback = None,
         log_interval: int = 1,
         tb_log_name: str = "GRPO",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        max_iterations: int | None = None,
         resume: bool = False,
     ) -> SelfGRPO:
         """Alternate grouped rollouts and updates; see :meth:`GroupAlgorithm.learn` for the arguments."""
         return super().learn(
-            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar, resume
+            total_timesteps,
+            callback,
+            log_interval,
+            tb_log_name,
+            reset_num_timesteps,
+            progress_bar,
+            max_iterations,
+            resume,
         )

@@ -84,6 +84,15 @@ def test_it_can_be_killed_again_and_again(tmp_path, uninterrupted):
     assert resumed.budget.real_steps >= resumed.num_timesteps
 
 
+def test_a_limit_of_iterations_is_that_of_the_whole_run(tmp_path):
+    whole = make(tmp_path / "whole").learn(max_iterations=4)
+    with pytest.raises(Killed):
+        make(tmp_path / "killed").learn(max_iterations=4, callback=KillAfter(8))
+    resumed = make(tmp_path / "killed").learn(max_iterations=4, resume=True)
+    assert resumed._iteration == 4
+    assert_same(resumed, whole)
+
+
 def test_a_finished_run_is_not_repeated(tmp_path):
     model = make(tmp_path).learn(100)
     again = make(tmp_path).learn(100, resume=True)

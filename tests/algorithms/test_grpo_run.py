@@ -312,6 +312,21 @@ def test_progress_bar_counts_decisions(capsys):
     assert model.num_timesteps >= 200
 
 
+def test_iterations_may_be_the_limit(capsys):
+    model = make(learning_rate=lambda progress: 1e-3 * progress, success_bounds=(0.0, 1.0))
+    model.learn(max_iterations=3, progress_bar=True)
+    assert model._iteration == len(model.history) == 3
+    assert "3/3" in capsys.readouterr().err
+    rates = [e["train/learning_rate"] for e in model.history]
+    assert rates == pytest.approx([1e-3 * 2 / 3, 1e-3 / 3, 0.0])
+    model.learn(max_iterations=2, reset_num_timesteps=False)
+    assert model._iteration == 5
+    model.learn(1, max_iterations=9)
+    assert model._iteration == 6
+    with pytest.raises(ValueError, match="total_timesteps or max_iterations"):
+        model.learn()
+
+
 def test_log_keys_and_tensorboard(tmp_path):
     model = make(tensorboard_log=str(tmp_path)).learn(100)
     expected = {
