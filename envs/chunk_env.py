@@ -173,7 +173,7 @@ class ChunkVectorEnv(TaskVectorEnv):
         """Execute one action chunk in every row that is not finished.
 
         Args:
-            actions: ``(num_envs, K, D)`` in [-1, 1]; the actions of finished rows are ignored.
+            actions: ``(num_envs, K, D)`` in [-1, 1]; those of finished rows are checked but not executed.
 
         Returns:
             Observations, rewards float64, terminations, truncations (never both) and infos.
@@ -192,7 +192,7 @@ class ChunkVectorEnv(TaskVectorEnv):
                 "options={'reset_mask': …} first, or make the environment with skip_finished=True."
             )
         task, active = self.task_spec, np.flatnonzero(~finished)
-        actions = check_actions(actions, (self.num_envs, task.chunk, task.action_dim), active)
+        actions = check_actions(actions, (self.num_envs, task.chunk, task.action_dim))
         terminations, truncations = np.zeros((2, self.num_envs), np.bool_)
         for column in (*self._rewards.values(), self._episode.n_frames, self._episode.nfe, self._stepped):
             column[:] = 0

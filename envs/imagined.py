@@ -241,15 +241,18 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         """Frames uint8 (n, K, H, W, 3) and success probabilities (n, K) of the next chunk."""
         import torch
 
-        shape = self._imagination.noise_shape
+        shape, n = self._imagination.noise_shape, len(rows)
         noise = torch.stack([torch.randn(shape, generator=self._noise[row]) for row in rows])
+        if n == 1 and self._device == "cpu":
+            # PyTorch has other kernels for a batch of one, whose sums differ in the last bit.
+            rows, actions, noise = rows.repeat(2), actions.repeat(2, axis=0), noise.repeat(2, 1, 1, 1, 1)
         with torch.no_grad():
             frames, dream = self._imagination.step(self._dream.rows(rows), actions, noise)
             task_ids = torch.as_tensor(self._episode.task_id[rows], device=frames.device)
             probs, judge = self.classifier.update(self._judge.rows(rows), frames, task_ids)
         self._dream.assign(rows, dream)
         self._judge.assign(rows, judge)
-        return frames.cpu().numpy(), probs.cpu().numpy()
+        return frames[:n].cpu().numpy(), probs[:n].cpu().numpy()
 
     # -- state -----------------------------------------------------------------------------------------------
     def _dump_rows(self, rows: np.ndarray) -> State:

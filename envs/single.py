@@ -50,6 +50,8 @@ class ChunkEnv(ResumablePickle, gymnasium.Env):
     task_spec = _of_batch("task_spec", "The :class:`Task`.")
     instructions = _of_batch("instructions", "The sentences; ``task_id`` indexes them.")
     start_state_ids = _of_batch("start_state_ids", "Ids that the reset option ``start_state_id`` accepts.")
+    split = _of_batch("split", "Split that start states are drawn from; None draws from all.")
+    reward_weights = _of_batch("reward_weights", "Weight of each reward term.")
     max_episode_steps = _of_batch("max_episode_steps", "Chunks after which an episode is truncated.")
     _max_episode_steps = _of_batch("max_episode_steps", "The same under the name LeRobot reads.")
 

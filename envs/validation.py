@@ -83,13 +83,12 @@ def parse_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> list[
     return seeds
 
 
-def check_actions(actions: Any, shape: tuple[int, int, int], rows: np.ndarray) -> np.ndarray:
+def check_actions(actions: Any, shape: tuple[int, int, int]) -> np.ndarray:
     """Return the actions as float32, or say which entry is wrong.
 
     Args:
         actions: Array-like of ``shape``; any floating dtype, since NumPy and PyTorch make float64 easily.
         shape: ``(num_envs, chunk, action_dim)``.
-        rows: Rows whose actions will be executed; the others' values are not looked at.
 
     Raises:
         ValueError: On another shape or dtype, and on NaN, infinite or out-of-range values.
@@ -104,11 +103,11 @@ def check_actions(actions: Any, shape: tuple[int, int, int], rows: np.ndarray) -
             f"Actions have dtype {array.dtype}; expected float32 (cast with .astype(np.float32))."
         )
     allowed = np.abs(array) <= 1.0  # false for NaN too
-    bad = [row for row in rows if not allowed[row].all()]
+    bad = np.flatnonzero(~allowed.all(axis=(1, 2))).tolist()
     if bad:
-        row = int(bad[0])
+        row = bad[0]
         step, dim = (int(i) for i in np.argwhere(~allowed[row])[0])
-        others = f" (rows with such values: {[int(b) for b in bad]})" if len(bad) > 1 else ""
+        others = f" (rows with such values: {bad})" if len(bad) > 1 else ""
         raise ValueError(
             f"Action of row {row} is {float(array[row, step, dim])} at chunk step {step}, dimension {dim}"
             f"{others}; actions must be finite and within [-1, 1]: clip them first. No row was stepped."
