@@ -1,9 +1,10 @@
 """A convolutional world model on the pixels themselves: small enough to learn and to run on a CPU.
 
-It predicts the clean frames of a whole action chunk at once. Two habits make it learn quickly: every frame
-starts as a mixture of the last known frame and that frame displaced, by what the actions predict and by what
-every pixel adds to it (moving things mostly keep their looks), and the frame-level actions modulate every
-block (FiLM).
+It predicts the clean frames of a whole action chunk at once, each frame from the context and the actions up
+to it by the same U-Net, so that what is learned about one frame of the chunk holds for all. Two more habits
+make it learn quickly: a frame starts as a mixture of the last known frame and that frame displaced, by what
+the actions predict and by what every pixel adds to it (moving things mostly keep their looks), and the
+frame-level actions modulate every block (FiLM).
 The velocity that samplers expect follows from the predicted frames, ``v = (x0_hat - x_t) / sigma``.
 """
 
@@ -93,23 +94,22 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         context_frames: int = 2,
         chunk: int = 4,
         action_dim: int = 3,
-        widths: tuple[int, ...] = (48, 96, 128),
+        widths: tuple[int, ...] = (32, 64, 96),
         patch: int = 2,
         blocks: int = 2,
-        cond_dim: int = 192,
-        detail: int = 32,
+        cond_dim: int = 128,
+        detail: int = 16,
         shift_init: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         super().__init__()
         self.chunk, self.context_frames, self.channels, self.patch = chunk, context_frames, channels, patch
-        in_frames = context_frames + 2 * chunk  # context, noisy frames, shifted frames
-        out_per_frame = channels + 3  # residual, mask and displacement
         # Sum of the actions so far is the displacement; given to the network beside the actions themselves.
         self.cond = nn.Sequential(
-            FloatLinear(2 * 16 + action_dim * (2 * chunk + 1), cond_dim), nn.SiLU(), FloatLinear(cond_dim, cond_dim)
+            FloatLinear(2 * 16 + action_dim * (chunk + 3) + chunk, cond_dim), nn.SiLU(), FloatLinear(cond_dim, cond_dim)
         )
         self.shift = nn.Parameter(self._initial_shift(shift_init))
-        self.stem = nn.Conv2d(in_frames * channels * patch**2 + 2, widths[0], 3, padding=1)
+        self.context_stem = nn.Conv2d(context_frames * channels * patch**2 + 2, widths[0], 3, padding=1)
+        self.frame_stem = nn.Conv2d(2 * channels * patch**2, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths):
             self.down.append(nn.ModuleList(FiLMBlock(width, width, cond_dim) for _ in range(blocks)))
@@ -121,8 +121,8 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
             self.up.append(stage)
         self.head_norm = nn.GroupNorm(8, widths[0])
         self.to_pixels = nn.Conv2d(widths[0], detail * patch**2, 3, padding=1)
-        self.sharpen = nn.Conv2d(detail + (chunk + 1) * channels, detail, 3, padding=1)
-        self.head = nn.Conv2d(detail, chunk * out_per_frame, 3, padding=1)
+        self.sharpen = nn.Conv2d(detail + 2 * channels, detail, 3, padding=1)
+        self.head = nn.Conv2d(detail, channels + 3, 3, padding=1)  # residual, mask and displacement
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -190,16 +190,26 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         shifted = self._moved(last, shift)
         # Scaled down where there is only noise to see, so that it does not drown the context.
         scaled = noisy * (1 - 0.9 * sigma)[:, None, None, None, None]
-        frames = torch.cat([cache.frames, scaled, shifted], dim=2).transpose(1, 2).flatten(1, 2)
-        x = torch.cat([F.pixel_unshuffle(frames, self.patch), self._coordinates(batch, height, width)], dim=1)
+        frames = torch.cat([scaled, shifted], dim=1).transpose(1, 2).flatten(0, 1)  # (B K, 2 C, h, w)
+        x = self.frame_stem(F.pixel_unshuffle(frames, self.patch)) + self._per_frame(self._stem(cache.frames))
         features = F.pixel_shuffle(self._unet(x, self._condition(sigma, actions, cache)), self.patch)
-        sharp = torch.cat([last[:, :, None], shifted], dim=2).transpose(1, 2).flatten(1, 2)
-        out = self.head(F.silu(self.sharpen(torch.cat([features, sharp], dim=1))))
+        sharp = torch.cat([features, self._per_frame(last), shifted.transpose(1, 2).flatten(0, 1)], dim=1)
+        out = self.head(F.silu(self.sharpen(sharp)))
         out = out.view(batch, chunk, channels + 3, height, width).transpose(1, 2)
         residual, mask, own = out[:, :channels], torch.sigmoid(out[:, channels : channels + 1] - 1.0), out[:, -2:]
         # A pixel may come from elsewhere than the common shift says (a gripped block jumps to the tool).
         moved = self._moved(last, shift + own.permute(0, 2, 3, 4, 1) * OWN_SHIFT_SCALE)
         return last[:, :, None] + mask * (moved - last[:, :, None]) + residual
+
+    def _stem(self, context: Tensor) -> Tensor:
+        """First convolution of the context, which the chunk's frames share."""
+        batch, _, _, height, width = context.shape
+        frames = F.pixel_unshuffle(context.transpose(1, 2).flatten(1, 2), self.patch)
+        return self.context_stem(torch.cat([frames, self._coordinates(batch, height, width)], dim=1))
+
+    def _per_frame(self, x: Tensor) -> Tensor:
+        """Repeat rows ``(B, ...)`` for each of the chunk's frames: ``(B K, ...)``."""
+        return x[:, None].expand(-1, self.chunk, *x.shape[1:]).flatten(0, 1)
 
     def _shift(self, actions: Tensor) -> Tensor:
         """Displacement ``(B, K, 2)`` that the actions so far predict, in units of half the image."""
@@ -218,11 +228,18 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         return moved.view(batch, self.chunk, channels, height, width).transpose(1, 2)
 
     def _condition(self, sigma: Tensor, actions: Tensor, cache: ConvContext) -> Tensor:
+        """Conditioning ``(B K, cond_dim)``: frame k knows its own action and those before it, none after it."""
         levels = torch.stack([sigma, cache.sigma], dim=1)
         freqs = 2.0 ** torch.arange(8, device=levels.device, dtype=levels.dtype)
         angles = (levels[:, :, None] * freqs * (torch.pi / 2)).flatten(1)
-        moves = torch.cat([cache.prev_action[:, None], actions, actions.cumsum(dim=1)], dim=1).flatten(1)
-        return F.silu(self.cond(torch.cat([angles.sin(), angles.cos(), moves], dim=1)))
+        past = torch.tril(torch.ones(self.chunk, self.chunk)).to(actions)
+        so_far = (past[None, :, :, None] * actions[:, None]).flatten(2)  # (B, K, K D)
+        parts = [self._each(torch.cat([angles.sin(), angles.cos(), cache.prev_action], dim=1)), so_far, actions]
+        parts += [actions.cumsum(dim=1), torch.eye(self.chunk).to(actions).expand(len(actions), -1, -1)]
+        return F.silu(self.cond(torch.cat(parts, dim=2).flatten(0, 1)))
+
+    def _each(self, x: Tensor) -> Tensor:
+        return x[:, None].expand(-1, self.chunk, -1)
 
     def _coordinates(self, batch: int, height: int, width: int) -> Tensor:
         p = self.patch
@@ -231,7 +248,6 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         return torch.stack([y, x]).to(self.head.weight)[None].expand(batch, -1, -1, -1)
 
     def _unet(self, x: Tensor, cond: Tensor) -> Tensor:
-        x = self.stem(x)
         skips = []
         for stage in self.down:
             for layer in stage:

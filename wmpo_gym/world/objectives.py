@@ -36,8 +36,8 @@ class ChunkObjective:
 
     def __call__(
         self, network: nn.Module, batch: LatentBatch, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Loss (scalar), predicted latents ``(B, C, K, h, w)``, and figures to log."""
+    ) -> tuple[Tensor, Tensor]:
+        """Loss per row ``(B,)`` and predicted latents ``(B, C, K, h, w)``."""
         n = len(batch.targets)
         noise = torch.randn(batch.targets.shape, generator=generator)
         pure = torch.rand(n, generator=generator) < self.pure_noise
@@ -49,11 +49,11 @@ class ChunkObjective:
             prediction = network.predict(noisy, sigma, batch.actions, cache)
             loss = self._frame_loss(prediction, batch)
         else:
-            loss = self._velocity_loss(network, context, noisy, noise, sigma, batch)
+            loss = self._velocity_loss(network, context, level, noisy, noise, sigma, batch)
             prediction = None
         if prediction is None or self.denoising_steps > 1:
             prediction = self._sample(network, batch, noise)
-        return loss, prediction, {"loss": float(loss.detach())}
+        return loss, prediction
 
     def _noisy_context(self, context: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         # Half of the rows keep a clean context, which is what imagination offers.
@@ -67,24 +67,34 @@ class ChunkObjective:
         return (1 + self.changed_weight * changed) * batch.valid[:, None, :, None, None]
 
     def _frame_loss(self, prediction: Tensor, batch: LatentBatch) -> Tensor:
-        error = ((prediction - batch.targets).square() + ROBUST_WIDTH**2).sqrt() - ROBUST_WIDTH
+        return self._mean(((prediction - batch.targets).square() + ROBUST_WIDTH**2).sqrt() - ROBUST_WIDTH, batch)
+
+    def _mean(self, error: Tensor, batch: LatentBatch) -> Tensor:
+        """Weighted mean per row ``(B,)``, in shares of the batch's mean weight."""
         weights = self._weights(batch)
-        return (weights * error).sum() / weights.sum() / error.shape[1]
+        return (weights * error).mean(dim=(1, 2, 3, 4)) / weights.mean()
 
     def _velocity_loss(
-        self, network: nn.Module, context: Tensor, noisy: Tensor, noise: Tensor, sigma: Tensor, batch: LatentBatch
+        self,
+        network: nn.Module,
+        context: Tensor,
+        level: Tensor,
+        noisy: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
+        batch: LatentBatch,
     ) -> Tensor:
         frames = torch.cat([context, noisy], dim=2)
         mask = torch.zeros(frames.shape[0], frames.shape[2], dtype=torch.bool)
         mask[:, : context.shape[2]] = True
-        velocity = network(frames, 1000 * sigma, batch.actions, mask)[:, :, context.shape[2] :]
-        error = (velocity - (batch.targets - noise)).square()
-        weights = self._weights(batch)
-        return (weights * error).sum() / weights.sum() / error.shape[1]
+        velocity = network(
+            frames, 1000 * sigma, batch.actions, mask, prev_action=batch.prev_action, context_sigma=level
+        )
+        return self._mean((velocity[:, :, context.shape[2] :] - (batch.targets - noise)).square(), batch)
 
     @torch.no_grad()
     def _sample(self, network: nn.Module, batch: LatentBatch, noise: Tensor) -> Tensor:
-        return RectifiedFlow().sample(
+        return RectifiedFlow(context_noise=0.0).sample(
             network, noise, batch.context, batch.actions, self.denoising_steps, prev_action=batch.prev_action
         )
 

@@ -3,11 +3,13 @@
 A row starts at some frame of some episode. The model predicts the next action chunk; the row then goes on
 from *the prediction*, not from the recorded frames, until the episode ends (self-forcing). Every prediction
 is trained on, so no network call is spent on building contexts, and after a few steps a batch holds contexts
-of all depths, as in imagination.
+of all depths, as in imagination. Walks that do not begin at an episode's start begin where the model erred most:
+the moments that decide an episode (a grasp) are few among the many in which something just moves on.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +17,9 @@ import numpy as np
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import Symmetry, Task
+
+
+MAX_PRIORITY = 5.0  # how much more often than average a walk begins at a chunk the model gets wrong
 
 
 @dataclass
@@ -76,6 +81,11 @@ class EpisodeStreams:
         # Long episodes hold more to learn than short ones.
         p = p * np.array([e.n_steps for e in self.episodes])
         self._p = np.cumsum(p / p.sum())
+        lengths = np.array([-(-e.n_steps // task.chunk) for e in self.episodes])
+        self._first_cell = np.cumsum(lengths) - lengths
+        self._cell_episode = np.repeat(np.arange(len(self.episodes)), lengths)
+        self._cell_weight = np.repeat(p / lengths, lengths)
+        self._error = np.ones(lengths.sum())  # per chunk of every episode, relative to the average
         self._rng = np.random.default_rng([seed, 3])
         self._episode = np.zeros(n_rows, np.int64)
         self._step = np.full(n_rows, np.iinfo(np.int64).max)  # past every end: all rows start anew
@@ -103,29 +113,39 @@ class EpisodeStreams:
         h = self.context_frames
         return frames[:h], frames[h:], actions[1:], actions[0], inside[1:], np.array(fresh)
 
+    def report(self, losses: np.ndarray) -> None:
+        """Tell how wrong the model was about the chunks of the last :meth:`next`, ``(B,)``."""
+        step = np.maximum(self._step - self.task.chunk, 0)
+        cells = self._first_cell[self._episode] + step // self.task.chunk
+        relative = np.clip(losses / max(float(losses.mean()), 1e-9), 0.1, MAX_PRIORITY)
+        self._error[cells] += 0.5 * (relative - self._error[cells])
+
     def _start(self, i: int) -> Episode:
-        rng = self._rng
-        self._episode[i] = min(np.searchsorted(self._p, rng.random()), len(self.episodes) - 1)
+        rng, chunk = self._rng, self.task.chunk
+        if rng.random() < self.from_start:
+            self._episode[i] = min(np.searchsorted(self._p, rng.random()), len(self.episodes) - 1)
+            self._step[i] = 0
+        else:
+            p = np.cumsum(self._cell_weight * self._error)
+            cell = min(np.searchsorted(p, rng.random() * p[-1]), len(p) - 1)
+            self._episode[i] = self._cell_episode[cell]
+            nearby = (cell - self._first_cell[self._episode[i]]) * chunk + rng.integers(1 - chunk, chunk)
+            self._step[i] = np.clip(nearby, 0, self.episodes[self._episode[i]].n_steps - 1)
         episode = self.episodes[self._episode[i]]
-        self._step[i] = 0 if rng.random() < self.from_start else rng.integers(episode.n_steps)
         self._symmetry[i] = rng.random(len(self.task.symmetries)) < 0.5
         return episode
 
     def get_state(self) -> dict[str, np.ndarray | str]:
         """Position of every walk and the generator, to continue exactly."""
-        import json
-
         return {
             "episode": self._episode.copy(), "step": self._step.copy(), "symmetry": self._symmetry.copy(),
-            "rng": json.dumps(self._rng.bit_generator.state),
+            "error": self._error.copy(), "rng": json.dumps(self._rng.bit_generator.state),
         }  # fmt: skip
 
     def set_state(self, state: dict) -> None:
         """Restore what :meth:`get_state` returned."""
-        import json
-
         self._episode, self._step = state["episode"].copy(), state["step"].copy()
-        self._symmetry = state["symmetry"].copy()
+        self._symmetry, self._error = state["symmetry"].copy(), state["error"].copy()
         self._rng.bit_generator.state = json.loads(state["rng"])
 
 

@@ -166,7 +166,10 @@ class WorldModelTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.learning_rate * decay * min(1.0, (self.step + 1) / cfg.warmup)
         batch = self._batch()
-        loss, prediction, figures = self.objective(self.network, batch, self.generator)
+        losses, prediction = self.objective(self.network, batch, self.generator)
+        self.streams.report(losses.detach().numpy())
+        loss = losses.mean()
+        figures = {"loss": float(loss.detach())}
         if self.critic is not None:
             loss = loss + cfg.adversarial * self.critic.generator_loss(batch, prediction)
         self.optimizer.zero_grad(set_to_none=True)
