@@ -1,0 +1,211 @@
+"""From nothing, or from the bundled weights, to the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+
+from wmpo_gym.algorithms.grpo import GRPO
+from wmpo_gym.data.atomic import read_json, write_json_atomic
+from wmpo_gym.envs.ledger import Ledger
+from wmpo_gym.evaluation.learning import grpo_from_policy
+from wmpo_gym.evaluation.protocol import save_result
+from wmpo_gym.evaluation.report import Clip, Report, write_report
+from wmpo_gym.evaluation.results import build_results, print_table
+from wmpo_gym.evaluation.rollouts import evaluate_policy_on, make_rollout_env
+from wmpo_gym.evaluation.statistics import success_rate
+from wmpo_gym.evaluation.twin import TwinComparison, compare_with_twin
+from wmpo_gym.evaluation.validation import gates_text
+from wmpo_gym.policies.vla_policy import VLAPolicy
+from wmpo_gym.progress import progress_bar
+from wmpo_gym.recipe.settings import Recipe
+from wmpo_gym.recipe.stages import Run
+from wmpo_gym.world.world import World
+
+
+def run_recipe(
+    recipe: Recipe, out: str | Path, *, bundled: bool = False, progress: bool = True, command: str = ""
+) -> dict[str, Any]:
+    """Run every stage that is not complete yet.
+
+    Args:
+        recipe: The settings.
+        out: Directory of the run; an interrupted one is taken up where it stopped.
+        bundled: Start from the bundled base policy and play-pretrained world model.
+        progress: Show headings, bars and tables.
+        command: The command line, for the report.
+
+    Returns:
+        The contents of ``results.json``.
+    """
+    run = Run(recipe, out, bundled=bundled, progress=progress)
+    demos = run.demonstrations()
+    policy = run.base_policy(demos)
+    play = run.play()
+    network = run.pretrained_network(play)
+    real = run.rollouts(policy)
+    network = run.aligned_network(network, real, demos, play)
+    classifier = run.classifier(real, demos)
+    world = run.world(network, classifier, [*real, *demos, *play])
+    gates = run.gates(world, policy)
+    if progress:
+        print(gates_text(gates))
+    world.save_pretrained(run.out / "world")
+    improved, training = optimise(run, world, policy)
+    results, comparison = judge(run, world, policy, improved, training)
+    write_report(run.out / "report.html", _report(run, results, training["curve"], comparison, command))
+    if progress:
+        print()
+        print_table(results)
+        print(f"\nThe report is {run.out / 'report.html'}")
+    return results
+
+
+# -- policy optimisation ---------------------------------------------------------------------------------------
+class Curve(BaseCallback):
+    """Learning curve on the validation split, and the end after a number of iterations.
+
+    What it measures is shown, not used: no checkpoint is chosen by it.
+    """
+
+    def __init__(self, run: Run, world: World, file: Path) -> None:
+        super().__init__()
+        self.run, self.world, self.file = run, world, file
+        self.points: list[dict[str, Any]] = read_json(file) if file.exists() else []
+        self._bar = progress_bar(total=run.recipe.grpo.iterations, desc="GRPO", disable=not run.progress)
+
+    def _on_rollout_start(self) -> None:
+        iteration = self.model._iteration
+        self._bar.update(iteration - self._bar.n)
+        due = iteration % self.run.recipe.curve_every == 0 or iteration == self.run.recipe.grpo.iterations
+        if due and iteration not in {p["iteration"] for p in self.points}:
+            self.points.append({"iteration": iteration, **self._measure()})
+            write_json_atomic(self.file, self.points)
+
+    def _on_step(self) -> bool:
+        return self.model._iteration < self.run.recipe.grpo.iterations
+
+    def _on_training_end(self) -> None:
+        self._bar.close()
+
+    def _measure(self) -> dict[str, Any]:
+        recipe, policy = self.run.recipe, self.model.policy
+        ids = list(self.run.task.split_ids("validation")[: recipe.curve_episodes])
+        twin = compare_with_twin(self.world, policy, ids, seed=recipe.seed, record_frames=False)
+        real = evaluate_policy_on(
+            self.run.task, policy, "validation", len(ids), deterministic=False, seed=recipe.seed, progress=False
+        )
+        figures = {
+            "imagined_success": success_rate(twin.imagined.claimed).to_dict(),
+            "twin_success": success_rate(twin.replay.success).to_dict(),
+            "simulated_success": real.rate.to_dict(),
+        }
+        self._bar.set_postfix_str(f"imagined {twin.imagined.claimed.mean():.0%}, twin {real.success.mean():.0%}")
+        return figures
+
+
+def optimise(run: Run, world: World, policy: VLAPolicy) -> tuple[VLAPolicy, dict[str, Any]]:
+    """GRPO in imagination; returns the improved policy, and its curve, history and budget."""
+    directory, log = run.out / "policy", run.out / "grpo.json"
+    if not log.exists():
+        settings = run.recipe.grpo
+        with run.stage("grpo", f"GRPO in imagination: {settings.iterations} iterations"):
+            env = make_rollout_env(
+                "WMPO-Imagined-v0", settings.n_groups * settings.group_size, task=run.task, world=world
+            )
+            model = grpo_from_policy(
+                GRPO, policy, env, learning_rate=settings.learning_rate, group_size=settings.group_size,
+                n_epochs=settings.n_epochs, seed=run.recipe.seed, checkpoint_dir=run.out / "checkpoints" / "grpo",
+                tensorboard_log=str(run.out / "tensorboard"),
+            )  # fmt: skip
+            curve = Curve(run, world, run.out / "curve.json")
+            model.learn(10**9, callback=curve, resume=True)
+            model.policy.save_pretrained(directory)
+            history = {"curve": curve.points, "history": model.history, "budget": model.budget.to_dict()}
+            write_json_atomic(log, history)
+            env.close()
+    return VLAPolicy.from_pretrained(directory, seed=run.recipe.seed), read_json(log)
+
+
+# -- figures ---------------------------------------------------------------------------------------------------
+def judge(
+    run: Run, world: World, base: VLAPolicy, improved: VLAPolicy, training: dict[str, Any]
+) -> tuple[dict[str, Any], TwinComparison]:
+    """Paired figures on the test split, and the improved policy's imagination against its twin."""
+    recipe, task = run.recipe, run.task
+    with run.stage("evaluate", f"Before and after in the twin: {recipe.test_episodes} test start states"):
+        tested = {
+            (name, greedy): evaluate_policy_on(
+                task, policy, "test", recipe.test_episodes, deterministic=greedy, seed=recipe.seed, progress=run.progress
+            )
+            for name, policy in (("base", base), ("wmpo", improved))
+            for greedy in (False, True)
+        }
+        ids = list(task.split_ids("validation")[: recipe.gate_episodes])
+        comparison = compare_with_twin(world, improved, ids, seed=recipe.seed + 2, progress=run.progress)
+    results = build_results(
+        base=tested["base", False].success,
+        wmpo=tested["wmpo", False].success,
+        agreement=comparison.agreement,
+        greedy=(tested["base", True].success, tested["wmpo", True].success),
+        budget=_budget(run, training),
+        seconds=run.seconds,
+        gates=world.card.get("gates", {}),
+        length_of_successes={
+            name: tested[name, False].mean_length_of_successes for name in ("base", "wmpo")
+        },
+        seed=recipe.seed,
+    )  # fmt: skip
+    save_result(run.out / "results.json", results, tested["wmpo", False].protocol)
+    return results, comparison
+
+
+def _budget(run: Run, training: dict[str, Any]) -> dict[str, Any]:
+    """What the method used, real episodes apart from demonstrations and play, and measurement left out."""
+    spent = Ledger(**training["budget"])
+    return {
+        "real_episodes": run.recipe.rollouts,
+        "demonstrations": run.recipe.demos,
+        "play_episodes": run.recipe.play,
+        "imagined_frames": spent.imagined_frames,
+        "nfe": spent.nfe,
+        "imagination_seconds": round(spent.seconds, 1),
+    }
+
+
+def _report(
+    run: Run, results: dict[str, Any], curve: list[dict[str, Any]], comparison: TwinComparison, command: str
+) -> Report:
+    failed = [name for name, gate in results["gates"].items() if gate["passed"] is False]
+    notes = [f"The world failed the gate {name!r}: {results['gates'][name]['explanation']}" for name in failed]
+    return Report(
+        title=f"WMPO on {run.task.name}",
+        results=results,
+        curve=curve,
+        gates=results["gates"],
+        clips=_clips(run, comparison),
+        command=command,
+        notes=notes,
+        control_hz=run.task.control_hz,
+    )
+
+
+def _clips(run: Run, comparison: TwinComparison, n: int = 8) -> list[Clip]:
+    """The first episodes, disagreements of imagination and twin among them where there are any."""
+    imagined, twin = comparison.imagined, comparison.replay
+    wrong = np.flatnonzero(imagined.claimed != twin.success)[:2]
+    chosen = [*wrong, *(i for i in range(len(imagined.claimed)) if i not in wrong)][:n]
+    return [
+        Clip(
+            imagined=imagined.frames[i],
+            twin=twin.frames[i],
+            claimed=bool(imagined.claimed[i]),
+            true=bool(twin.success[i]),
+            caption=f"{run.task.instructions[imagined.task_ids[i]]}, start state {comparison.start_state_ids[i]}",
+        )
+        for i in chosen
+    ]
+

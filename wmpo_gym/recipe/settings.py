@@ -1,0 +1,118 @@
+"""Every number of a full run, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from wmpo_gym.envs.simulated.scripted import ExpertConfig
+from wmpo_gym.policies.sft import SFTSettings
+from wmpo_gym.tasks import Task
+from wmpo_gym.world.training import WorldModelTraining
+
+
+@dataclass(frozen=True)
+class GRPOSettings:
+    """Policy optimisation in imagination.
+
+    Attributes:
+        iterations: Updates; a fixed number, because early stopping would need real episodes.
+        n_groups: Groups per iteration.
+        group_size: Rollouts from one start state.
+        learning_rate: Constant.
+        n_epochs: Passes over an iteration's rollouts.
+    """
+
+    iterations: int = 12
+    n_groups: int = 32
+    group_size: int = 8
+    learning_rate: float = 5e-4
+    n_epochs: int = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a run.
+
+    Attributes:
+        task: Name of the task.
+        seed: Everything random derives from it: demonstrations, play, rollouts, networks, GRPO. Runs of two seeds
+            share the test start states and nothing else.
+        demos: Demonstrations of the mis-calibrated expert, failures included.
+        expert: The expert's mistakes.
+        sft: Supervised fine-tuning of the base policy.
+        play: Unlabelled play episodes for pre-training.
+        pretrain: World-model training on play.
+        rollouts: P, labelled real episodes of the base policy; the only ones after supervised fine-tuning.
+        align: World-model training on rollouts, demonstrations and play.
+        weights: How often an episode of (rollouts, demonstrations, play) is drawn while aligning.
+        classifier_steps: Optimiser steps of the success classifier.
+        grpo: Policy optimisation.
+        learnable_iterations: Iterations of GRPO on simulated episodes in the *learnable* gate, at most.
+        gate_episodes: Validation start states per gate.
+        curve_every: Iterations between points of the learning curve (validation split, for display only).
+        curve_episodes: Episodes per point.
+        test_episodes: Test start states of the final figures.
+    """
+
+    task: str = "move-block"
+    seed: int = 0
+    demos: int = 200
+    expert: ExpertConfig = ExpertConfig(aim_offset=(0.0, 0.14), aim_tilt=0.15, grasp_offset=(-0.03, -0.03))
+    sft: SFTSettings = field(default_factory=SFTSettings)
+    play: int = 1200
+    pretrain: WorldModelTraining = WorldModelTraining(steps=5000, batch_size=24, learning_rate=1.2e-3)
+    rollouts: int = 128
+    align: WorldModelTraining = WorldModelTraining(steps=1500, batch_size=24, learning_rate=6e-4, recorded=0.0)
+    weights: tuple[float, float, float] = (2.5, 1.0, 1.0)
+    classifier_steps: int = 700
+    grpo: GRPOSettings = field(default_factory=GRPOSettings)
+    learnable_iterations: int = 10
+    gate_episodes: int = 256
+    curve_every: int = 3
+    curve_episodes: int = 128
+    test_episodes: int = 1024
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    def start_states(self, task: Task) -> dict[str, list[int]]:
+        """Disjoint train start states for demonstrations, rollouts and play, drawn by the seed.
+
+        Raises:
+            ValueError: If the train split is too small for all of them.
+        """
+        train = np.array(task.split_ids("train"))
+        counts = {"demos": self.demos, "rollouts": self.rollouts, "play": self.play}
+        if sum(counts.values()) > len(train):
+            raise ValueError(
+                f"{sum(counts.values())} start states are needed, the train split of {task.name!r} has {len(train)}; "
+                "ask for fewer demonstrations, rollouts or play episodes."
+            )
+        order = np.random.default_rng([self.seed, 17]).permutation(train)
+        ends = np.cumsum(list(counts.values()))
+        return {name: part.tolist() for name, part in zip(counts, np.split(order, ends)[:3], strict=True)}
+
+    def seeded(self) -> Recipe:
+        """The recipe with the seeds of its trainings derived from its own."""
+        return replace(
+            self,
+            pretrain=replace(self.pretrain, seed=self.seed * 10 + 1),
+            align=replace(self.align, seed=self.seed * 10 + 2),
+        )
+
+
+# From the bundled base policy and play-trained world model; the rest as in a full run, shorter.
+DEMO = Recipe(
+    play=200,
+    align=WorldModelTraining(steps=500, batch_size=24, learning_rate=5e-4, recorded=0.0),
+    classifier_steps=500,
+    grpo=GRPOSettings(iterations=10),
+    learnable_iterations=4,
+    gate_episodes=128,
+    curve_every=5,
+    test_episodes=512,
+)

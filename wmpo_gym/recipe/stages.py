@@ -1,0 +1,218 @@
+"""The stages of a run. Each writes its artefact when it is complete and is skipped when the artefact is there."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from wmpo_gym.data.atomic import read_json, write_json_atomic
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.store import EpisodeStore
+from wmpo_gym.envs.simulated.scripted import record_expert, record_play
+from wmpo_gym.evaluation.rollouts import collect_episodes, make_rollout_env
+from wmpo_gym.evaluation.validation import measure_learnable, validate
+from wmpo_gym.policies.sft import train_sft
+from wmpo_gym.policies.vla_policy import VLAPolicy
+from wmpo_gym.progress import progress_bar
+from wmpo_gym.recipe.settings import Recipe
+from wmpo_gym.reward.training import train_classifier
+from wmpo_gym.tasks import get_task
+from wmpo_gym.world.autoencoder import PixelAutoencoder
+from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
+from wmpo_gym.world.world import StartFrames, World, WorldConfig, find_pretrained
+
+
+class Run:
+    """One run of a recipe in a directory.
+
+    Args:
+        recipe: The settings; a directory is only taken up again with the same ones.
+        out: The directory.
+        bundled: Start from the bundled base policy and play-pretrained world model instead of training them.
+        progress: Show progress bars and headings.
+    """
+
+    def __init__(self, recipe: Recipe, out: str | Path, *, bundled: bool = False, progress: bool = True) -> None:
+        self.recipe, self.out, self.bundled, self.progress = recipe.seeded(), Path(out), bundled, progress
+        self.task = get_task(recipe.task)
+        self.starts = recipe.start_states(self.task)
+        settings = json.loads(json.dumps({"bundled": bundled, **self.recipe.to_dict()}))
+        file = self.out / "recipe.json"
+        if file.exists() and read_json(file) != settings:
+            raise ValueError(
+                f"{self.out} holds a run with other settings; repeat them to go on with it, or choose another directory."
+            )
+        write_json_atomic(file, settings)
+        self.seconds: dict[str, float] = read_json(self._times) if self._times.exists() else {}
+
+    @property
+    def _times(self) -> Path:
+        return self.out / "seconds.json"
+
+    @contextmanager
+    def stage(self, name: str, what: str) -> Iterator[None]:
+        """Show a heading and add the block's duration to ``seconds``, also if it is interrupted."""
+        if self.progress:
+            print(f"\n── {what}", flush=True)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 1)
+            write_json_atomic(self._times, self.seconds)
+
+    # -- data ------------------------------------------------------------------------------------------------
+    def demonstrations(self) -> list[Episode]:
+        """Episodes of the mis-calibrated expert, failures included."""
+        seed, expert = self.recipe.seed, self.recipe.expert
+        return self._recorded("demos", "Demonstrations", lambda ids: record_expert(ids, seed=seed, config=expert))
+
+    def play(self) -> list[Episode]:
+        """Unlabelled, task-agnostic play."""
+        seed = self.recipe.seed
+        return self._recorded("play", "Task-agnostic play (no labels)", lambda ids: record_play(ids, seed=seed))
+
+    def _recorded(self, name: str, what: str, recorder: Callable[[list[int]], Iterator[Episode]]) -> list[Episode]:
+        store, ids = EpisodeStore(self.out / name), self.starts[name]
+        present = set(store.ids())
+        missing = [i for i in ids if i not in present]
+        if missing:
+            with self.stage(name, f"{what}: {len(ids)} episodes"), self._bar(len(missing), name) as bar:
+                for episode in recorder(missing):
+                    store.append(episode)
+                    bar.update(1)
+        return store.load()
+
+    def rollouts(self, policy: VLAPolicy) -> list[Episode]:
+        """P labelled episodes of the base policy: the only real ones after supervised fine-tuning."""
+        store, ids = EpisodeStore(self.out / "rollouts"), self.starts["rollouts"]
+        if len(store.ids()) < len(ids):
+            with self.stage("rollouts", f"Real rollouts of the base policy: {len(ids)} episodes"):
+                env = make_rollout_env("WMPO-Simulated-v0", min(64, len(ids)), record_frames=True, task=self.task)
+                collect_episodes(env, policy, ids, store, seed=self.recipe.seed + 1, progress=self.progress)
+                env.close()
+        episodes = store.load()
+        if self.progress:
+            print(f"   the base policy succeeded in {sum(bool(e.success) for e in episodes)} of {len(episodes)}")
+        return episodes
+
+    # -- models ----------------------------------------------------------------------------------------------
+    def base_policy(self, demonstrations: list[Episode]) -> VLAPolicy:
+        """The policy to improve."""
+        if self.bundled:
+            return VLAPolicy.from_pretrained(find_pretrained(self.task.name, "policy"), seed=self.recipe.seed)
+        directory = self.out / "base_policy"
+        if not directory.exists():
+            steps = self.recipe.sft.steps
+            with self.stage("sft", f"Supervised fine-tuning: {steps} steps"), self._bar(steps, "sft") as bar:
+                policy = train_sft(
+                    demonstrations, self.task, settings=self.recipe.sft, seed=self.recipe.seed,
+                    progress=lambda done, total, metrics: bar.update(1),
+                )  # fmt: skip
+                policy.save_pretrained(directory)
+        return VLAPolicy.from_pretrained(directory, seed=self.recipe.seed)
+
+    def pretrained_network(self, play: list[Episode]) -> ConvWorldModel:
+        """World model trained on play alone: the counterpart of the paper's Open X-Embodiment checkpoint."""
+        if self.bundled:
+            return ConvWorldModel.from_pretrained(find_pretrained(self.task.name, "play") / "network").float()
+        directory = self.out / "play_world"
+        if not directory.exists():
+            with self.stage("pretrain", f"World-model pre-training on play: {self.recipe.pretrain.steps} steps"):
+                network = new_network(self.recipe)
+                history = self._train("pretrain", network, play, self.recipe.pretrain, None)
+                card = {"name": f"{self.task.name} (play only)", "recipe": self.recipe.to_dict(), "history": history}
+                frames = StartFrames.from_episodes(play)
+                World(self.task, network, PixelAutoencoder(), None, frames, card=card).save_pretrained(directory)
+        return World.from_pretrained(directory).network
+
+    def aligned_network(self, network: ConvWorldModel, real: list[Episode], demos: list[Episode], play: list[Episode]) -> ConvWorldModel:
+        """The world model fine-tuned on what the policy really does."""
+        directory = self.out / "aligned"
+        if not (directory / "config.json").exists():
+            with self.stage("align", f"World-model alignment on the rollouts: {self.recipe.align.steps} steps"):
+                parts = list(zip((real, demos, play), self.recipe.weights, strict=True))
+                weights = [w for episodes, w in parts for _ in episodes]
+                self._train("align", network, [*real, *demos, *play], self.recipe.align, weights)
+                network.save_pretrained(directory)
+        return ConvWorldModel.from_pretrained(directory).eval()
+
+    def _train(
+        self, name: str, network: ConvWorldModel, episodes: list[Episode], config: WorldModelTraining, weights: list[float] | None
+    ) -> list[dict[str, float]]:
+        trainer = WorldModelTrainer(
+            network, PixelAutoencoder(), self.task, episodes, config, weights=weights,
+            checkpoint_dir=self.out / "checkpoints" / name, tensorboard=self.out / "tensorboard" / name,
+        )  # fmt: skip
+        return trainer.train(progress=self.progress, description=name)
+
+    def classifier(self, real: list[Episode], demos: list[Episode]) -> Any:
+        """The success classifier, calibrated on episodes it did not see."""
+        from wmpo_gym.reward.conv import ConvSuccessClassifier
+
+        directory = self.out / "classifier"
+        if not directory.exists():
+            with self.stage("reward", f"Success classifier: {self.recipe.classifier_steps} steps"):
+                classifier, figures = train_classifier(
+                    [*real, *demos], self.task, steps=self.recipe.classifier_steps, seed=self.recipe.seed,
+                    progress=self.progress,
+                )  # fmt: skip
+                write_json_atomic(self.out / "classifier.json", figures)
+                classifier.save_pretrained(directory)
+        return ConvSuccessClassifier.from_pretrained(directory)
+
+    def world(self, network: ConvWorldModel, classifier: Any, episodes: list[Episode]) -> World:
+        """All of it as one bundle, with its card."""
+        card = {
+            "name": f"{self.task.name} (seed {self.recipe.seed})",
+            "recipe": self.recipe.to_dict(),
+            "data": {
+                "labelled real episodes after the base policy": self.recipe.rollouts,
+                "demonstrations (labelled, also used for the base policy)": self.recipe.demos,
+                "play episodes (unlabelled)": self.recipe.play,
+            },
+        }
+        frames = StartFrames.from_episodes(episodes)
+        return World(self.task, network, PixelAutoencoder(), classifier, frames, WorldConfig(), card)
+
+    def gates(self, world: World, policy: VLAPolicy) -> dict[str, dict[str, Any]]:
+        """The four gates, measured on validation start states and written into the world's card."""
+        file = self.out / "gates.json"
+        if not file.exists():
+            with self.stage("gates", "Is this world fit to train in?"):
+                n, grpo = self.recipe.gate_episodes, self.recipe.grpo
+
+                def learnable() -> Any:
+                    return measure_learnable(
+                        policy, self.task, episodes=n, n_groups=grpo.n_groups, group_size=grpo.group_size,
+                        block=4, seed=self.recipe.seed, progress=self.progress, learning_rate=grpo.learning_rate,
+                    )  # fmt: skip
+
+                gates = validate(world, policy, episodes=n, learnable=learnable, seed=self.recipe.seed, progress=self.progress)
+                write_json_atomic(file, gates)
+        world.card["gates"] = read_json(file)
+        return world.card["gates"]
+
+    def _bar(self, total: int, name: str) -> Any:
+        return progress_bar(total=total, desc=name, disable=not self.progress)
+
+
+def new_network(recipe: Recipe) -> ConvWorldModel:
+    """An untrained world model for the recipe's task, its weights drawn from the seed."""
+    task = get_task(recipe.task)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return ConvWorldModel(
+            image_size=task.image_size, chunk=task.chunk, action_dim=task.action_dim, shift_init=task.motion_px or (0.0, 0.0)
+        )
+
+
