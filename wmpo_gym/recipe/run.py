@@ -11,6 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from wmpo_gym.algorithms.grpo import GRPO
 from wmpo_gym.data.atomic import read_json, write_json_atomic
 from wmpo_gym.envs.ledger import Ledger
+from wmpo_gym.evaluation.gates import gates_text
 from wmpo_gym.evaluation.learning import grpo_from_policy
 from wmpo_gym.evaluation.protocol import save_result
 from wmpo_gym.evaluation.report import Clip, Report, write_report
@@ -18,7 +19,6 @@ from wmpo_gym.evaluation.results import build_results, print_table
 from wmpo_gym.evaluation.rollouts import evaluate_policy_on, make_rollout_env
 from wmpo_gym.evaluation.statistics import success_rate
 from wmpo_gym.evaluation.twin import TwinComparison, compare_with_twin
-from wmpo_gym.evaluation.validation import gates_text
 from wmpo_gym.policies.vla_policy import VLAPolicy
 from wmpo_gym.progress import progress_bar
 from wmpo_gym.recipe.settings import Recipe
