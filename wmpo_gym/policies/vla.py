@@ -74,6 +74,8 @@ class VLAConfig:
         prompt_suffix: Token ids appended to the prompt (OpenVLA: 29871, a lone space).
         learned_placeholders: Give each placeholder its own embedding instead of zeros. A zero vector passes
             the first attention layer unmoved, which a network of two or three layers cannot afford.
+        film: Let the instruction scale and shift the tower's features (FiLM, as in OpenVLA-OFT+), so that a
+            small network finds the named object quickly.
     """
 
     towers: tuple[TowerConfig, ...]
@@ -93,6 +95,7 @@ class VLAConfig:
     patch_merge: int = 1
     coordinates: bool = False
     learned_placeholders: bool = False
+    film: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.towers) <= 2:
@@ -328,6 +331,11 @@ class VLANetwork(nn.Module):
         self.projector = Projector(
             (patch_width * config.patch_merge**2, *config.projector, language.hidden_size)
         )
+        self.film = None
+        if config.film:
+            self.film = nn.Linear(language.hidden_size, 2 * patch_width)
+            nn.init.zeros_(self.film.weight)
+            nn.init.zeros_(self.film.bias)
         self.language_model = LlamaForCausalLM(language)
         for layer in self.language_model.model.layers:
             layer.self_attn.is_causal = False
@@ -354,8 +362,10 @@ class VLANetwork(nn.Module):
             language model predicts it.
         """
         seen = torch.cat([tower(x) for tower, x in zip(self.towers, images, strict=True)], dim=-1)
-        patches = self.projector(merge_patches(seen, self.config.patch_merge))
         words = self._embed(text)
+        if self.film is not None:
+            seen = self._modulated(seen, words, length)
+        patches = self.projector(merge_patches(seen, self.config.patch_merge))
         sequence = torch.cat([words[:, :1], patches.to(words.dtype), words[:, 1:]], dim=1)
         n_patches = patches.shape[1]
         total = n_patches + length + self.config.n_tokens + 1
@@ -370,6 +380,13 @@ class VLANetwork(nn.Module):
         read = (n_patches + length - 1)[:, None] + torch.arange(self.config.n_tokens, device=text.device)
         rows = torch.arange(len(text), device=text.device)[:, None]
         return self._head(hidden[rows, read]).float()
+
+    def _modulated(self, seen: torch.Tensor, words: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """Tower features (B,P,C) scaled and shifted by the sum of the prompt's word embeddings."""
+        prompt = torch.arange(words.shape[1], device=words.device) < length[:, None]
+        sentence = (words * prompt[..., None]).sum(dim=1)
+        scale, shift = self.film(sentence)[:, None].chunk(2, dim=-1)
+        return seen * (1 + scale) + shift
 
     def _embed(self, text: torch.Tensor) -> torch.Tensor:
         """Word embeddings (B,S,C) with the placeholders' own embeddings, or zeros, in place."""
