@@ -199,6 +199,7 @@ class VLAConfig:
             "patch_merge": image_size // 8,
             "coordinates": True,
             "learned_placeholders": True,
+            "film": True,
         }
         values.update(changes)
         size = 256 * values["bytes_per_token"] + BYTE_SPECIALS + values["n_bins"]
