@@ -86,6 +86,9 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
             beforehand; only the start of what is learned.
     """
 
+    min_rows = 4
+    """Rows per call from which on a row's result is the same to the bit in a batch of any size (on a CPU)."""
+
     @register_to_config
     def __init__(
         self,

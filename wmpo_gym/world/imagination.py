@@ -168,9 +168,7 @@ class Imagination:
         actions, noise = (torch.as_tensor(x).to(self.device, torch.float32) for x in (actions, noise))
         self._check("actions", actions, (len(state), self.chunk, self.action_dim))
         self._check("noise", noise, (len(state), *self.noise_shape))
-        latents = self.flow.sample(
-            self.network, noise, state.context, actions, self.nfe_per_chunk, prev_action=state.prev_action
-        )
+        latents = self._sample(noise, state.context, actions, state.prev_action)
         frames = self.autoencoder.decode(latents)
         # Recorded frames lie on the grid of 256 levels and so do the pixels a network trained on them should
         # see. A lossy autoencoder is left out of the loop instead: encoding anew each chunk would add its
@@ -178,6 +176,16 @@ class Imagination:
         latents = self.autoencoder.encode(frames) if self.autoencoder.lossless else latents
         context = torch.cat([state.context, latents], dim=2)[:, :, -self.context_frames :]
         return frames, ImaginationState(context.contiguous(), actions[:, -1].clone())
+
+    def _sample(self, noise: Tensor, context: Tensor, actions: Tensor, prev_action: Tensor) -> Tensor:
+        n, wanted = len(noise), getattr(self.network, "min_rows", 1)
+        if n < wanted:  # below, the CPU's kernels round differently and a row would depend on its batch
+            pad = torch.arange(wanted).clamp(max=n - 1)
+            noise, context, actions, prev_action = (x[pad] for x in (noise, context, actions, prev_action))
+        sampled = self.flow.sample(
+            self.network, noise, context, actions, self.nfe_per_chunk, prev_action=prev_action
+        )
+        return sampled[:n]
 
     @staticmethod
     def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
