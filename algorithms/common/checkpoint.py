@@ -7,6 +7,7 @@ it is complete; no pickle. It holds the weights, the optimizer, every random sta
 from __future__ import annotations
 
 import logging
+import os
 import random
 import shutil
 from collections.abc import Mapping
@@ -84,7 +85,10 @@ class CheckpointDirectory:
                 "is intact: free some space, then save_checkpoint() again or rerun with learn(resume=True)",
             ) from error
         for old in self.complete()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            # Out of the way first: a kill while deleting must not leave half a checkpoint under its name.
+            os.replace(old, old.with_name(f".{old.name}.old"))
+        for leftover in self.path.glob(".iteration-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         return target
 
     def load_newest(self) -> tuple[dict[str, Tensors], dict[str, Any]] | None:

@@ -154,6 +154,7 @@ def test_half_written_checkpoints_are_ignored(tmp_path, uninterrupted):
     shutil.copytree(newest, tmp_path / ".iteration-000099.tmp")
     (tmp_path / ".iteration-000099.tmp" / "state.json").unlink()
     assert_same(make(tmp_path).learn(TOTAL, resume=True), uninterrupted)
+    assert not list(tmp_path.glob(".*"))  # and cleared away by the next one
 
 
 def test_a_full_disk_keeps_everything(tmp_path, monkeypatch, uninterrupted):
