@@ -51,7 +51,8 @@ class Command:
         ids = choose_start_states(task, self.split, self.episodes, self.seed)
         # A longer collection is the same one continued; all the rest decides what gets recorded.
         keep_settings(
-            self.out / "collection.json", {k: v for k, v in asdict(self).items() if k not in ("out", "episodes")}
+            self.out / "collection.json",
+            {k: v for k, v in asdict(self).items() if k not in ("out", "episodes")},
         )
         store = EpisodeStore(self.out)
         if self.actor == "policy":
@@ -81,9 +82,7 @@ class Command:
 
         policy = load_policy(self.policy, seed=self.seed)
         rows = min(self.num_envs, self.episodes)
-        env = make_rollout_env(
-            "WMPO-Simulated-v0", rows, record_frames=True, task=task, variant=self.variant
-        )
+        env = make_rollout_env("WMPO-Simulated-v0", rows, record_frames=True, task=task, variant=self.variant)
         try:
             collect_episodes(
                 env, policy, ids, store, deterministic=self.greedy, seed=self.seed, actor=self.policy

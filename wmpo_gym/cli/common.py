@@ -75,7 +75,8 @@ def choose_start_states(task: Task, split: str, n: int, seed: int) -> list[int]:
     ids = task.split_ids(split)
     if not 0 < n <= len(ids):
         raise ValueError(
-            f"{n} episodes asked of split {split!r}, which has {len(ids)} start states; choose 1 to {len(ids)}."
+            f"{n} episodes asked of split {split!r}, which has {len(ids)} start states; choose 1 to "
+            f"{len(ids)}."
         )
     return np.random.default_rng([seed, 0x57A7]).permutation(np.arange(ids.start, ids.stop))[:n].tolist()
 
@@ -98,6 +99,6 @@ def keep_settings(file: Path, settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         if before.get(key) != value:
             raise ValueError(
-                f"{file.parent} was begun with {key} = {before.get(key)!r}, now it is {value!r}; use the same options "
-                "to go on there, or another --out."
+                f"{file.parent} was begun with {key} = {before.get(key)!r}, now it is {value!r}; use the "
+                "same options to go on there, or another --out."
             )

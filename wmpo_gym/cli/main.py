@@ -1,8 +1,8 @@
 """Finds the sub-command, reads its options, runs it, and explains what goes wrong.
 
 A sub-command is a module of this package with a frozen dataclass ``Command``: its fields are the options, its
-docstrings the help, and ``run()`` does the work by calling the floors below. Only the module that is asked for
-gets imported, so that ``wmpo --help`` answers at once.
+docstring is the help, and ``run()`` does the work by calling the floors below. Only the module that is asked
+for gets imported, so that ``wmpo --help`` answers at once.
 
 Exit status: 0 done, 1 done but the answer is no (a gate failed, for instance), 2 wrong input or a file that
 cannot be used, 130 interrupted.
@@ -17,14 +17,25 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 # What a user types -> (module with the Command, what it does).
 COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("wmpo_gym.cli.demo", "the whole method before your eyes, in about ten minutes"),
+    "reproduce": ("wmpo_gym.cli.reproduce", "the whole method at full length, from nothing"),
     "collect": ("wmpo_gym.cli.collect", "record episodes: the scripted expert, play, or a policy"),
     "train sft": ("wmpo_gym.cli.train_sft", "fine-tune a policy on recorded episodes"),
-    "train world-model": ("wmpo_gym.cli.train_world_model", "pre-train a world model, or align one on rollouts"),
+    "train world-model": (
+        "wmpo_gym.cli.train_world_model",
+        "pre-train a world model, or align one on rollouts",
+    ),
+    "train reward": ("wmpo_gym.cli.train_reward", "train and calibrate the success classifier of a world"),
+    "train grpo": ("wmpo_gym.cli.train_grpo", "optimise a policy in imagination, or in the simulator"),
+    "validate": ("wmpo_gym.cli.validate", "say whether a world is fit to train in: the four gates"),
+    "evaluate": ("wmpo_gym.cli.evaluate", "success in the twin, paired; imagination judged by twin replay"),
+    "bench": ("wmpo_gym.cli.bench", "frames per second and where the time goes"),
 }
 
 # Module that is missing -> extra that brings it.
@@ -77,7 +88,8 @@ def find_command(words: Sequence[str]) -> tuple[str, list[str]]:
     group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")] if words else []
     near = group or difflib.get_close_matches(given, COMMANDS, n=1, cutoff=0.0)
     raise UnknownCommandError(
-        f"no command {given!r}; did you mean {' or '.join(f'`wmpo {n}`' for n in near)}? `wmpo --help` lists all"
+        f"no command {given!r}; did you mean {' or '.join(f'`wmpo {n}`' for n in near)}? `wmpo --help` lists "
+        "all"
     )
 
 
@@ -122,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.showwarning = _show_warning
     try:
         name, options = find_command(words)
         return _read_options(name, options).run() or 0
@@ -158,6 +171,12 @@ def _explain(error: Exception) -> str:
 
     certain = isinstance(error, (ArtifactError, OSError, ImportError))
     return text if certain else f"{text} (--traceback shows where)"
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    """Warnings for users: what, not where."""
+    if not issubclass(category, (DeprecationWarning, PendingDeprecationWarning)):
+        _say(f"WARNING: {' '.join(str(message).split())}")
 
 
 def _say(text: str) -> None:

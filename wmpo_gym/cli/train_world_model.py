@@ -33,12 +33,12 @@ class Command:
 
     Attributes:
         episodes: Directories of episodes; labels are not used.
-        out: Directory of the world. Checkpoints, TensorBoard curves, sample videos and quality.json go to the same
-            name with .training behind it.
+        out: Directory of the world. Checkpoints, TensorBoard curves, sample videos and quality.json go to the
+            same name with .training behind it.
         play: Directories of further episodes that count less.
         weight: How many times more often an episode of --episodes is drawn than one of --play.
         task: Task.
-        init: World to go on from (directory, hub id or task name); its networks and sampling settings are kept.
+        init: World to go on from (directory, hub id or task name); its networks and settings are kept.
         network: Convolutions on pixels (small, quick), or the published spatial-temporal transformer.
         network_config: JSON file with further arguments of the network.
         autoencoder: Directory of a diffusers AutoencoderKL; pixels by default.
@@ -99,12 +99,16 @@ class Command:
         from wmpo_gym.world.autoencoder import LatentAutoencoder, PixelAutoencoder
         from wmpo_gym.world.world import StartFrames, World, WorldConfig
 
-        autoencoder: Any = LatentAutoencoder.from_pretrained(self.autoencoder) if self.autoencoder else PixelAutoencoder()
+        autoencoder: Any = (
+            LatentAutoencoder.from_pretrained(self.autoencoder) if self.autoencoder else PixelAutoencoder()
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.training.seed)
             network = self._new_network(task, autoencoder)
         config = WorldConfig(context_frames=self.context_frames, denoising_steps=self.denoising_steps)
-        return World(task, network, autoencoder, None, StartFrames.from_episodes(episodes), config, {"name": task.name})
+        return World(
+            task, network, autoencoder, None, StartFrames.from_episodes(episodes), config, {"name": task.name}
+        )
 
     def _new_network(self, task: Task, autoencoder: Any) -> nn.Module:
         from wmpo_gym.world.conv import ConvWorldModel
@@ -127,7 +131,9 @@ class Command:
         try:
             return kind(**{**shared, **fitted, **given})
         except TypeError as error:
-            raise ValueError(f"{self.network_config} does not fit the network {self.network!r}: {error}") from error
+            raise ValueError(
+                f"{self.network_config} does not fit the network {self.network!r}: {error}"
+            ) from error
 
     def _provenance(self, kept: int, play: int, history: Sequence[dict[str, float]]) -> dict[str, Any]:
         return {
@@ -144,8 +150,13 @@ def _split(episodes: list[Episode], share: float, seed: int) -> tuple[list[Episo
     """Episodes to train on, and a share to measure on."""
     if not 0 <= share < 1:
         raise ValueError(f"--holdout must be a share of the episodes in [0, 1), got {share}.")
-    held = set(np.random.default_rng([seed, 5]).permutation(len(episodes))[: round(share * len(episodes))].tolist())
-    parts = [e for i, e in enumerate(episodes) if i not in held], [e for i, e in enumerate(episodes) if i in held]
+    held = set(
+        np.random.default_rng([seed, 5]).permutation(len(episodes))[: round(share * len(episodes))].tolist()
+    )
+    parts = (
+        [e for i, e in enumerate(episodes) if i not in held],
+        [e for i, e in enumerate(episodes) if i in held],
+    )
     return parts
 
 
@@ -156,7 +167,12 @@ def _judge(world: World, held: list[Episode], logs: Path, step: int) -> dict[str
 
     quality = world_quality(world, held)
     write_json_atomic(logs / "quality.json", {"step": step, **quality})
-    save_video(logs / "samples" / f"step_{step:06d}.mp4", sample_video(world, held), fps=world.task.control_hz, scale=3)
+    save_video(
+        logs / "samples" / f"step_{step:06d}.mp4",
+        sample_video(world, held),
+        fps=world.task.control_hz,
+        scale=3,
+    )
     return _figures(quality)
 
 
@@ -171,5 +187,9 @@ def _figures(quality: dict[str, Any]) -> dict[str, float]:
 
 
 def _summary(last: dict[str, float], steps: int, out: Path) -> str:
-    shown = [f"{k} {last[k]:.3g}" for k in ("loss", "psnr_db_mean", "psnr_db_last", "object_error_px_last") if k in last]
+    shown = [
+        f"{k} {last[k]:.3g}"
+        for k in ("loss", "psnr_db_mean", "psnr_db_last", "object_error_px_last")
+        if k in last
+    ]
     return f"{steps} steps{': ' if shown else ''}{', '.join(shown)}; the world is in {out}"

@@ -1,11 +1,13 @@
 """How good a world model's pictures are, step by step, and whether it obeys the actions.
 
-Recorded episodes are imagined again from their first frame with their own actions, over their whole length, and
-compared with the recording. No success classifier is needed, so a world that is only pre-trained can be judged.
+Recorded episodes are imagined again from their first frame with their own actions, over their whole length,
+and compared with the recording. No success classifier is needed, so that a world that is only pre-trained can
+be judged too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,15 +54,17 @@ def world_quality(world: World, episodes: Sequence[Episode], *, seed: int = 0) -
 
     Returns:
         Lists over the control steps 1 to T, means over the episodes that last so long: ``psnr_db``, ``ssim``
-        (Wang et al. 2004) and, where the task's object can be located, the median ``object_error_px``; and how
-        much the picture changes, in grey levels, under ``different_actions`` and under ``different_noise``.
+        (Wang et al. 2004) and, where the task's object can be located, the median ``object_error_px``; and
+        how much the picture changes, in grey levels, under ``different_actions`` and ``different_noise``.
 
     Raises:
         ValueError: If there is no episode, or one longer than the task's horizon.
     """
     task = world.task
     if not episodes or max(e.n_steps for e in episodes) > task.horizon:
-        raise ValueError(f"Judging a world needs episodes of at most {task.horizon} steps; got {len(episodes)}.")
+        raise ValueError(
+            f"Judging a world needs episodes of at most {task.horizon} steps; got {len(episodes)}."
+        )
     actions = np.stack([_to_horizon(e.actions, task.horizon) for e in episodes])
     real = np.stack([_to_horizon(e.frames, task.horizon + 1) for e in episodes])
     made = dream(world, real[:, 0], actions, seed=seed)
@@ -71,7 +75,9 @@ def world_quality(world: World, episodes: Sequence[Episode], *, seed: int = 0) -
     }
     quality: dict[str, Any] = {"episodes": len(episodes)}
     for name, values in by_step.items():
-        quality[name] = [float(v[m].mean()) if m.any() else None for v, m in zip(values.T, lasts.T, strict=True)]
+        quality[name] = [
+            float(v[m].mean()) if m.any() else None for v, m in zip(values.T, lasts.T, strict=True)
+        ]
     errors = object_error(task, made, real, np.array([e.task_id for e in episodes]))
     if errors is not None:
         errors = np.where(lasts, errors[:, 1:], np.nan)
@@ -79,6 +85,22 @@ def world_quality(world: World, episodes: Sequence[Episode], *, seed: int = 0) -
             float(np.nanmedian(column)) if np.isfinite(column).any() else None for column in errors.T
         ]
     return quality | _sensitivity(world, made, actions, seed)
+
+
+def imagined_replays(world: World, episodes: Sequence[Episode], *, seed: int = 0) -> list[Episode]:
+    """Labelled episodes as the world imagines them: same start, actions, length and outcome, imagined frames.
+
+    A success classifier trained on them beside the recordings knows what imagination looks like.
+    """
+    if not episodes:
+        return []
+    horizon = world.task.horizon
+    actions = np.stack([_to_horizon(e.actions, horizon) for e in episodes])
+    made = dream(world, np.stack([e.frames[0] for e in episodes]), actions, seed=seed)
+    return [
+        dataclasses.replace(e, frames=clip[: e.n_steps + 1], meta={**e.meta, "imagined": True})
+        for e, clip in zip(episodes, made, strict=True)
+    ]
 
 
 def sample_video(world: World, episodes: Sequence[Episode], *, n: int = 6, seed: int = 0) -> np.ndarray:
@@ -94,7 +116,10 @@ def sample_video(world: World, episodes: Sequence[Episode], *, n: int = 6, seed:
     real = np.stack([_to_horizon(e.frames, horizon + 1) for e in chosen])
     actions = np.stack([_to_horizon(e.actions, horizon) for e in chosen])
     made = dream(world, real[:, 0], actions, seed=seed)
-    rows = [np.pad(side_by_side(a, b), ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=255) for a, b in zip(real, made, strict=True)]
+    rows = [
+        np.pad(side_by_side(a, b), ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=255)
+        for a, b in zip(real, made, strict=True)
+    ]
     return np.concatenate(rows, axis=1)
 
 
@@ -107,7 +132,9 @@ def _sensitivity(world: World, made: np.ndarray, actions: np.ndarray, seed: int)
     base = made.astype(np.int16)
 
     def change(other_actions: np.ndarray, other_seed: int) -> float:
-        return float(np.abs(dream(world, made[:, 0], other_actions, seed=other_seed).astype(np.int16) - base).mean())
+        return float(
+            np.abs(dream(world, made[:, 0], other_actions, seed=other_seed).astype(np.int16) - base).mean()
+        )
 
     # Another episode's actions; a single episode is mirrored in action space instead.
     others = np.roll(actions, 1, axis=0) if len(actions) > 1 else -actions
@@ -125,6 +152,8 @@ def _ssim(made: np.ndarray, real: np.ndarray) -> np.ndarray:
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    pictures = [torch.from_numpy(x.reshape(-1, *x.shape[2:])).movedim(-1, 1).float() / 255 for x in (made, real)]
+    pictures = [
+        torch.from_numpy(x.reshape(-1, *x.shape[2:])).movedim(-1, 1).float() / 255 for x in (made, real)
+    ]
     values = structural_similarity_index_measure(*pictures, data_range=1.0, reduction="none")
     return values.reshape(made.shape[:2]).numpy()

@@ -1,0 +1,182 @@
+"""``wmpo evaluate``: success of policies in the twin, and how far imagination can be believed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from wmpo_gym.cli.common import load_policy, load_world
+from wmpo_gym.tasks import get_task
+
+if TYPE_CHECKING:
+    from wmpo_gym.evaluation.protocol import EvalProtocol
+    from wmpo_gym.evaluation.report import Clip
+    from wmpo_gym.evaluation.rollouts import Rollouts
+    from wmpo_gym.evaluation.twin import TwinComparison
+    from wmpo_gym.world.world import World
+
+Pair = tuple["Rollouts", "Rollouts"]  # sampled and greedy, on the same start states
+
+
+@dataclass(frozen=True)
+class Command:
+    """Evaluate a policy in the simulated twin, on start states it never saw, sampled and greedily.
+
+    With --base the two are compared on the same start states; with --world its imagined successes are judged
+    by running the same actions in the twin; with both and --out there is a report.html, too.
+
+    Attributes:
+        policy: Directory, hub id or task name (the bundled base policy).
+        base: Policy to compare with.
+        world: World to judge (directory, hub id or task name).
+        task: Task.
+        episodes: Start states, one episode each.
+        split: Their split; reported numbers use test.
+        variant: Scene variant of the twin.
+        seed: Decides everything random.
+        clips: Side-by-side videos in the report.
+        out: Directory for results.json, its protocol and report.html.
+    """
+
+    policy: str
+    base: str | None = None
+    world: str | None = None
+    task: str = "move-block"
+    episodes: int = 512
+    split: Literal["train", "validation", "test"] = "test"
+    variant: str = "nominal"
+    seed: int = 0
+    clips: int = 6
+    out: Path | None = None
+
+    def run(self) -> None:
+        """Measure, print, save."""
+        from wmpo_gym.evaluation.protocol import save_result
+
+        began = time.perf_counter()
+        world = load_world(self.world) if self.world else None
+        policy = self._measure(self.policy)
+        base = self._measure(self.base) if self.base else None
+        comparison = self._judge(world) if world else None
+        results = _results(policy, base, comparison, time.perf_counter() - began)
+        _show(results)
+        protocol = policy[0].protocol
+        if self.out is None or protocol is None:
+            return
+        save_result(self.out / "results.json", results, protocol)
+        if world and base and comparison:
+            self._report(world, comparison, results, protocol)
+        print(f"\nwritten to {self.out}")
+
+    def _measure(self, name_or_dir: str) -> Pair:
+        from wmpo_gym.evaluation.rollouts import evaluate_policy_on
+
+        policy = load_policy(name_or_dir, seed=self.seed)
+        sampled, greedy = (
+            evaluate_policy_on(
+                self.task,
+                policy,
+                self.split,
+                self.episodes,
+                deterministic=deterministic,
+                seed=self.seed,
+                variant=self.variant,
+            )
+            for deterministic in (False, True)
+        )
+        return sampled, greedy
+
+    def _judge(self, world: World) -> TwinComparison:
+        from wmpo_gym.evaluation.twin import compare_with_twin
+
+        ids = np.asarray(get_task(self.task).split_ids(self.split)[: self.episodes])
+        policy = load_policy(self.policy, seed=self.seed)
+        return compare_with_twin(world, policy, ids, seed=self.seed, variant=self.variant, progress=True)
+
+    def _report(
+        self, world: World, comparison: TwinComparison, results: dict[str, Any], protocol: EvalProtocol
+    ) -> None:
+        from wmpo_gym.evaluation.report import Report, write_report
+
+        assert self.out is not None
+        report = Report(
+            f"{self.policy} against {self.base} on {self.task}",
+            results,
+            gates=world.card.get("gates", {}),
+            clips=_choose_clips(comparison, get_task(self.task).instructions, self.clips),
+            command=" ".join(["wmpo", *sys.argv[1:]]),
+            protocol=protocol,
+            control_hz=world.task.control_hz,
+        )
+        write_report(self.out / "report.html", report)
+
+
+def _results(policy: Pair, base: Pair | None, twin: TwinComparison | None, seconds: float) -> dict[str, Any]:
+    """The schema of ``results.json`` as far as it was measured."""
+    from wmpo_gym.evaluation.results import build_results, comparison
+
+    spent: dict[str, Any] = {
+        "real_episodes": sum(len(r) for pair in (policy, base) if pair for r in pair),
+        "imagined_frames": 0 if twin is None else int(np.prod(twin.imagined.actions.shape[:2])),
+    }
+    times = {"evaluation": round(seconds, 1)}
+    if base and twin:
+        return build_results(
+            base=base[0].success,
+            wmpo=policy[0].success,
+            greedy=(base[1].success, policy[1].success),
+            agreement=twin.agreement,
+            budget=spent,
+            seconds=times,
+        )
+    results: dict[str, Any] = {"budget": spent, "seconds": {"total": round(seconds, 1), **times}}
+    for target, i in ((results, 0), (results.setdefault("greedy", {}), 1)):
+        target |= (
+            comparison(base[i].success, policy[i].success) if base else {"wmpo": policy[i].rate.to_dict()}
+        )
+    if twin:
+        results |= {
+            "imagined_success": twin.agreement.claimed.value,
+            "hallucination_gap": twin.agreement.gap.points,
+            "agreement": twin.agreement.to_dict(),
+        }
+    return results
+
+
+def _show(results: dict[str, Any]) -> None:
+    from wmpo_gym.evaluation.results import agreement_rows, aligned, show_rate, table
+
+    if "base" in results:
+        rows = table(results)
+    else:
+        rates = {"sampled, T = 1": results["wmpo"], "greedy": results["greedy"]["wmpo"]}
+        rows = [("", "success", "n"), *((k, show_rate(r), str(r["n"])) for k, r in rates.items())]
+    print(aligned(rows))
+    if "agreement" in results:
+        print("\n" + aligned([*agreement_rows(results)]))
+
+
+def _choose_clips(twin: TwinComparison, instructions: tuple[str, ...], n: int) -> list[Clip]:
+    """Clips of every kind of outcome in turn, so that false claims are shown where there are any."""
+    from wmpo_gym.evaluation.report import Clip
+
+    claimed, true = twin.imagined.claimed, twin.replay.success
+    kinds = [np.flatnonzero((claimed == c) & (true == t)) for c, t in ((1, 1), (1, 0), (0, 1), (0, 0))]
+    order = [int(k[i]) for i in range(max(map(len, kinds), default=0)) for k in kinds if i < len(k)]
+    frames = twin.replay.frames
+    return [
+        Clip(
+            twin.imagined.frames[i],
+            frames[i],
+            bool(claimed[i]),
+            bool(true[i]),
+            f"{instructions[int(twin.imagined.task_ids[i])]}, start state {twin.start_state_ids[i]}",
+        )
+        for i in order[:n]
+        if frames is not None
+    ]

@@ -1,0 +1,109 @@
+"""``wmpo train grpo``: optimise a policy in imagination, or in the simulator."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from wmpo_gym.cli.common import keep_settings, load_world
+from wmpo_gym.data.atomic import write_json_atomic
+from wmpo_gym.tasks import get_task
+
+
+@dataclass(frozen=True)
+class Command:
+    """Optimise a policy with Group Relative Policy Optimization.
+
+    Interrupted, the same command goes on from its last checkpoint, to the same weights.
+
+    Attributes:
+        out: Directory of the optimised policy. Checkpoints, TensorBoard curves and history.json go to the
+            same name with .training behind it.
+        policy: Policy to start from (directory, hub id or task name).
+        env: Practise in imagination, or in the simulated twin.
+        world: World to imagine in (directory, hub id or task name).
+        task: Task, for --env simulated.
+        iterations: Rounds of rollouts and updates.
+        n_groups: Groups per iteration.
+        group_size: Rollouts per group, all from one start state.
+        learning_rate: Step size; large, since updates are few.
+        n_epochs: Passes over the rollouts of an iteration.
+        clip_range: How far the probability ratio may fall below 1.
+        clip_range_high: How far it may rise above 1.
+        batch_size: Rollouts per update; all of them by default.
+        temperature: Of the sampling; the policy's own by default.
+        seed: Decides everything random.
+    """
+
+    out: Path
+    policy: str = "move-block"
+    env: Literal["imagined", "simulated"] = "imagined"
+    world: str = "move-block"
+    task: str = "move-block"
+    iterations: int = 25
+    n_groups: int = 32
+    group_size: int = 8
+    learning_rate: float = 5e-4
+    n_epochs: int = 2
+    clip_range: float = 0.2
+    clip_range_high: float = 0.28
+    batch_size: int | None = None
+    temperature: float | None = None
+    seed: int = 0
+
+    def run(self) -> None:
+        """Train and save."""
+        from wmpo_gym.algorithms.grpo import GRPO
+        from wmpo_gym.world.world import find_pretrained
+
+        logs = self.out.with_name(self.out.name + ".training")
+        # A longer training is the same one continued.
+        keep_settings(
+            logs / "command.json", {k: v for k, v in asdict(self).items() if k not in ("out", "iterations")}
+        )
+        env, start_state_ids = self._make_env()
+        model = GRPO(
+            "VLAPolicy",
+            env,
+            learning_rate=self.learning_rate,
+            group_size=self.group_size,
+            n_groups=self.n_groups,
+            batch_size=self.batch_size,
+            n_epochs=self.n_epochs,
+            clip_range=self.clip_range,
+            clip_range_high=self.clip_range_high,
+            start_state_ids=start_state_ids,
+            checkpoint_dir=logs / "checkpoints",
+            tensorboard_log=str(logs),
+            policy_kwargs={"model": find_pretrained(self.policy, "policy"), "temperature": self.temperature},
+            seed=self.seed,
+        )
+        try:
+            model.learn(max_iterations=self.iterations, progress_bar=True, resume=True)
+        finally:
+            env.close()
+        write_json_atomic(logs / "history.json", model.history)
+        model.policy.save_pretrained(self.out, self._provenance(model))
+        budget = ", ".join(f"{v:,.0f} {k.replace('_', ' ')}" for k, v in model.budget.to_dict().items())
+        print(f"{len(model.history)} iterations ({budget}); the policy is in {self.out}")
+
+    def _make_env(self) -> tuple[Any, list[int]]:
+        from wmpo_gym.evaluation.rollouts import make_rollout_env
+
+        rows = self.n_groups * self.group_size
+        if self.env == "simulated":
+            task = get_task(self.task)
+            return make_rollout_env("WMPO-Simulated-v0", rows, task=task), list(task.split_ids("train"))
+        world = load_world(self.world)
+        return make_rollout_env("WMPO-Imagined-v0", rows, world=world), world.start_frames.ids.tolist()
+
+    def _provenance(self, model: Any) -> dict[str, Any]:
+        return {
+            "command": " ".join(["wmpo", *sys.argv[1:]]),
+            "settings": {k: v for k, v in asdict(self).items() if k != "out"},
+            "iterations": len(model.history),
+            "budget": model.budget.to_dict(),
+            "world_fitness": model.world_fitness,
+        }

@@ -1,0 +1,66 @@
+"""``wmpo train reward``: the success classifier of a world."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from wmpo_gym.cli.common import keep_settings, load_episodes, load_world
+from wmpo_gym.reward.training import ClassifierTraining, train_classifier
+
+
+@dataclass(frozen=True)
+class Command:
+    """Train the success classifier of a world on labelled episodes and calibrate it on held-out ones.
+
+    Interrupted, the same command goes on from its last checkpoint, to the same weights.
+
+    Attributes:
+        episodes: Directories of labelled episodes, failures included.
+        world: The world it is for (directory, hub id or task name).
+        out: Directory of the world with its classifier; may be the same as --world. Checkpoints go to the
+            same name with .training behind it.
+        kind: Small convolutional network, or VideoMAE as published.
+        imagined: Also learn from the world's replays of the recorded actions, labelled by the real outcomes.
+        seed: Decides weights, hold-out and everything random.
+        training: How to train.
+    """
+
+    episodes: tuple[Path, ...]
+    world: str
+    out: Path
+    kind: Literal["conv", "videomae"] = "conv"
+    imagined: bool = True
+    seed: int = 0
+    training: ClassifierTraining = field(default_factory=ClassifierTraining)
+
+    def run(self) -> None:
+        """Train, calibrate, save."""
+        from wmpo_gym.evaluation.world_quality import imagined_replays
+
+        world = load_world(self.world)
+        episodes = [e for e in load_episodes(self.episodes, world.task) if e.success is not None]
+        logs = self.out.with_name(self.out.name + ".training") / "reward"
+        keep_settings(
+            logs / "command.json", {k: v for k, v in asdict(self).items() if k not in ("out", "world")}
+        )
+        classifier, figures = train_classifier(
+            episodes,
+            world.task,
+            kind=self.kind,
+            seed=self.seed,
+            imagined=imagined_replays(world, episodes, seed=self.seed) if self.imagined else None,
+            config=self.training,
+            checkpoint_dir=logs / "checkpoint",
+        )
+        world.classifier = classifier
+        world.card = {**world.card, "reward": {"command": " ".join(["wmpo", *sys.argv[1:]]), **figures}}
+        world.card.pop("gates", None)  # they were measured with another classifier
+        world.save_pretrained(self.out)
+        c = figures["calibration"]
+        print(
+            f"F1 {c['f1']:.3f} (precision {c['precision']:.3f}, recall {c['recall']:.3f}) on {c['n']} "
+            f"held-out episodes, threshold {c['threshold']:.3f}; the world is in {self.out}"
+        )

@@ -1,0 +1,59 @@
+"""``wmpo validate``: is this world fit to train in?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from wmpo_gym.cli.common import load_episodes, load_policy, load_world
+from wmpo_gym.data.atomic import read_json, write_json_atomic
+
+
+@dataclass(frozen=True)
+class Command:
+    """Measure the four gates of a world and write them into its card; exit status 1 if one fails.
+
+    Attributes:
+        world: Directory, hub id or task name (the bundled world; its card is not written).
+        policy: The policy that is to practise in it (directory, hub id or task name).
+        episodes: Start states to measure on.
+        split: Their split; the world must not have been trained on it.
+        learnable: Also measure gate 2 (GRPO in the simulator, a minute or more); else the card's is kept.
+        recordings: Directories of labelled, held-out real episodes: measure gates 3 and 4 on them, without
+            a simulator.
+        seed: Decides everything random.
+    """
+
+    world: str = "move-block"
+    policy: str = "move-block"
+    episodes: int = 128
+    split: Literal["train", "validation", "test"] = "validation"
+    learnable: bool = False
+    recordings: tuple[Path, ...] = ()
+    seed: int = 0
+
+    def run(self) -> int:
+        """Measure, print, note in the card."""
+        from wmpo_gym.evaluation.gates import gates_text
+        from wmpo_gym.evaluation.validation import measure_learnable, validate
+
+        world, policy = load_world(self.world), load_policy(self.policy, seed=self.seed)
+        gates = validate(
+            world,
+            policy,
+            episodes=self.episodes,
+            split=self.split,
+            seed=self.seed,
+            learnable=partial(measure_learnable, policy, world.task, seed=self.seed)
+            if self.learnable
+            else None,
+            real_episodes=load_episodes(self.recordings, world.task) if self.recordings else None,
+        )
+        print(gates_text(gates))
+        if Path(self.world).is_dir():
+            card = Path(self.world) / "config.json"
+            write_json_atomic(card, {**read_json(card), "card": world.card})
+            print(f"\nwritten into {card}")
+        return int(any(gate["passed"] is False for gate in gates.values()))
