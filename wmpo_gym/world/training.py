@@ -270,7 +270,8 @@ class WorldModelTrainer:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
         self.network.load_state_dict(part("network."))
-        self.ema = part("ema.")
+        averages = part("ema.")
+        self.ema = {name: averages[name] for name in self.ema}  # files keep no order
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in part("optimizer.").items():
             index, name = key.split(".")

@@ -1,0 +1,148 @@
+"""Streams and the trainer: where walks go, what is learned, and that a killed training repeats its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.tasks import MOVE_BLOCK
+from wmpo_gym.world.autoencoder import PixelAutoencoder
+from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.world.stdit import STDiT
+from wmpo_gym.world.streams import EpisodeStreams, apply_symmetry
+from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
+
+SIZE = 16
+TASK = replace(MOVE_BLOCK, image_size=SIZE)
+
+
+def episode(n_steps: int, seed: int) -> Episode:
+    """A white 3x3 square that moves one pixel to the right per unit of action 0."""
+    rng = np.random.default_rng(seed)
+    actions = np.zeros((n_steps, 3), np.float32)
+    actions[:, 0] = rng.choice([-1.0, 0.0, 1.0], n_steps)
+    column = np.clip(6 + np.concatenate([[0], actions[:, 0].cumsum()]), 1, SIZE - 2).astype(int)
+    frames = np.zeros((n_steps + 1, SIZE, SIZE, 3), np.uint8)
+    for t, c in enumerate(column):
+        frames[t, 6:9, c - 1 : c + 2] = 255
+    return Episode(frames, actions, None, n_steps, seed, 0, "push", {})
+
+
+EPISODES = [episode(n, i) for i, n in enumerate([20, 7, 4, 13])]
+
+
+def network(seed: int = 0) -> ConvWorldModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ConvWorldModel(image_size=SIZE, widths=(8, 16), cond_dim=16, detail=8)
+
+
+def test_a_walk_follows_its_episode_and_marks_what_is_beyond() -> None:
+    streams = EpisodeStreams([EPISODES[1]], replace(TASK, symmetries=()), n_rows=1, context_frames=2, seed=0, from_start=1.0, restart=0.0)
+    first, second, third = streams.next(), streams.next(), streams.next()
+    frames, actions = EPISODES[1].frames, EPISODES[1].actions
+    assert first.fresh[0] and not second.fresh[0] and third.fresh[0]
+    assert np.array_equal(first.context[0], frames[[0, 0]]) and not first.prev_action.any()
+    assert np.array_equal(first.targets[0], frames[1:5]) and np.array_equal(first.actions[0], actions[:4])
+    assert np.array_equal(second.context[0], frames[3:5]) and np.array_equal(second.prev_action[0], actions[3])
+    assert second.valid[0].tolist() == [True, True, True, False] and not second.actions[0, 3].any()
+    assert np.array_equal(second.targets[0], frames[[5, 6, 7, 7]])
+
+
+def test_walks_begin_more_often_where_the_model_errs() -> None:
+    streams = EpisodeStreams([EPISODES[0]], replace(TASK, symmetries=()), n_rows=64, context_frames=2, seed=0, from_start=0.0, restart=1.0)
+    for _ in range(30):
+        streams.next()
+        step = streams._step - TASK.chunk
+        streams.report(np.where(np.abs(step - 10) < 2, 1.0, 0.01))
+    streams.next()
+    near = np.mean(np.abs(streams._step - TASK.chunk - 10) < 5)
+    assert near > 0.6, near  # 9 of 20 steps without the preference
+
+
+def test_symmetries_map_episodes_onto_episodes() -> None:
+    mirror, swap = TASK.symmetries
+    frames = np.random.default_rng(0).integers(0, 255, (2, 4, 4, 3)).astype(np.uint8)
+    actions = np.array([[0.5, 0.25, 1.0]], np.float32)
+    for symmetry in (mirror, swap):
+        once = apply_symmetry(symmetry, frames, actions)
+        twice = apply_symmetry(symmetry, *once)
+        assert not np.array_equal(once[0], frames)
+        assert np.array_equal(twice[0], frames) and np.array_equal(twice[1], actions)
+    assert apply_symmetry(mirror, frames, actions)[1].tolist() == [[0.5, -0.25, 1.0]]
+
+
+def test_no_episode_is_an_error() -> None:
+    with pytest.raises(ValueError, match="collect some first"):
+        EpisodeStreams([], TASK, n_rows=1, context_frames=2, seed=0)
+
+
+def trainer(config: WorldModelTraining, **kwargs) -> WorldModelTrainer:
+    return WorldModelTrainer(network(), PixelAutoencoder(), replace(TASK, symmetries=()), EPISODES, config, **kwargs)
+
+
+SHORT = WorldModelTraining(steps=6, batch_size=4, checkpoint_every=2, warmup=2)
+
+
+@pytest.mark.parametrize("adversarial", [0.0, 0.05])
+def test_a_killed_training_goes_on_to_the_same_numbers(tmp_path, adversarial: float) -> None:
+    config = replace(SHORT, adversarial=adversarial)
+    whole = trainer(config)
+    whole.train(progress=False)
+
+    killed = trainer(config, checkpoint_dir=tmp_path / "c")
+    step, real = 0, killed._train_step
+
+    def dies() -> dict[str, float]:
+        nonlocal step
+        step += 1
+        if step == 5:
+            raise KeyboardInterrupt
+        return real()
+
+    killed._train_step = dies
+    with pytest.raises(KeyboardInterrupt):
+        killed.train(progress=False)
+    resumed = trainer(config, checkpoint_dir=tmp_path / "c")
+    resumed.train(progress=False)
+    for a, b in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [h["loss"] for h in whole.history] == [h["loss"] for h in resumed.history]
+
+
+def test_other_settings_are_refused(tmp_path) -> None:
+    trainer(SHORT, checkpoint_dir=tmp_path / "c").train(progress=False)
+    with pytest.raises(ValueError, match="other settings"):
+        trainer(replace(SHORT, steps=8), checkpoint_dir=tmp_path / "c").train(progress=False)
+
+
+def test_global_generators_are_left_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    trainer(replace(SHORT, adversarial=0.1)).train(progress=False)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_it_learns_to_move_the_square() -> None:
+    made = trainer(replace(SHORT, steps=60, batch_size=8, checkpoint_every=10, learning_rate=4e-3, warmup=5))
+    history = made.train(progress=False)
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"], history
+
+
+def test_the_transformer_trains_too() -> None:
+    """Velocity loss, self-made contexts sampled in two steps."""
+    torch.manual_seed(0)
+    model = STDiT(
+        in_channels=3, context_frames=2, chunk=4, action_dim=3, hidden_size=24, depth=1, num_heads=2, patch_size=4,
+        predict_sigma=False, pixels_per_latent=1, base_size=SIZE,
+    )  # fmt: skip
+    before = [p.detach().clone() for p in model.parameters()]
+    history = WorldModelTrainer(
+        model, PixelAutoencoder(), TASK, EPISODES, SHORT, denoising_steps=2
+    ).train(progress=False)
+    assert np.isfinite(history[-1]["loss"])
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
