@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 
+from wmpo_gym.evaluation import bench as bench_module
 from wmpo_gym.evaluation import stopwatch
 from wmpo_gym.evaluation.bench import bench, bench_imagined, bench_simulated, bench_text
 from wmpo_gym.evaluation.shortcuts import RandomPolicy, _classify_at_the_end, bench_context_cache, bench_plain
@@ -86,7 +88,9 @@ def test_context_cache_changes_nothing():
     assert 0 <= r["largest_difference"] < 1e-5 and r["ratio"] > 0
 
 
-def test_whole_benchmark_prints_and_is_json(tiny_world):
+def test_whole_benchmark_prints_and_is_json(tiny_world, monkeypatch):
+    small = partial(bench_context_cache, rows=1, steps=2, side=4)
+    monkeypatch.setattr(bench_module, "bench_context_cache", small)
     r = bench(tiny_world, rows=(1, 2), repeats=1, progress=False)
     json.dumps(r, allow_nan=False)
     text = bench_text(r)

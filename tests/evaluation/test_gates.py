@@ -109,7 +109,7 @@ def test_action_sensitivity_of_a_world_without_noise_is_infinite(fetch, twin_wor
 
 def test_validate_writes_the_card(fetch, twin_world):
     world = twin_world(TASK.split_ids("validation")[:6])
-    passed = GateResult("learnable", True, {"iterations": 5}, "x", "y")
+    passed = GateResult("learnable", True, {"iterations": 5}, "w", "x", "y")
     gates = validate(world, fetch(6.0, noise=0.1), episodes=6, learnable=lambda: passed, progress=False)
     assert list(gates) == list(GATES) and world.card["gates"] is gates
     assert [gates[g]["passed"] for g in GATES] == [True] * 4

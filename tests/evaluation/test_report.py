@@ -12,7 +12,7 @@ import pytest
 
 from wmpo_gym.evaluation import charts
 from wmpo_gym.evaluation.protocol import EvalProtocol
-from wmpo_gym.evaluation.report import Clip, Report, render_report, write_report
+from wmpo_gym.evaluation.report import Clip, Report, choose_clips, render_report, write_report
 from wmpo_gym.evaluation.results import build_results, print_table
 from wmpo_gym.evaluation.statistics import precision_recall, success_rate
 
@@ -63,6 +63,22 @@ def report() -> Report:
         protocol=EvalProtocol.make("move-block", "test", 512, seed=0, deterministic=False),
         notes=["Gate <honest> failed."],
     )
+
+
+def test_clips_show_every_kind_of_outcome(fetch, twin_world):
+    pytest.importorskip("mujoco")
+    from wmpo_gym.evaluation.twin import compare_with_twin
+    from wmpo_gym.tasks import get_task
+
+    task = get_task("move-block")
+    ids = list(task.split_ids("validation")[:4])
+    c = compare_with_twin(twin_world(ids), fetch(0.0), ids, deterministic=True)
+    c.imagined.claimed_step[:], c.replay.success_step[:] = [5, 5, -1, 5], [7, 7, 7, -1]
+    clips = choose_clips(c, task, 3)
+    assert [(clip.claimed, clip.true) for clip in clips] == [(True, True), (True, False), (False, True)]
+    assert (clips[1].imagined == c.imagined.frames[3]).all() and str(ids[3]) in clips[1].caption
+    c.replay.frames = None
+    assert choose_clips(c, task) == []
 
 
 class Collector(html.parser.HTMLParser):
@@ -137,7 +153,7 @@ def test_videos_in_the_report_can_be_decoded(report):
     uri = re.search(r'src="data:video/\w+;base64,([^"]+)"', render_report(report)).group(1)
     with av.open(io.BytesIO(base64.b64decode(uri))) as container:
         shapes = [f.to_ndarray(format="rgb24").shape for f in container.decode(video=0)]
-    assert shapes == [(192, 396, 3)] * 6
+    assert shapes == [(192, 396, 3)] * (6 + 10)  # the last frame stands for a second
 
 
 def svg(text: str) -> ElementTree.Element:

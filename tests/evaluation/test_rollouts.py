@@ -72,6 +72,40 @@ def test_recorded_frames_match_the_episode(fetch):
     assert simulator.success == episodes[0].success
 
 
+def test_imagined_rollouts_do_not_depend_on_the_number_of_rows(fetch, tiny_world):
+    tiny_world.classifier.threshold = 1.0
+    ids = [2, 0, 3, 0, 1]
+
+    def imagine(num_envs: int):
+        env = make_rollout_env("WMPO-Imagined-v0", num_envs, world=tiny_world, record_frames=True)
+        return rollout(env, fetch(0.0), ids, deterministic=True, seed=3, record_frames=True)
+
+    a, b = imagine(5), imagine(2)
+    assert all((x == y).all() for x, y in zip(a.frames, b.frames, strict=True))
+    assert np.array_equal(a.actions, b.actions)
+    assert (a.frames[1][0] == a.frames[3][0]).all()  # one start state twice, under different seeds
+    assert a.ledger.imagined_frames == 5 * TASK.horizon and (a.n_frames == TASK.horizon).all()
+    assert a.ledger.real_episodes == 0
+
+
+def test_a_vla_policy_is_evaluated_in_both_environments(tiny_world):
+    pytest.importorskip("transformers")
+    from wmpo_gym.evaluation.twin import compare_with_twin
+    from wmpo_gym.policies.vla import VLAConfig
+    from wmpo_gym.policies.vla_policy import VLAPolicy, make_spaces
+
+    config = VLAConfig.tiny()
+    spaces = make_spaces(config, (TASK.image_size, TASK.image_size, 3), len(TASK.instructions))
+    policy = VLAPolicy(*spaces, config=config, instructions=TASK.instructions)
+    draws = policy.get_extra_state().clone()
+    r = evaluate_policy_on(TASK, policy, "test", 3, deterministic=False, progress=False)
+    c = compare_with_twin(tiny_world, policy, IDS[:3], seed=1)
+    assert r.rate.n == 3 and r.protocol.temperature == 1.0
+    assert c.imagined.frames.shape == c.replay.frames.shape == (3, TASK.horizon + 1, 40, 40, 3)
+    assert np.isfinite(c.error[:, 0]).all() and (c.error[:, 0] == 0).all()
+    assert (policy.get_extra_state() == draws).all()
+
+
 def test_wrong_environments_are_refused(fetch):
     import gymnasium
 

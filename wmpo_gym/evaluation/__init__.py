@@ -17,6 +17,7 @@ _HOMES = {
     "Rollouts": "rollouts",
     "build_results": "results",
     "collect_episodes": "rollouts",
+    "choose_clips": "report",
     "compare_with_twin": "twin",
     "evaluate_policy_on": "rollouts",
     "gates_text": "gates",

@@ -18,7 +18,7 @@ import numpy as np
 
 from wmpo_gym.data.atomic import plain
 from wmpo_gym.envs.simulated import make_simulator
-from wmpo_gym.evaluation.results import aligned
+from wmpo_gym.evaluation import results
 from wmpo_gym.evaluation.statistics import Agreement, paired_difference, success_rate
 from wmpo_gym.evaluation.twin import Replay, replay
 from wmpo_gym.tasks import Task
@@ -41,6 +41,7 @@ class GateResult:
         name: One of :data:`GATES`.
         passed: Whether it holds; None where it cannot be measured (no simulator).
         figures: What was measured; rates and differences in their JSON form.
+        measured: The figure that decided, in words.
         threshold: What was wanted, in words.
         explanation: What the figure means for training in this world.
     """
@@ -48,6 +49,7 @@ class GateResult:
     name: str
     passed: bool | None
     figures: dict[str, Any] = field(default_factory=dict)
+    measured: str = ""
     threshold: str = ""
     explanation: str = ""
 
@@ -91,6 +93,7 @@ def physics_gate(
         "physics",
         flips.value < MAX_FLIPS,
         {"outcome_flips": flips.to_dict(), "success": success_rate(nominal.success).to_dict()},
+        f"{100 * flips.value:.1f} % flip",
         f"< {100 * MAX_FLIPS:.0f} % of outcomes flip at {displacement_px:g} px",
         f"With the object shifted by {displacement_px:g} px and the same actions, {100 * flips.value:.1f} % "
         "of the outcomes change. A task whose outcome hangs on less than a model can resolve cannot be "
@@ -111,6 +114,7 @@ def learnable_gate(before: np.ndarray, after: np.ndarray, iterations: int) -> Ga
         "learnable",
         gain.points >= MIN_GAIN and iterations <= MAX_ITERATIONS,
         {"gain": gain.to_dict(), "iterations": iterations, "base": success_rate(before).to_dict()},
+        f"{gain.points:+.1f} points in {iterations} iterations",
         f"gain ≥ {MIN_GAIN:.0f} points within {MAX_ITERATIONS} iterations",
         f"GRPO with unlimited simulated episodes changed success by {gain.points:+.1f} points in "
         f"{iterations} iterations. What does not climb there cannot climb in imagination.",
@@ -144,6 +148,8 @@ def faithful_gate(
         "faithful",
         passed,
         {"median_object_error_px": median, **sensitivity, **figures},
+        f"{median:.2f} px; actions {sensitivity['different_actions']:.1f}, "
+        f"noise {sensitivity['different_noise']:.1f} grey levels",
         f"median object error < {limit:.2f} px; actions change more than noise",
         f"{text} Other actions change the frames by {sensitivity['different_actions']:.2f} grey levels on "
         f"average, other noise by {sensitivity['different_noise']:.2f}.",
@@ -168,6 +174,7 @@ def honest_gate(agreement: Agreement, judge: str) -> GateResult:
             "true": agreement.true.to_dict(),
             "hallucination_gap": agreement.gap.to_dict(),
         },
+        f"precision {results.percent(values[0])}, recall {results.percent(values[1])}",
         f"precision and recall ≥ {MIN_AGREEMENT:g} (target {TARGET_AGREEMENT:g})",
         f"Judged by {judge} of the same full-horizon actions, {agreement.precision} of the claimed successes "
         f"are true and {agreement.recall} of the true ones are claimed.",
@@ -177,9 +184,12 @@ def honest_gate(agreement: Agreement, judge: str) -> GateResult:
 def gates_text(gates: Mapping[str, Mapping[str, Any]]) -> str:
     """The gates as a table to print, each with its explanation."""
     words = {True: "passed", False: "FAILED", None: "not measurable"}
-    rows: list[tuple[str, ...]] = [("gate", "", "wanted")]
+    rows: list[tuple[str, ...]] = [("gate", "", "measured", "wanted")]
     for name in GATES:
         gate = gates.get(name)
-        rows.append((name, words[gate["passed"]], gate["threshold"]) if gate else (name, "not measured", ""))
+        if gate:
+            rows.append((name, words[gate["passed"]], gate.get("measured", ""), gate["threshold"]))
+        else:
+            rows.append((name, "not measured", "", ""))
     notes = [f"{name}: {gates[name]['explanation']}" for name in GATES if name in gates]
-    return aligned(rows) + "\n\n" + "\n".join(notes)
+    return results.aligned(rows) + "\n\n" + "\n".join(notes)

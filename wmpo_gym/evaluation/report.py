@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from wmpo_gym.evaluation.protocol import EvalProtocol
 from wmpo_gym.evaluation.results import agreement_rows, percent, show_number, show_points, show_rate, table
 from wmpo_gym.evaluation.style import CSS
 from wmpo_gym.evaluation.video import data_uri, encode_video, side_by_side
+from wmpo_gym.tasks import Task
+
+if TYPE_CHECKING:
+    from wmpo_gym.evaluation.twin import TwinComparison
 
 # Columns of a learning curve that are drawn: key, legend, whether it is imagined.
 CURVES = (
@@ -25,6 +29,7 @@ CURVES = (
     ("simulated_success_greedy", "policy in the twin, greedy", False),
 )
 POLICIES = (("base", "base policy"), ("wmpo", "after WMPO"))
+HOLD_SECONDS = 1.0
 VERDICTS = {True: ("good", "✓ passed"), False: ("bad", "✗ failed"), None: ("", "not measurable")}
 
 
@@ -73,6 +78,34 @@ class Report:
     protocol: EvalProtocol | None = None
     notes: Sequence[str] = ()
     control_hz: float = 10.0
+
+
+def choose_clips(comparison: TwinComparison, task: Task, n: int = 8) -> list[Clip]:
+    """Clips of every kind of outcome in turn, so that false claims are shown where there are any.
+
+    Args:
+        comparison: Made with ``record_frames=True``; otherwise there is nothing to show.
+        task: For the instructions.
+        n: How many at most.
+    """
+    imagined, twin, instructions = comparison.imagined, comparison.replay, task.instructions
+    if twin.frames is None:
+        return []
+    kinds = [
+        np.flatnonzero((imagined.claimed == claim) & (twin.success == truth))
+        for claim, truth in ((True, True), (True, False), (False, True), (False, False))
+    ]
+    turns = [int(kind[i]) for i in range(len(twin.success)) for kind in kinds if i < len(kind)]
+    return [
+        Clip(
+            imagined=imagined.frames[i],
+            twin=twin.frames[i],
+            claimed=bool(imagined.claimed[i]),
+            true=bool(twin.success[i]),
+            caption=f"“{instructions[imagined.task_ids[i]]}”, start state {comparison.start_state_ids[i]}",
+        )
+        for i in turns[:n]
+    ]
 
 
 def write_report(path: str | Path, report: Report) -> Path:
@@ -166,7 +199,7 @@ def _headline(report: Report) -> str:
 
 def _range(rate: Mapping[str, Any]) -> str:
     low, high = rate["ci95"]
-    return f"[{100 * low:.1f}, {100 * high:.1f}] %, n = {rate['n']}"
+    return f"[{100 * low:.1f}, {100 * high:.1f}] %, n\u00a0=\u00a0{rate['n']}"
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -228,12 +261,15 @@ def _clips(clips: Sequence[Clip], fps: float) -> str:
         return ""
     figures = []
     for clip in clips:
-        uri = data_uri(*encode_video(side_by_side(clip.imagined, clip.twin), fps=fps))
+        frames = side_by_side(clip.imagined, clip.twin)
+        # The outcome stands still for a moment before the video begins again.
+        frames = np.concatenate([frames, frames[-1:].repeat(round(HOLD_SECONDS * fps), axis=0)])
+        uri = data_uri(*encode_video(frames, fps=fps))
         tone = "good" if clip.claimed == clip.true else "bad"
         verdict = f"imagined: {_outcome(clip.claimed)} · twin: {_outcome(clip.true)}"
         figures.append(
             '<figure class="card"><div class="halves"><span>imagined</span><span>simulated twin</span></div>'
-            f'<video src="{uri}" autoplay loop muted playsinline controls></video>'
+            f'<video src="{uri}" autoplay loop muted playsinline></video>'
             f'<figcaption>{escape(clip.caption)}<br><span class="{tone}">{verdict}</span>'
             "</figcaption></figure>"
         )

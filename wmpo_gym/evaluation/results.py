@@ -11,6 +11,7 @@ points, ``ci95`` has the unit of its figure::
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
@@ -130,7 +131,7 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
 
 def percent(fraction: float | None) -> str:
     """A fraction as percent with one decimal, a dash if undefined."""
-    return "–" if fraction is None else f"{100 * fraction:.1f} %"
+    return "–" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.1f} %"
 
 
 def show_rate(rate: Mapping[str, Any]) -> str:

@@ -122,9 +122,8 @@ def _validate_on_recordings(
     faithful = faithful_gate(world.task, errors, sensitivity, psnr_db=_psnr(imagined, episodes))
     honest = honest_gate(precision_recall(imagined.claimed, truth), "the recorded outcomes")
     reason = "There is no simulator to perturb or to train in; only real episodes were available."
-    missing = {
-        name: GateResult(name, None, {}, "a simulator", reason).to_dict() for name in ("physics", "learnable")
-    }
+    unknown = (GateResult(name, None, {}, "", "a simulator", reason) for name in ("physics", "learnable"))
+    missing = {gate.name: gate.to_dict() for gate in unknown}
     return missing | {"faithful": faithful.to_dict(), "honest": honest.to_dict()}
 
 
