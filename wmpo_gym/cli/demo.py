@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wmpo_gym.recipe.run import run_recipe
@@ -27,7 +27,5 @@ class Command:
 
     def run(self) -> None:
         """Run what is missing."""
-        from dataclasses import replace
-
         recipe = replace(DEMO, seed=self.seed)
         run_recipe(recipe, self.out, bundled=True, command=" ".join(["wmpo", *sys.argv[1:]]))
