@@ -23,8 +23,6 @@ from typing import Any, Protocol
 
 # What a user types -> (module with the Command, what it does).
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("wmpo_gym.cli.demo", "the whole method in ten minutes, from the bundled weights"),
-    "reproduce": ("wmpo_gym.cli.reproduce", "the whole method at full length, from nothing"),
     "demo": ("wmpo_gym.cli.demo", "the whole method before your eyes, in about ten minutes"),
     "reproduce": ("wmpo_gym.cli.reproduce", "the whole method at full length, from nothing"),
     "collect": ("wmpo_gym.cli.collect", "record episodes: the scripted expert, play, or a policy"),

@@ -50,7 +50,6 @@ class Recipe:
         weights: How often an episode of (rollouts, demonstrations, play) is drawn while aligning.
         classifier_steps: Optimiser steps of the success classifier.
         grpo: Policy optimisation.
-        learnable_iterations: Iterations of GRPO on simulated episodes in the *learnable* gate, at most.
         gate_episodes: Validation start states per gate.
         curve_every: Iterations between points of the learning curve (validation split, for display only).
         curve_episodes: Episodes per point.
@@ -66,11 +65,10 @@ class Recipe:
     play: int = 1200
     pretrain: WorldModelTraining = WorldModelTraining(steps=5000, batch_size=24, learning_rate=1.2e-3)
     rollouts: int = 128
-    align: WorldModelTraining = WorldModelTraining(steps=1500, batch_size=24, learning_rate=6e-4, recorded=0.0)
+    align: WorldModelTraining = WorldModelTraining(steps=1000, batch_size=24, learning_rate=6e-4, recorded=0.0)
     weights: tuple[float, float, float] = (2.5, 1.0, 1.0)
     classifier_steps: int = 700
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
-    learnable_iterations: int = 10
     gate_episodes: int = 256
     curve_every: int = 3
     curve_episodes: int = 128
@@ -112,7 +110,6 @@ DEMO = Recipe(
     align=WorldModelTraining(steps=500, batch_size=24, learning_rate=5e-4, recorded=0.0),
     classifier_steps=500,
     grpo=GRPOSettings(iterations=10),
-    learnable_iterations=4,
     gate_episodes=128,
     curve_every=5,
     test_episodes=512,
