@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from square_toys import square_episode
+
+from wmpo_gym.reward.calibration import Calibration, assess, best_plateau, calibrate
+
+
+class Scripted:
+    """Scores an episode with what its meta says."""
+
+    training = False
+    threshold = 0.5
+
+    def eval(self):
+        return self
+
+    def train(self, mode):
+        assert mode is False
+
+    def scores(self, frames, task_id):
+        return self.table[frames.tobytes()]
+
+
+def scripted(rows: list[tuple[bool, list[float]]]):
+    """A classifier and episodes of the given outcomes and scores (NaN is put in front)."""
+    classifier, episodes = Scripted(), []
+    classifier.table = {}
+    for i, (success, scores) in enumerate(rows):
+        episodes.append(square_episode(i, success, steps=len(scores)))
+        classifier.table[episodes[-1].frames.tobytes()] = np.array([math.nan, *scores], np.float32)
+    return classifier, episodes
+
+
+def test_separable_scores_give_the_middle():
+    low, high = best_plateau(np.array([0.1, 0.2, 0.8, 0.9]), np.array([False, False, True, True]))
+    assert (low, high) == (0.2, 0.8)
+    classifier, episodes = scripted(
+        [(False, [0.1, 0.2]), (False, [0.1, 0.1]), (True, [0.1, 0.8]), (True, [0.0, 0.9])]
+    )
+    result = calibrate(classifier, episodes)
+    assert result.threshold == pytest.approx(0.5) and result.f1 == 1.0 and result.finish_error == 0.0
+    assert (result.n, result.n_success) == (4, 2)
+
+
+def test_best_threshold_against_brute_force():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        n = int(rng.integers(3, 30))
+        labels = rng.random(n) < 0.5
+        labels[:2] = True, False
+        scores = np.round(np.clip(0.35 * labels + rng.random(n) * 0.65, 0, 1), 1)
+        low, high = best_plateau(scores, labels)
+        f1 = {
+            t: 2 * (labels & (scores >= t)).sum() / ((scores >= t).sum() + labels.sum())
+            for t in np.linspace(0.01, 1, 300)
+        }
+        inside = [f for t, f in f1.items() if low < t <= high]
+        assert max(f1.values()) == pytest.approx(
+            2 * (labels & (scores >= high)).sum() / ((scores >= high).sum() + labels.sum())
+        )
+        assert all(f == pytest.approx(max(f1.values())) for f in inside)
+
+
+def test_an_episode_counts_by_its_best_window():
+    # Early in the last failure one window scores high: on single clips that is one error among many.
+    rows = [(True, [0.1, 0.9]), (True, [0.2, 0.7]), (False, [0.8, 0.1]), (False, [0.1, 0.1])]
+    classifier, episodes = scripted(rows)
+    result = assess(classifier, episodes, 0.6)
+    assert (result.precision, result.recall) == (pytest.approx(2 / 3), 1.0)
+    assert result.f1 == pytest.approx(0.8)
+    low, high = result.precision_ci95
+    assert (low, high) == (pytest.approx(0.2077, abs=1e-4), pytest.approx(0.9385, abs=1e-4))
+    assert result.plateau is None
+
+
+def test_scores_saturated_at_one():
+    classifier, episodes = scripted([(False, [0.2]), (True, [1.0]), (True, [1.0])])
+    result = calibrate(classifier, episodes)
+    assert 0.2 < result.threshold <= 1.0 and result.recall == 1.0
+
+
+def test_nothing_claimed_survives_json():
+    classifier, episodes = scripted([(False, [0.2]), (True, [0.3])])
+    result = assess(classifier, episodes, 0.9)
+    assert math.isnan(result.precision) and result.recall == 0.0
+    text = json.dumps(result.to_dict(), allow_nan=False)
+    again = Calibration.from_dict(json.loads(text))
+    assert math.isnan(again.precision) and again.recall_ci95 == result.recall_ci95
+
+
+@pytest.mark.parametrize("success", [True, False])
+def test_one_sided_episodes(success):
+    classifier, episodes = scripted([(success, [0.2]), (success, [0.3])])
+    with pytest.raises(
+        ValueError, match="2 successes and 0 failures" if success else "0 successes and 2 failures"
+    ):
+        calibrate(classifier, episodes)
+
+
+def test_unlabelled_episodes():
+    classifier, episodes = scripted([(True, [0.2]), (False, [0.3])])
+    episodes[0].success = None
+    with pytest.raises(ValueError, match="1 of 2 episodes have no outcome"):
+        assess(classifier, episodes)

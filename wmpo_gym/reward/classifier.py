@@ -1,0 +1,305 @@
+"""What every success classifier has: preprocessing, windows, streaming, a threshold, a directory on disk."""
+
+from __future__ import annotations
+
+import abc
+import importlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wmpo_gym.data.atomic import (
+    ArtifactError,
+    load_safetensors,
+    read_json,
+    save_safetensors,
+    write_dir_atomic,
+    write_json_atomic,
+)
+from wmpo_gym.reward.calibration import Calibration
+from wmpo_gym.reward.windows import check_window_fits, first_success
+
+FORMAT_VERSION = 1
+SCORED_AT_ONCE = 32  # frames of a recorded episode; bounds the memory of large pictures
+KINDS = {
+    "conv": ("wmpo_gym.reward.conv", "ConvSuccessClassifier"),
+    "videomae": ("wmpo_gym.reward.videomae", "VideoMAESuccessClassifier"),
+}
+Index = Tensor | np.ndarray | slice | list[int]
+
+
+@dataclass
+class StreamState:
+    """The frames a classifier still needs, one row per episode.
+
+    Attributes:
+        pixels: float32 ``(B, window - 1, 3, h, w)``, the latest frames, preprocessed; zeros before the first.
+        count: int64 ``(B,)``, frames seen so far.
+    """
+
+    pixels: Tensor
+    count: Tensor
+
+    def __len__(self) -> int:
+        return len(self.count)
+
+    def rows(self, index: Index) -> StreamState:
+        """A copy of some rows; ``index`` as for a tensor: integers, a bool mask or a slice."""
+        index = _index(index)
+        return StreamState(self.pixels[index].clone(), self.count[index].clone())
+
+    def assign(self, index: Index, other: StreamState) -> None:
+        """Overwrite some rows in place with those of ``other``, in order."""
+        index = _index(index)
+        self.pixels[index] = other.pixels.to(self.pixels)
+        self.count[index] = other.count.to(self.count)
+
+    def to_dict(self) -> dict[str, np.ndarray]:
+        """Copies as numpy arrays, to be stored; :meth:`from_dict` restores the same numbers."""
+        return {f.name: getattr(self, f.name).cpu().numpy().copy() for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, arrays: dict[str, np.ndarray]) -> StreamState:
+        """Rebuild a state from :meth:`to_dict`, on the CPU; an update takes it to the classifier.
+
+        Raises:
+            ValueError: If an array is missing.
+        """
+        names = [f.name for f in fields(cls)]
+        if missing := [name for name in names if name not in arrays]:
+            raise ValueError(f"A stream state needs {' and '.join(names)}; it lacks {missing}.")
+        return cls(*(torch.from_numpy(np.array(arrays[name])) for name in names))
+
+
+class SuccessClassifier(nn.Module, abc.ABC):
+    """Probability that the last frame of a window shows its instruction fulfilled.
+
+    A network gives two logits per instruction; the pair of the row's instruction is used and the score is the
+    sigmoid of its second logit (as published; the first only takes part in the training loss).
+
+    Args:
+        window: Frames per window.
+        n_instructions: Instructions of the task.
+
+    Attributes:
+        calibration: Threshold and how good it is; None before :func:`~wmpo_gym.reward.calibration.calibrate`.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, window: int, n_instructions: int) -> None:
+        super().__init__()
+        if window < 1 or n_instructions < 1:
+            raise ValueError(
+                f"A classifier needs at least one frame and one instruction, got window {window} and "
+                f"n_instructions {n_instructions}."
+            )
+        self.window, self.n_instructions = window, n_instructions
+        self.calibration: Calibration | None = None
+        self._threshold: float | None = None
+
+    # -- the network -----------------------------------------------------------------------------------------
+    @abc.abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """JSON-able keyword arguments that build this classifier anew."""
+
+    @abc.abstractmethod
+    def preprocess(self, frames: Tensor) -> Tensor:
+        """Frames as the network takes them, in training and in use.
+
+        Args:
+            frames: uint8 ``(N, H, W, 3)``.
+
+        Returns:
+            float32 ``(N, 3, h, w)``.
+        """
+
+    @abc.abstractmethod
+    def logits(self, clips: Tensor) -> Tensor:
+        """Logits ``(B, 2 * n_instructions)`` of preprocessed clips ``(B, window, 3, h, w)``."""
+
+    def forward(self, clips: Tensor, task_ids: Tensor) -> Tensor:
+        """Logits of each row's instruction.
+
+        Args:
+            clips: float32 ``(B, window, 3, h, w)``, preprocessed.
+            task_ids: int64 ``(B,)``.
+
+        Returns:
+            ``(B, 2)``; the score is ``sigmoid(logits[:, 1])``.
+        """
+        pairs = self.logits(clips).view(len(clips), self.n_instructions, 2)
+        return pairs[torch.arange(len(clips), device=pairs.device), task_ids]
+
+    # -- threshold -------------------------------------------------------------------------------------------
+    @property
+    def threshold(self) -> float:
+        """Probability from which on a window counts as success: set by hand, else calibrated, else 0.5."""
+        if self._threshold is not None:
+            return self._threshold
+        return 0.5 if self.calibration is None else self.calibration.threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"A threshold is a probability between 0 and 1, got {value}.")
+        self._threshold = float(value)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.parameters()).device
+
+    # -- streaming -------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def start(self, frames: Tensor | np.ndarray) -> StreamState:
+        """State after the first frame of each episode.
+
+        Args:
+            frames: uint8 ``(B, H, W, 3)``.
+        """
+        frames = self._frames(frames, 4)
+        pixels = self.preprocess(frames)[:, None]
+        before = pixels.new_zeros(len(pixels), self.window, *pixels.shape[2:])
+        latest = torch.cat([before, pixels], dim=1)[:, 2:]  # window - 1 of them
+        return StreamState(latest, torch.ones(len(pixels), dtype=torch.long, device=pixels.device))
+
+    @torch.no_grad()
+    def update(
+        self, state: StreamState, frames: Tensor | np.ndarray, task_ids: Tensor | np.ndarray
+    ) -> tuple[Tensor, StreamState]:
+        """Judge the K frames that follow; each frame is preprocessed once. ``state`` is left as it was.
+
+        Args:
+            state: From :meth:`start` or the update before.
+            frames: uint8 ``(B, K, H, W, 3)``.
+            task_ids: int64 ``(B,)``.
+
+        Returns:
+            Success probability float32 ``(B, K)`` of the window that ends at each frame, NaN where the window
+            is not full yet; and the new state.
+
+        Raises:
+            ValueError: If shapes, dtype or task ids are wrong.
+        """
+        frames = self._frames(frames, 5)
+        batch, chunk = frames.shape[:2]
+        task_ids = self._task_ids(task_ids, batch)
+        if len(state) != batch:
+            raise ValueError(f"The state has {len(state)} rows and the frames have {batch}.")
+        new = self.preprocess(frames.flatten(0, 1)).unflatten(0, (batch, chunk))
+        seen = torch.cat([state.pixels.to(new), new], dim=1)
+        count = state.count.to(new.device)
+        ready = count[:, None] + torch.arange(1, chunk + 1, device=new.device) >= self.window
+        clips = torch.stack([seen[:, k : k + chunk] for k in range(self.window)], dim=2)
+        probs = new.new_full((batch, chunk), torch.nan)
+        if ready.any():
+            rows = task_ids[:, None].expand(-1, chunk)[ready]
+            probs[ready] = torch.sigmoid(self(clips[ready], rows)[:, 1])
+        return probs, StreamState(seen[:, chunk:].contiguous(), count + chunk)
+
+    def scores(self, frames: Tensor | np.ndarray, task_id: int) -> np.ndarray:
+        """Success probability at every frame of one episode.
+
+        Args:
+            frames: uint8 ``(T+1, H, W, 3)``.
+            task_id: Its instruction.
+
+        Returns:
+            float32 ``(T+1,)``, NaN at the first ``window - 1`` frames.
+
+        Raises:
+            ValueError: If the episode is shorter than the window.
+        """
+        frames = self._frames(frames, 4)
+        check_window_fits(len(frames), self.window)
+        first = self.start(frames[:1])
+        state = StreamState(torch.zeros_like(first.pixels), torch.zeros_like(first.count))  # before any frame
+        probs = []
+        for part in frames[None].split(SCORED_AT_ONCE, dim=1):
+            p, state = self.update(state, part, torch.tensor([task_id]))
+            probs.append(p[0])
+        return torch.cat(probs).cpu().numpy()
+
+    def decide(self, frames: Tensor | np.ndarray, task_id: int) -> tuple[bool, int]:
+        """Success and finish step of one episode; see :func:`~wmpo_gym.reward.windows.first_success`."""
+        return first_success(self.scores(frames, task_id), self.threshold)
+
+    def _frames(self, frames: Tensor | np.ndarray, ndim: int) -> Tensor:
+        frames = torch.as_tensor(frames)
+        if frames.dtype != torch.uint8 or frames.ndim != ndim or frames.shape[-1] != 3:
+            shape = "(B, H, W, 3)" if ndim == 4 else "(B, K, H, W, 3)"
+            raise ValueError(f"Frames must be uint8 {shape}, got {frames.dtype} {tuple(frames.shape)}.")
+        return frames.to(self.device)
+
+    def _task_ids(self, task_ids: Tensor | np.ndarray, batch: int) -> Tensor:
+        ids = torch.as_tensor(task_ids, device=self.device).long()
+        n = self.n_instructions
+        if ids.shape != (batch,) or not bool(((ids >= 0) & (ids < n)).all()):
+            raise ValueError(
+                f"task_ids must be {batch} numbers between 0 and {n - 1} (the classifier knows {n} "
+                f"instructions), got {ids.tolist()}."
+            )
+        return ids
+
+    # -- on disk ---------------------------------------------------------------------------------------------
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``; the directory appears complete or not at all."""
+        with write_dir_atomic(directory) as tmp:
+            save_safetensors(tmp / "model.safetensors", self.state_dict())
+            write_json_atomic(
+                tmp / "config.json",
+                {
+                    "format_version": FORMAT_VERSION,
+                    "kind": self.kind,
+                    "arguments": self.arguments(),
+                    "threshold": self._threshold,
+                    "calibration": None if self.calibration is None else self.calibration.to_dict(),
+                },
+            )
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> SuccessClassifier:
+        """Load what :meth:`save_pretrained` wrote, in evaluation mode; the base class takes any kind.
+
+        Raises:
+            ArtifactError: If a file is missing, truncated, edited, or of another kind than asked for.
+        """
+        path = Path(directory)
+        config = read_json(path / "config.json")
+        try:
+            if config["format_version"] != FORMAT_VERSION:
+                raise ValueError(
+                    f"format version {config['format_version']}, this release reads {FORMAT_VERSION}"
+                )
+            module, name = KINDS[config["kind"]]
+            found = getattr(importlib.import_module(module), name)
+            if not issubclass(found, cls):
+                raise ValueError(f"it is of kind {config['kind']!r}, not a {cls.__name__}")
+            with torch.random.fork_rng(devices=[]):  # initial weights are drawn before they are replaced
+                classifier = found(**config["arguments"])
+            if config["calibration"] is not None:
+                classifier.calibration = Calibration.from_dict(config["calibration"])
+            if config["threshold"] is not None:
+                classifier.threshold = config["threshold"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"{path / 'config.json'} does not describe a success classifier: {error}."
+            ) from error
+        weights = load_safetensors(path / "model.safetensors")
+        try:
+            classifier.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{path / 'model.safetensors'} does not fit {path / 'config.json'}: {error}. One of "
+                "them was edited or comes from another classifier; restore both, or train it again."
+            ) from error
+        return classifier.eval()
+
+
+def _index(index: Index) -> Any:
+    return torch.as_tensor(index) if isinstance(index, (np.ndarray, list)) else index
