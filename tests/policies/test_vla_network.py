@@ -108,6 +108,23 @@ def test_the_instruction_and_the_picture_both_change_the_answer(tiny):
     assert (by_image[0] - by_image[1]).abs().max() > 1e-3
 
 
+def test_the_instruction_modulates_the_patches():
+    """FiLM: nothing at first, then a scale and a shift per channel that depend on this row's prompt only."""
+    network = build(VLAConfig.tiny())
+    seen, text, length = torch.randn(3, 4, 64), *InstructionTable(SENTENCES, network.config)(torch.arange(3))
+    words = network._embed(text)
+    assert torch.equal(network._modulated(seen, words, length), seen)
+    torch.nn.init.normal_(network.film.weight, std=0.1)
+    scaled = network._modulated(seen, words, length)
+    factor = (scaled[:, 0] - scaled[:, 1]) / (seen[:, 0] - seen[:, 1])
+    torch.testing.assert_close(
+        factor, (scaled[:, 2] - scaled[:, 3]) / (seen[:, 2] - seen[:, 3]), rtol=1e-2, atol=1e-2
+    )
+    assert (factor[0] - factor[1]).abs().max() > 1e-2
+    words[2, length[2] :] += 1.0  # placeholders and padding are no part of the prompt
+    torch.testing.assert_close(network._modulated(seen, words, length), scaled)
+
+
 def test_channels_first_and_last_are_the_same(tiny):
     pixels = images(2)
     ids = torch.tensor([0, 1])

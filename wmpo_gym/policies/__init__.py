@@ -40,4 +40,11 @@ def __getattr__(name: str) -> Any:
     """Import the module that defines ``name`` on first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("wmpo_gym"):
+            raise
+        raise ModuleNotFoundError(
+            f"{name} needs {error.name}. Install it with: pip install 'wmpo-gym[vla]'", name=error.name
+        ) from error

@@ -289,8 +289,8 @@ def _check_spaces(config: VLAConfig, observation_space: spaces.Space, action_spa
     _image_shape(observation_space)
     if not isinstance(action_space, spaces.Box) or action_space.shape != (config.chunk, config.action_dim):
         raise ValueError(
-            f"The policy acts in chunks of shape ({config.chunk}, {config.action_dim}), the environment wants "
-            f"{action_space}; build the policy for this task or choose another one."
+            f"The policy acts in chunks of shape ({config.chunk}, {config.action_dim}), the environment "
+            f"wants {action_space}; build the policy for this task or choose another one."
         )
 
 
