@@ -59,7 +59,7 @@ class Recipe:
     task: str = "move-block"
     seed: int = 0
     demos: int = 200
-    expert: ExpertConfig = ExpertConfig(aim_offset=(0.0, 0.16), aim_tilt=0.15, grasp_offset=(-0.03, -0.03))
+    expert: ExpertConfig = ExpertConfig(aim_offset=(0.0, 0.157), aim_tilt=0.15, grasp_offset=(-0.03, -0.03))
     # The colours' symmetry is no mistake of the expert's; the mirror's would undo the biased aim.
     sft: SFTSettings = SFTSettings(steps=500, symmetries=("swap colours",))
     play: int = 1200
