@@ -1,0 +1,172 @@
+"""What is special about imagined episodes: worlds, windows, thresholds, batches of any size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from env_toys import TOY, WORLD, assert_same, tiny_world
+
+from wmpo_gym.envs.imagined import ImaginedEnv, ImaginedVectorEnv
+from wmpo_gym.reward.conv import ConvSuccessClassifier
+from wmpo_gym.world.world import World
+
+
+@pytest.fixture(scope="module")
+def real_world() -> World:
+    """Every component of a class that ships, with random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        classifier = ConvSuccessClassifier(
+            image_size=TOY.image_size, window=2, n_instructions=2, widths=(8, 8, 8, 8), hidden=16
+        ).eval()
+    return replace(WORLD, classifier=classifier)
+
+
+def chunks(n: int, count: int = 4) -> np.ndarray:
+    return np.random.default_rng(n).uniform(-1, 1, (count, n, 3, 2)).astype(np.float32)
+
+
+def test_rows_are_equal_in_batches_of_any_size(real_world: World) -> None:
+    """Exact equality of pixels and probabilities over an episode, across kernels chosen by batch size."""
+    seeds, actions = list(range(100, 140)), chunks(40)
+    never = {"threshold": 1.0, "world": real_world, "autoreset_mode": "DISABLED", "skip_finished": True}
+    whole = ImaginedVectorEnv(40, **never)
+    whole.reset(seed=seeds)
+    expected = [whole.step(a) for a in actions]
+    for rows in ([7], [39], [3, 20], [1, 2, 30], list(range(5, 22))):
+        part = ImaginedVectorEnv(len(rows), **never)
+        part.reset(seed=[seeds[i] for i in rows])
+        for t, (obs, *_, info) in enumerate(part.step(a[rows]) for a in actions):
+            assert np.array_equal(obs["pixels"], expected[t][0]["pixels"][rows]), (rows, t)
+            assert np.array_equal(info["success_prob"], expected[t][4]["success_prob"][rows]), (rows, t)
+    single = ImaginedEnv(world=real_world, threshold=1.0)
+    single.reset(seed=seeds[11])
+    for t in range(4):
+        assert np.array_equal(single.step(actions[t, 11])[0]["pixels"], expected[t][0]["pixels"][11])
+
+
+def test_a_neighbour_that_dies_changes_nothing(real_world: World) -> None:
+    """Rows leave the batch one by one; the survivors do not notice."""
+    env = ImaginedVectorEnv(20, world=WORLD, autoreset_mode="DISABLED", skip_finished=True, threshold=0.85)
+    alone = ImaginedVectorEnv(20, world=WORLD, autoreset_mode="DISABLED", skip_finished=True, threshold=1.0)
+    for e in (env, alone):
+        e.reset(seed=0)
+    live = np.ones(20, bool)
+    for a in chunks(20):
+        mine, theirs = env.step(a), alone.step(a)
+        stayed = live & ~mine[2]
+        assert np.array_equal(mine[0]["pixels"][stayed], theirs[0]["pixels"][stayed])
+        live = stayed
+    assert 0 < live.sum() < 20
+
+
+def test_world_from_a_directory_equals_the_object(real_world: World, tmp_path: Path) -> None:
+    real_world.save_pretrained(tmp_path / "world")
+    by_path = gymnasium.make_vec("WMPO-Imagined-v0", num_envs=3, world=str(tmp_path / "world"))
+    by_object = gymnasium.make_vec("WMPO-Imagined-v0", num_envs=3, world=real_world)
+    assert by_path.unwrapped.task == "toy"  # read from the directory, not asked for
+    assert by_path.unwrapped._world is None  # weights are loaded at the first reset
+    assert_same(by_path.reset(seed=0), by_object.reset(seed=0))
+    for a in chunks(3):
+        assert_same(by_path.step(a), by_object.step(a))
+
+
+@pytest.mark.slow
+def test_imagined_workers_spawn_from_a_directory(real_world: World, tmp_path: Path) -> None:
+    real_world.save_pretrained(tmp_path / "world")
+    kwargs = {"num_envs": 2, "world": str(tmp_path / "world"), "task": TOY}
+    workers = gymnasium.make_vec(
+        "WMPO-Imagined-v0", vectorization_mode="async", vector_kwargs={"context": "spawn"}, **kwargs
+    )
+    try:
+        batch = gymnasium.make_vec("WMPO-Imagined-v0", **kwargs)
+        assert_same(workers.reset(seed=7), batch.reset(seed=7))
+        for a in chunks(2, 2):
+            assert_same(workers.step(a), batch.step(a))
+    finally:
+        workers.close()
+
+
+def test_probability_is_zero_until_the_first_window_is_full() -> None:
+    env = ImaginedEnv(world=tiny_world(window=6, threshold=0.01), return_frames=True)
+    _, info = env.reset(seed=0)
+    assert info["success_prob"] == 0.0
+    _, _, terminated, _, info = env.step(np.zeros((3, 2), np.float32))  # 4 frames seen
+    assert info["success_prob"] == 0.0 and not terminated
+    _, reward, terminated, _, info = env.step(np.zeros((3, 2), np.float32))  # the window is full at frame 6
+    assert terminated and reward == 1.0 and info["n_frames"] == 2 and info["success_prob"] >= 0.01
+
+
+def test_window_longer_than_the_episode_is_an_error() -> None:
+    ImaginedEnv(world=tiny_world(window=13)).reset(seed=0)  # 12 steps are 13 frames
+    with pytest.raises(ValueError, match="12 control steps never fill the classifier's window of 14"):
+        ImaginedEnv(world=tiny_world(window=14)).reset(seed=0)
+    with pytest.raises(ValueError, match="3 control steps"):
+        ImaginedEnv(world=tiny_world(window=6), max_episode_steps=1).reset(seed=0)
+
+
+def test_threshold_is_the_classifiers_or_ones_own() -> None:
+    assert ImaginedEnv(world=WORLD).threshold == 0.85
+    env = ImaginedVectorEnv(16, world=WORLD, threshold=1e-9)
+    env.reset(seed=0)
+    assert env.step(chunks(16)[0])[2].all()
+    for bad in (0.0, 1.5):
+        with pytest.raises(ValueError, match="probability"):
+            ImaginedEnv(world=WORLD, threshold=bad)
+
+
+def test_world_and_task_must_belong_together() -> None:
+    with pytest.raises(ValueError, match="trained for task 'toy'.*for 'move-block'"):
+        ImaginedEnv("move-block", world=WORLD).reset(seed=0)
+    with pytest.raises(ValueError, match="chunk 3"):
+        ImaginedEnv(replace(TOY, chunk=4), world=WORLD).reset(seed=0)
+    with pytest.raises(ValueError, match="no success classifier"):
+        ImaginedEnv(world=replace(WORLD, classifier=None)).reset(seed=0)
+    with pytest.raises(ValueError, match="max_batch"):
+        ImaginedVectorEnv(2, world=WORLD, max_batch=0)
+
+
+def test_world_fitness_shows_the_card() -> None:
+    assert ImaginedEnv(world=WORLD).world_fitness == {}
+    assert "never measured" in ImaginedEnv(world=WORLD).describe()
+    gates = {"physics": {"passed": True}, "honest": {"passed": False}, "learnable": {"passed": None}}
+    env = ImaginedEnv(world=replace(WORLD, card={"gates": gates}))
+    assert env.world_fitness == gates
+    assert "physics True, honest False" in env.describe()
+
+
+def test_a_world_of_the_published_network_runs_too(real_world: World, tmp_path: Path) -> None:
+    """STDiT stands behind the same interface; its rows agree to a grey level."""
+    from wmpo_gym.world.stdit import STDiT
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = STDiT(
+            in_channels=3,
+            hidden_size=32,
+            depth=1,
+            num_heads=2,
+            patch_size=4,
+            predict_sigma=False,
+            action_dim=2,
+            context_frames=2,
+            chunk=3,
+            pixels_per_latent=1,
+            base_size=40,
+        ).eval()
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    replace(real_world, network=network).save_pretrained(tmp_path / "world")
+    kwargs = {"world": str(tmp_path / "world"), "threshold": 1.0}
+    batch, single = ImaginedVectorEnv(5, **kwargs), ImaginedEnv(**kwargs)
+    batch.reset(seed=0)
+    single.reset(seed=3)
+    for a in chunks(5):
+        many, one = batch.step(a)[0]["pixels"][3], single.step(a[3])[0]["pixels"]
+        assert np.abs(many.astype(int) - one).max() <= 1
+        assert many.std() > 0
