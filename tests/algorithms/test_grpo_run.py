@@ -462,3 +462,20 @@ def test_pixels_stay_bytes_and_small_image_policies_work():
     del model.train
     model.learn(50)
     assert model._n_updates
+
+
+def test_importing_the_package_is_cheap_and_a_missing_extra_is_named(monkeypatch):
+    import subprocess
+    import sys
+
+    import wmpo_gym.algorithms as package
+
+    code = "import sys, wmpo_gym.algorithms; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    for name in [n for n in sys.modules if n.startswith(("wmpo_gym.algorithms.", "stable_baselines3."))]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'wmpo-gym\[train\]'"):
+        package.__getattr__("GRPO")
+    with pytest.raises(AttributeError, match="it has GRPO"):
+        package.__getattr__("PPO")
