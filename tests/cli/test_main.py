@@ -8,8 +8,10 @@ import sys
 import types
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import tyro
 
 from wmpo_gym.cli import main as cli
 from wmpo_gym.data import ArtifactError
@@ -48,7 +50,7 @@ class FakeCommand:
 
     out: Path
     fail: str = ""
-    settings: Settings = Settings()
+    settings: Annotated[Settings, tyro.conf.OmitArgPrefixes] = Settings()
     status: int = 0
 
     def run(self) -> int:

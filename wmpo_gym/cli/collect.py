@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from wmpo_gym.cli.common import choose_start_states, keep_settings, load_policy
+from wmpo_gym.cli.common import Flat, choose_start_states, keep_settings, load_policy
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.envs.simulated.scripted import ExpertConfig, record_expert, record_play
 from wmpo_gym.tasks import Task, get_task
@@ -43,7 +43,7 @@ class Command:
     variant: str = "nominal"
     seed: int = 0
     num_envs: int = 64
-    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    expert: Flat[ExpertConfig] = field(default_factory=ExpertConfig)
 
     def run(self) -> None:
         """Record what is missing and say how it went."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
+import tyro
 
 from wmpo_gym.data.atomic import ArtifactError, plain, read_json, write_json_atomic
 from wmpo_gym.data.episode import Episode
@@ -16,6 +17,10 @@ from wmpo_gym.tasks import Task
 if TYPE_CHECKING:
     from wmpo_gym.policies.vla_policy import VLAPolicy
     from wmpo_gym.world.world import World
+
+T = TypeVar("T")
+# Settings whose options carry no prefix: --steps instead of --training.steps.
+Flat = Annotated[T, tyro.conf.OmitArgPrefixes]
 
 
 def load_policy(name_or_dir: str, *, seed: int = 0) -> VLAPolicy:

@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         name, options = find_command(words)
         return _read_options(name, options).run() or 0

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from wmpo_gym.cli.common import keep_settings, load_episodes, load_world
+from wmpo_gym.cli.common import Flat, keep_settings, load_episodes, load_world
 from wmpo_gym.reward.training import ClassifierTraining, train_classifier
 
 
@@ -34,7 +34,7 @@ class Command:
     kind: Literal["conv", "videomae"] = "conv"
     imagined: bool = True
     seed: int = 0
-    training: ClassifierTraining = field(default_factory=ClassifierTraining)
+    training: Flat[ClassifierTraining] = field(default_factory=ClassifierTraining)
 
     def run(self) -> None:
         """Train, calibrate, save."""

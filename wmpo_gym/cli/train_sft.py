@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wmpo_gym.cli.common import load_episodes, load_policy
+from wmpo_gym.cli.common import Flat, load_episodes, load_policy
 from wmpo_gym.policies.sft import SFTSettings, train_sft
 from wmpo_gym.tasks import get_task
 
@@ -29,7 +29,7 @@ class Command:
     task: str = "move-block"
     policy: str | None = None
     seed: int = 0
-    settings: SFTSettings = field(default_factory=SFTSettings)
+    settings: Flat[SFTSettings] = field(default_factory=SFTSettings)
 
     def run(self) -> None:
         """Train and save."""

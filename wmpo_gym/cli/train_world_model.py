@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from wmpo_gym.cli.common import keep_settings, load_episodes, load_world
+from wmpo_gym.cli.common import Flat, keep_settings, load_episodes, load_world
 from wmpo_gym.data.atomic import read_json, write_json_atomic
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import Task, get_task
@@ -60,7 +60,7 @@ class Command:
     context_frames: int = 2
     denoising_steps: int = 1
     holdout: float = 0.1
-    training: WorldModelTraining = field(default_factory=WorldModelTraining)
+    training: Flat[WorldModelTraining] = field(default_factory=WorldModelTraining)
 
     def run(self) -> None:
         """Train, measure, save."""
