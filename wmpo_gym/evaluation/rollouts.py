@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -281,7 +282,7 @@ def evaluate_policy_on(
     )
     special = {"world": world} if imagined else {"variant": variant}
     env = make_rollout_env(env_id, protocol.num_envs, record_frames=record_frames, task=task, **special)
-    try:
+    with closing(env):
         rollouts = rollout(
             env,
             policy,
@@ -292,8 +293,6 @@ def evaluate_policy_on(
             progress=progress,
             description=f"{'greedy' if deterministic else 'sampled'} on {split}",
         )
-    finally:
-        env.close()
     return replace(rollouts, protocol=protocol)
 
 
