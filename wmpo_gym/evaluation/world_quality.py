@@ -69,7 +69,7 @@ def world_quality(world: World, episodes: Sequence[Episode], *, seed: int = 0) -
     real = np.stack([_to_horizon(e.frames, task.horizon + 1) for e in episodes])
     made = dream(world, real[:, 0], actions, seed=seed)
     lasts = np.array([e.n_steps for e in episodes])[:, None] >= np.arange(1, task.horizon + 1)
-    by_step: dict[str, np.ndarray | None] = {
+    by_step = {
         "psnr_db": _psnr(made[:, 1:], real[:, 1:]),
         "ssim": _ssim(made[:, 1:], real[:, 1:]),
     }
