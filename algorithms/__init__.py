@@ -22,7 +22,8 @@ def __getattr__(name: str) -> Any:
             if (error.name or "").split(".")[0] != "stable_baselines3":
                 raise
             raise ModuleNotFoundError(
-                "GRPO needs stable-baselines3. Install it with: pip install 'wmpo-gym[train]'", name=error.name
+                "GRPO needs stable-baselines3. Install it with: pip install 'wmpo-gym[train]'",
+                name=error.name,
             ) from error
         return GRPO
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}.")

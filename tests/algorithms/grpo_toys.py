@@ -8,9 +8,11 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
+from wmpo_gym.algorithms import GRPO
 from wmpo_gym.envs.ledger import Ledger
 from wmpo_gym.policies.base import GroupPolicy
 
@@ -118,3 +120,40 @@ class TokenPolicy(GroupPolicy):
         log_probs = self._log_probs(obs)
         chosen = log_probs.gather(-1, trace.unsqueeze(-1)).squeeze(-1)
         return chosen, -(log_probs.exp() * log_probs).sum(-1)
+
+
+def make(policy=TokenPolicy, env=None, **kwargs) -> GRPO:
+    kwargs = {"seed": 0, "device": "cpu", "learning_rate": 3e-3, "group_size": 4, **kwargs}
+    return GRPO(policy, vec() if env is None else env, **kwargs)
+
+
+def parameters(model) -> th.Tensor:
+    return th.cat([p.detach().flatten() for p in model.policy.parameters()])
+
+
+class Recorder(BaseCallback):
+    """Notes what happens at every step."""
+
+    def __init__(self, stop_at: int | None = None):
+        super().__init__()
+        self.stop_at, self.timesteps, self.events = stop_at, [], []
+        self.rollouts = []
+
+    def _on_rollout_start(self):
+        self.events.append("start")
+
+    def _on_rollout_end(self):
+        self.events.append("end")
+        self.rollouts.append(self.locals["rollouts"])
+
+    def _on_step(self):
+        self.timesteps.append(self.num_timesteps)
+        return self.stop_at is None or self.n_calls < self.stop_at
+
+
+def rollouts_of(model, **kwargs):
+    """One iteration's rollouts, without an update."""
+    recorder = Recorder()
+    model.train = lambda rollouts: None
+    model.learn(1, recorder, **kwargs)
+    return recorder.rollouts[0]
