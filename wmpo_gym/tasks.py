@@ -115,7 +115,11 @@ class Task:
             ValueError: If the split is unknown.
         """
         s = self.start_states
-        bounds = {"train": (0, s.train), "validation": (s.train, s.train + s.validation), "test": (s.train + s.validation, s.total)}
+        bounds = {
+            "train": (0, s.train),
+            "validation": (s.train, s.train + s.validation),
+            "test": (s.train + s.validation, s.total),
+        }
         if split not in bounds:
             raise ValueError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS)}.")
         return range(*bounds[split])
@@ -171,7 +175,9 @@ MOVE_BLOCK = Task(
     symmetries=(
         # The table is symmetric about its long axis, and red and blue differ in the RGB channel order only.
         Symmetry("mirror", action_signs=(1.0, -1.0, 1.0), instruction_order=(0, 1), flip="vertical"),
-        Symmetry("swap colours", action_signs=(1.0, 1.0, 1.0), instruction_order=(1, 0), channel_order=(2, 1, 0)),
+        Symmetry(
+            "swap colours", action_signs=(1.0, 1.0, 1.0), instruction_order=(1, 0), channel_order=(2, 1, 0)
+        ),
     ),
 )
 

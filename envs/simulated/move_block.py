@@ -49,7 +49,9 @@ class MoveBlockSim:
     def __init__(self, variant: str = "nominal", task: str | Task = MOVE_BLOCK) -> None:
         self.task = get_task(task)
         if variant not in self.task.variants:
-            raise ValueError(f"Unknown variant {variant!r} of {self.task.name!r}; choose one of {self.task.variants}.")
+            raise ValueError(
+                f"Unknown variant {variant!r} of {self.task.name!r}; choose one of {self.task.variants}."
+            )
         self.variant = variant
         self.model = _load_model()
         self.data = mujoco.MjData(self.model)
@@ -111,7 +113,9 @@ class MoveBlockSim:
         """
         data = self.data
         before = data.ctrl.copy()
-        target = np.clip(before + STEP_LENGTH * np.asarray(action[:2], dtype=np.float64), -WORKSPACE, WORKSPACE)
+        target = np.clip(
+            before + STEP_LENGTH * np.asarray(action[:2], dtype=np.float64), -WORKSPACE, WORKSPACE
+        )
         magnet = action[2] > 0
         if not magnet:
             data.eq_active[:] = 0
@@ -211,9 +215,19 @@ class MoveBlockSim:
         vec = np.stack([x.ravel(), y.ravel(), np.full(n * n, -CAMERA_HEIGHT)], axis=1)
         geom, dist = np.empty(n * n, np.int32), np.empty(n * n)
         mujoco.mj_multiRay(
-            m=self.model, d=self.data, pnt=np.array([0.0, 0.0, CAMERA_HEIGHT]), vec=vec.ravel(), geomgroup=None,
-            flg_static=True, bodyexclude=-1, geomid=geom, dist=dist, nray=n * n, cutoff=mujoco.mjMAXVAL, **_RAY_EXTRA,
-        )  # fmt: skip
+            m=self.model,
+            d=self.data,
+            pnt=np.array([0.0, 0.0, CAMERA_HEIGHT]),
+            vec=vec.ravel(),
+            geomgroup=None,
+            flg_static=True,
+            bodyexclude=-1,
+            geomid=geom,
+            dist=dist,
+            nray=n * n,
+            cutoff=mujoco.mjMAXVAL,
+            **_RAY_EXTRA,
+        )
         return geom, vec[:, :2]
 
     def _stripe(self, picture: np.ndarray, geom: np.ndarray, points: np.ndarray) -> None:

@@ -45,7 +45,7 @@ def _travel(sim: MoveBlockSim, goal: np.ndarray) -> np.ndarray:
 
 
 def expert_controller(sim: MoveBlockSim, config: ExpertConfig, rng: np.random.Generator) -> Controller:
-    """A demonstrator for the present start state: fetch the named block, carry it to the aim, let go, retreat.
+    """A demonstrator for the present start state: fetch the named block, carry it to the aim, let go.
 
     It does not look at the outcome: a block let go at a wrong place stays there.
     """
@@ -113,7 +113,9 @@ def play_controller(sim: MoveBlockSim, rng: np.random.Generator) -> Controller:
     return act
 
 
-def record(sim: MoveBlockSim, act: Controller, *, horizon: int, stop_at_success: bool) -> tuple[np.ndarray, np.ndarray, bool]:
+def record(
+    sim: MoveBlockSim, act: Controller, *, horizon: int, stop_at_success: bool
+) -> tuple[np.ndarray, np.ndarray, bool]:
     """Run a controller from the present state.
 
     Returns:
@@ -147,7 +149,9 @@ def record_expert(
         frames, actions, success = record(
             sim, expert_controller(sim, config, rng), horizon=sim.task.horizon, stop_at_success=True
         )
-        yield _episode(sim, frames, actions, success, {"source": "expert", "seed": seed, "expert": config.to_dict()})
+        yield _episode(
+            sim, frames, actions, success, {"source": "expert", "seed": seed, "expert": config.to_dict()}
+        )
 
 
 def record_play(start_state_ids: Iterable[int], *, seed: int, variant: str = "nominal") -> Iterator[Episode]:
@@ -156,11 +160,15 @@ def record_play(start_state_ids: Iterable[int], *, seed: int, variant: str = "no
     for start in start_state_ids:
         sim.reset(start)
         rng = np.random.default_rng([seed, start, 2])
-        frames, actions, _ = record(sim, play_controller(sim, rng), horizon=sim.task.horizon, stop_at_success=False)
+        frames, actions, _ = record(
+            sim, play_controller(sim, rng), horizon=sim.task.horizon, stop_at_success=False
+        )
         yield _episode(sim, frames, actions, None, {"source": "play", "seed": seed})
 
 
-def _episode(sim: MoveBlockSim, frames: np.ndarray, actions: np.ndarray, success: bool | None, meta: dict) -> Episode:
+def _episode(
+    sim: MoveBlockSim, frames: np.ndarray, actions: np.ndarray, success: bool | None, meta: dict
+) -> Episode:
     return Episode(
         frames=frames,
         actions=actions,

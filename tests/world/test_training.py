@@ -1,4 +1,4 @@
-"""Streams and the trainer: where walks go, what is learned, and that a killed training repeats its numbers."""
+"""Streams and the trainer: where walks go, what is learned, and that a killed training goes on alike."""
 
 from __future__ import annotations
 
@@ -42,19 +42,37 @@ def network(seed: int = 0) -> ConvWorldModel:
 
 
 def test_a_walk_follows_its_episode_and_marks_what_is_beyond() -> None:
-    streams = EpisodeStreams([EPISODES[1]], replace(TASK, symmetries=()), n_rows=1, context_frames=2, seed=0, from_start=1.0, restart=0.0)
+    streams = EpisodeStreams(
+        [EPISODES[1]],
+        replace(TASK, symmetries=()),
+        n_rows=1,
+        context_frames=2,
+        seed=0,
+        from_start=1.0,
+        restart=0.0,
+    )
     first, second, third = streams.next(), streams.next(), streams.next()
     frames, actions = EPISODES[1].frames, EPISODES[1].actions
     assert first.fresh[0] and not second.fresh[0] and third.fresh[0]
     assert np.array_equal(first.context[0], frames[[0, 0]]) and not first.prev_action.any()
     assert np.array_equal(first.targets[0], frames[1:5]) and np.array_equal(first.actions[0], actions[:4])
-    assert np.array_equal(second.context[0], frames[3:5]) and np.array_equal(second.prev_action[0], actions[3])
+    assert np.array_equal(second.context[0], frames[3:5]) and np.array_equal(
+        second.prev_action[0], actions[3]
+    )
     assert second.valid[0].tolist() == [True, True, True, False] and not second.actions[0, 3].any()
     assert np.array_equal(second.targets[0], frames[[5, 6, 7, 7]])
 
 
 def test_walks_begin_more_often_where_the_model_errs() -> None:
-    streams = EpisodeStreams([EPISODES[0]], replace(TASK, symmetries=()), n_rows=64, context_frames=2, seed=0, from_start=0.0, restart=1.0)
+    streams = EpisodeStreams(
+        [EPISODES[0]],
+        replace(TASK, symmetries=()),
+        n_rows=64,
+        context_frames=2,
+        seed=0,
+        from_start=0.0,
+        restart=1.0,
+    )
     for _ in range(30):
         streams.next()
         step = streams._step - TASK.chunk
@@ -82,7 +100,9 @@ def test_no_episode_is_an_error() -> None:
 
 
 def trainer(config: WorldModelTraining, **kwargs) -> WorldModelTrainer:
-    return WorldModelTrainer(network(), PixelAutoencoder(), replace(TASK, symmetries=()), EPISODES, config, **kwargs)
+    return WorldModelTrainer(
+        network(), PixelAutoencoder(), replace(TASK, symmetries=()), EPISODES, config, **kwargs
+    )
 
 
 SHORT = WorldModelTraining(steps=6, batch_size=4, checkpoint_every=2, warmup=2)
@@ -137,12 +157,13 @@ def test_the_transformer_trains_too() -> None:
     """Velocity loss, self-made contexts sampled in two steps."""
     torch.manual_seed(0)
     model = STDiT(
-        in_channels=3, context_frames=2, chunk=4, action_dim=3, hidden_size=24, depth=1, num_heads=2, patch_size=4,
+        in_channels=3, context_frames=2, chunk=4, action_dim=3, hidden_size=24, depth=1, num_heads=2,
+        patch_size=4,
         predict_sigma=False, pixels_per_latent=1, base_size=SIZE,
     )  # fmt: skip
     before = [p.detach().clone() for p in model.parameters()]
-    history = WorldModelTrainer(
-        model, PixelAutoencoder(), TASK, EPISODES, SHORT, denoising_steps=2
-    ).train(progress=False)
+    history = WorldModelTrainer(model, PixelAutoencoder(), TASK, EPISODES, SHORT, denoising_steps=2).train(
+        progress=False
+    )
     assert np.isfinite(history[-1]["loss"])
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

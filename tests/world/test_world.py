@@ -27,7 +27,12 @@ def make_world() -> World:
         torch.manual_seed(0)
         network = ConvWorldModel(widths=(8, 16), cond_dim=16, detail=8).eval()
     return World(
-        MOVE_BLOCK, network, PixelAutoencoder(), make_classifier("conv", MOVE_BLOCK), frames, card={"name": "tiny"}
+        MOVE_BLOCK,
+        network,
+        PixelAutoencoder(),
+        make_classifier("conv", MOVE_BLOCK),
+        frames,
+        card={"name": "tiny"},
     )
 
 

@@ -1,4 +1,4 @@
-"""``wmpo demo``: the method lived through in ten minutes, from the bundled base policy and play-trained world."""
+"""``wmpo demo``: the method lived through in ten minutes, from the bundled policy and play-trained world."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from wmpo_gym.recipe.settings import DEMO
 
 @dataclass(frozen=True)
 class Command:
-    """Collect 128 real rollouts, align the world model, train the classifier, check the gates, optimise in
+    """Live the whole method: from real rollouts over imagination to a better policy.
+
+    Collect 128 real rollouts, align the world model, train the classifier, check the gates, optimise in
     imagination, and compare before and after in the simulated twin.
 
     Interrupted, the same command goes on with the stage it was in.

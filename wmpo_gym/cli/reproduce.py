@@ -15,14 +15,17 @@ from wmpo_gym.recipe.settings import Recipe
 
 @dataclass(frozen=True)
 class Command:
-    """Demonstrations, base policy, play, world model, classifier, gates, GRPO in imagination, paired test, report.
+    """The whole method at full length, from nothing.
+
+    Demonstrations, base policy, play, world model, classifier, gates, GRPO in imagination, paired test and
+    report.
 
     Interrupted, the same command goes on with the stage it was in.
 
     Attributes:
         task: Task.
         seed: Everything random derives from it.
-        out: Directory of the run; default ``runs/reproduce-TASK-SEED``.
+        out: Directory of the run; default runs/reproduce-TASK-SEED.
         recipe: Every other number.
     """
 

@@ -64,7 +64,7 @@ def run_recipe(
     return results
 
 
-# -- policy optimisation ---------------------------------------------------------------------------------------
+# -- policy optimisation -------------------------------------------------------------------------------------
 class Curve(BaseCallback):
     """Learning curve on the validation split, and the end after a number of iterations.
 
@@ -96,14 +96,22 @@ class Curve(BaseCallback):
         ids = list(self.run.task.split_ids("validation")[: recipe.curve_episodes])
         twin = compare_with_twin(self.world, policy, ids, seed=recipe.seed, record_frames=False)
         real = evaluate_policy_on(
-            self.run.task, policy, "validation", len(ids), deterministic=False, seed=recipe.seed, progress=False
+            self.run.task,
+            policy,
+            "validation",
+            len(ids),
+            deterministic=False,
+            seed=recipe.seed,
+            progress=False,
         )
         figures = {
             "imagined_success": success_rate(twin.imagined.claimed).to_dict(),
             "twin_success": success_rate(twin.replay.success).to_dict(),
             "simulated_success": real.rate.to_dict(),
         }
-        self._bar.set_postfix_str(f"imagined {twin.imagined.claimed.mean():.0%}, twin {real.success.mean():.0%}")
+        self._bar.set_postfix_str(
+            f"imagined {twin.imagined.claimed.mean():.0%}, twin {real.success.mean():.0%}"
+        )
         return figures
 
 
@@ -117,10 +125,16 @@ def optimise(run: Run, world: World, policy: VLAPolicy) -> tuple[VLAPolicy, dict
                 "WMPO-Imagined-v0", settings.n_groups * settings.group_size, task=run.task, world=world
             )
             model = grpo_from_policy(
-                GRPO, policy, env, learning_rate=settings.learning_rate, group_size=settings.group_size,
-                n_epochs=settings.n_epochs, seed=run.recipe.seed, checkpoint_dir=run.out / "checkpoints" / "grpo",
+                GRPO,
+                policy,
+                env,
+                learning_rate=settings.learning_rate,
+                group_size=settings.group_size,
+                n_epochs=settings.n_epochs,
+                seed=run.recipe.seed,
+                checkpoint_dir=run.out / "checkpoints" / "grpo",
                 tensorboard_log=str(run.out / "tensorboard"),
-            )  # fmt: skip
+            )
             curve = Curve(run, world, run.out / "curve.json")
             model.learn(10**9, callback=curve, resume=True)
             model.policy.save_pretrained(directory)
@@ -130,7 +144,7 @@ def optimise(run: Run, world: World, policy: VLAPolicy) -> tuple[VLAPolicy, dict
     return VLAPolicy.from_pretrained(directory, seed=run.recipe.seed), read_json(log)
 
 
-# -- figures ---------------------------------------------------------------------------------------------------
+# -- figures -------------------------------------------------------------------------------------------------
 def judge(
     run: Run, world: World, base: VLAPolicy, improved: VLAPolicy, training: dict[str, Any]
 ) -> tuple[dict[str, Any], TwinComparison]:
@@ -139,7 +153,13 @@ def judge(
     with run.stage("evaluate", f"Before and after in the twin: {recipe.test_episodes} test start states"):
         tested = {
             (name, greedy): evaluate_policy_on(
-                task, policy, "test", recipe.test_episodes, deterministic=greedy, seed=recipe.seed, progress=run.progress
+                task,
+                policy,
+                "test",
+                recipe.test_episodes,
+                deterministic=greedy,
+                seed=recipe.seed,
+                progress=run.progress,
             )
             for name, policy in (("base", base), ("wmpo", improved))
             for greedy in (False, True)
@@ -180,7 +200,9 @@ def _report(
     run: Run, results: dict[str, Any], curve: list[dict[str, Any]], comparison: TwinComparison, command: str
 ) -> Report:
     failed = [name for name, gate in results["gates"].items() if gate["passed"] is False]
-    notes = [f"The world failed the gate {name!r}: {results['gates'][name]['explanation']}" for name in failed]
+    notes = [
+        f"The world failed the gate {name!r}: {results['gates'][name]['explanation']}" for name in failed
+    ]
     return Report(
         title=f"WMPO on {run.task.name}",
         results=results,
@@ -204,8 +226,8 @@ def _clips(run: Run, comparison: TwinComparison, n: int = 8) -> list[Clip]:
             twin=twin.frames[i],
             claimed=bool(imagined.claimed[i]),
             true=bool(twin.success[i]),
-            caption=f"{run.task.instructions[imagined.task_ids[i]]}, start state {comparison.start_state_ids[i]}",
+            caption=f"{run.task.instructions[imagined.task_ids[i]]}, "
+            f"start state {comparison.start_state_ids[i]}",
         )
         for i in chosen
     ]
-

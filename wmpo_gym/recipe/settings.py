@@ -38,8 +38,8 @@ class Recipe:
 
     Attributes:
         task: Name of the task.
-        seed: Everything random derives from it: demonstrations, play, rollouts, networks, GRPO. Runs of two seeds
-            share the test start states and nothing else.
+        seed: Everything random derives from it: demonstrations, play, rollouts, networks, GRPO. Runs of two
+            seeds share the test start states and nothing else.
         demos: Demonstrations of the mis-calibrated expert, failures included.
         expert: The expert's mistakes.
         sft: Supervised fine-tuning of the base policy.
@@ -65,7 +65,9 @@ class Recipe:
     play: int = 1200
     pretrain: WorldModelTraining = WorldModelTraining(steps=5000, batch_size=24, learning_rate=1.2e-3)
     rollouts: int = 128
-    align: WorldModelTraining = WorldModelTraining(steps=1000, batch_size=24, learning_rate=6e-4, recorded=0.0)
+    align: WorldModelTraining = WorldModelTraining(
+        steps=1000, batch_size=24, learning_rate=6e-4, recorded=0.0
+    )
     weights: tuple[float, float, float] = (2.5, 1.0, 1.0)
     classifier_steps: int = 700
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
@@ -88,8 +90,8 @@ class Recipe:
         counts = {"demos": self.demos, "rollouts": self.rollouts, "play": self.play}
         if sum(counts.values()) > len(train):
             raise ValueError(
-                f"{sum(counts.values())} start states are needed, the train split of {task.name!r} has {len(train)}; "
-                "ask for fewer demonstrations, rollouts or play episodes."
+                f"{sum(counts.values())} start states are needed, the train split of {task.name!r} has "
+                f"{len(train)}; ask for fewer demonstrations, rollouts or play episodes."
             )
         order = np.random.default_rng([self.seed, 17]).permutation(train)
         ends = np.cumsum(list(counts.values()))

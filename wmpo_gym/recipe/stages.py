@@ -1,4 +1,4 @@
-"""The stages of a run. Each writes its artefact when it is complete and is skipped when the artefact is there."""
+"""The stages of a run; each writes its artefact when it is complete and is skipped when that is there."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from wmpo_gym.data.atomic import read_json, write_json_atomic
@@ -41,7 +39,9 @@ class Run:
         progress: Show progress bars and headings.
     """
 
-    def __init__(self, recipe: Recipe, out: str | Path, *, bundled: bool = False, progress: bool = True) -> None:
+    def __init__(
+        self, recipe: Recipe, out: str | Path, *, bundled: bool = False, progress: bool = True
+    ) -> None:
         self.recipe, self.out, self.bundled, self.progress = recipe.seeded(), Path(out), bundled, progress
         self.task = get_task(recipe.task)
         self.starts = recipe.start_states(self.task)
@@ -49,7 +49,8 @@ class Run:
         file = self.out / "recipe.json"
         if file.exists() and read_json(file) != settings:
             raise ValueError(
-                f"{self.out} holds a run with other settings; repeat them to go on with it, or choose another directory."
+                f"{self.out} holds a run with other settings; repeat them to go on with it, or choose "
+                "another directory."
             )
         write_json_atomic(file, settings)
         self.seconds: dict[str, float] = read_json(self._times) if self._times.exists() else {}
@@ -74,14 +75,20 @@ class Run:
     def demonstrations(self) -> list[Episode]:
         """Episodes of the mis-calibrated expert, failures included."""
         seed, expert = self.recipe.seed, self.recipe.expert
-        return self._recorded("demos", "Demonstrations", lambda ids: record_expert(ids, seed=seed, config=expert))
+        return self._recorded(
+            "demos", "Demonstrations", lambda ids: record_expert(ids, seed=seed, config=expert)
+        )
 
     def play(self) -> list[Episode]:
         """Unlabelled, task-agnostic play."""
         seed = self.recipe.seed
-        return self._recorded("play", "Task-agnostic play (no labels)", lambda ids: record_play(ids, seed=seed))
+        return self._recorded(
+            "play", "Task-agnostic play (no labels)", lambda ids: record_play(ids, seed=seed)
+        )
 
-    def _recorded(self, name: str, what: str, recorder: Callable[[list[int]], Iterator[Episode]]) -> list[Episode]:
+    def _recorded(
+        self, name: str, what: str, recorder: Callable[[list[int]], Iterator[Episode]]
+    ) -> list[Episode]:
         store, ids = EpisodeStore(self.out / name), self.starts[name]
         present = set(store.ids())
         missing = [i for i in ids if i not in present]
@@ -97,12 +104,16 @@ class Run:
         store, ids = EpisodeStore(self.out / "rollouts"), self.starts["rollouts"]
         if len(store.ids()) < len(ids):
             with self.stage("rollouts", f"Real rollouts of the base policy: {len(ids)} episodes"):
-                env = make_rollout_env("WMPO-Simulated-v0", min(64, len(ids)), record_frames=True, task=self.task)
+                env = make_rollout_env(
+                    "WMPO-Simulated-v0", min(64, len(ids)), record_frames=True, task=self.task
+                )
                 collect_episodes(env, policy, ids, store, seed=self.recipe.seed + 1, progress=self.progress)
                 env.close()
         episodes = store.load()
         if self.progress:
-            print(f"   the base policy succeeded in {sum(bool(e.success) for e in episodes)} of {len(episodes)}")
+            print(
+                f"   the base policy succeeded in {sum(bool(e.success) for e in episodes)} of {len(episodes)}"
+            )
         return episodes
 
     # -- models ----------------------------------------------------------------------------------------------
@@ -127,19 +138,31 @@ class Run:
             return ConvWorldModel.from_pretrained(find_pretrained(self.task.name, "play") / "network").float()
         directory = self.out / "play_world"
         if not directory.exists():
-            with self.stage("pretrain", f"World-model pre-training on play: {self.recipe.pretrain.steps} steps"):
+            with self.stage(
+                "pretrain", f"World-model pre-training on play: {self.recipe.pretrain.steps} steps"
+            ):
                 network = new_network(self.recipe)
                 history = self._train("pretrain", network, play, self.recipe.pretrain, None)
-                card = {"name": f"{self.task.name} (play only)", "recipe": self.recipe.to_dict(), "history": history}
+                card = {
+                    "name": f"{self.task.name} (play only)",
+                    "recipe": self.recipe.to_dict(),
+                    "history": history,
+                }
                 frames = StartFrames.from_episodes(play)
-                World(self.task, network, PixelAutoencoder(), None, frames, card=card).save_pretrained(directory)
+                World(self.task, network, PixelAutoencoder(), None, frames, card=card).save_pretrained(
+                    directory
+                )
         return World.from_pretrained(directory).network
 
-    def aligned_network(self, network: ConvWorldModel, real: list[Episode], demos: list[Episode], play: list[Episode]) -> ConvWorldModel:
+    def aligned_network(
+        self, network: ConvWorldModel, real: list[Episode], demos: list[Episode], play: list[Episode]
+    ) -> ConvWorldModel:
         """The world model fine-tuned on what the policy really does."""
         directory = self.out / "aligned"
         if not (directory / "config.json").exists():
-            with self.stage("align", f"World-model alignment on the rollouts: {self.recipe.align.steps} steps"):
+            with self.stage(
+                "align", f"World-model alignment on the rollouts: {self.recipe.align.steps} steps"
+            ):
                 parts = list(zip((real, demos, play), self.recipe.weights, strict=True))
                 weights = [w for episodes, w in parts for _ in episodes]
                 self._train("align", network, [*real, *demos, *play], self.recipe.align, weights)
@@ -147,7 +170,12 @@ class Run:
         return ConvWorldModel.from_pretrained(directory).eval()
 
     def _train(
-        self, name: str, network: ConvWorldModel, episodes: list[Episode], config: WorldModelTraining, weights: list[float] | None
+        self,
+        name: str,
+        network: ConvWorldModel,
+        episodes: list[Episode],
+        config: WorldModelTraining,
+        weights: list[float] | None,
     ) -> list[dict[str, float]]:
         trainer = WorldModelTrainer(
             network, PixelAutoencoder(), self.task, episodes, config, weights=weights,
@@ -193,11 +221,25 @@ class Run:
 
                 def learnable() -> Any:
                     return measure_learnable(
-                        policy, self.task, episodes=n, n_groups=grpo.n_groups, group_size=grpo.group_size,
-                        block=4, seed=self.recipe.seed, progress=self.progress, learning_rate=grpo.learning_rate,
-                    )  # fmt: skip
+                        policy,
+                        self.task,
+                        episodes=n,
+                        n_groups=grpo.n_groups,
+                        group_size=grpo.group_size,
+                        block=4,
+                        seed=self.recipe.seed,
+                        progress=self.progress,
+                        learning_rate=grpo.learning_rate,
+                    )
 
-                gates = validate(world, policy, episodes=n, learnable=learnable, seed=self.recipe.seed, progress=self.progress)
+                gates = validate(
+                    world,
+                    policy,
+                    episodes=n,
+                    learnable=learnable,
+                    seed=self.recipe.seed,
+                    progress=self.progress,
+                )
                 write_json_atomic(file, gates)
         world.card["gates"] = read_json(file)
         return world.card["gates"]
@@ -212,7 +254,8 @@ def new_network(recipe: Recipe) -> ConvWorldModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return ConvWorldModel(
-            image_size=task.image_size, chunk=task.chunk, action_dim=task.action_dim, shift_init=task.motion_px or (0.0, 0.0)
+            image_size=task.image_size,
+            chunk=task.chunk,
+            action_dim=task.action_dim,
+            shift_init=task.motion_px or (0.0, 0.0),
         )
-
-

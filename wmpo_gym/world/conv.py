@@ -108,7 +108,9 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         self.chunk, self.context_frames, self.channels, self.patch = chunk, context_frames, channels, patch
         # Sum of the actions so far is the displacement; given to the network beside the actions themselves.
         self.cond = nn.Sequential(
-            FloatLinear(2 * 16 + action_dim * (chunk + 3) + chunk, cond_dim), nn.SiLU(), FloatLinear(cond_dim, cond_dim)
+            FloatLinear(2 * 16 + action_dim * (chunk + 3) + chunk, cond_dim),
+            nn.SiLU(),
+            FloatLinear(cond_dim, cond_dim),
         )
         self.shift = nn.Parameter(self._initial_shift(shift_init))
         self.context_stem = nn.Conv2d(context_frames * channels * patch**2 + 2, widths[0], 3, padding=1)
@@ -130,7 +132,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.head.bias)
 
     def _initial_shift(self, pixels: tuple[float, float]) -> Tensor:
-        """Linear map ``(2, K, (K + 1) * D)`` from the actions to the (column, row) shift, in units of half the image."""
+        """Linear map ``(2, K, (K + 1) * D)`` from the actions to the (column, row) shift, in half images."""
         cfg = self.config
         shift = torch.zeros(2, cfg.chunk, cfg.chunk + 1, cfg.action_dim)
         for axis in range(min(2, cfg.action_dim)):
@@ -166,12 +168,16 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         """
         n = self.context_frames
         if not bool(context_mask[:, :n].all()) or bool(context_mask[:, n:].any()):
-            raise ValueError(f"ConvWorldModel takes its {n} leading frames as context; context_mask says otherwise.")
+            raise ValueError(
+                f"ConvWorldModel takes its {n} leading frames as context; context_mask says otherwise."
+            )
         cache = self.encode_context(latents[:, :, :n], prev_action, context_sigma)
         velocity = self.denoise(latents[:, :, n:], timestep, actions, cache)
         return torch.cat([torch.zeros_like(latents[:, :, :n]), velocity], dim=2)
 
-    def encode_context(self, context: Tensor, prev_action: Tensor | None = None, sigma: Tensor | None = None) -> ConvContext:
+    def encode_context(
+        self, context: Tensor, prev_action: Tensor | None = None, sigma: Tensor | None = None
+    ) -> ConvContext:
         """Bundle what the denoising steps of one chunk share; ``context`` is ``(B, C, H, h, w)``."""
         batch = context.shape[0]
         if prev_action is None:
@@ -199,7 +205,11 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         sharp = torch.cat([features, self._per_frame(last), shifted.transpose(1, 2).flatten(0, 1)], dim=1)
         out = self.head(F.silu(self.sharpen(sharp)))
         out = out.view(batch, chunk, channels + 3, height, width).transpose(1, 2)
-        residual, mask, own = out[:, :channels], torch.sigmoid(out[:, channels : channels + 1] - 1.0), out[:, -2:]
+        residual, mask, own = (
+            out[:, :channels],
+            torch.sigmoid(out[:, channels : channels + 1] - 1.0),
+            out[:, -2:],
+        )
         # A pixel may come from elsewhere than the common shift says (a gripped block jumps to the tool).
         moved = self._moved(last, shift + own.permute(0, 2, 3, 4, 1) * OWN_SHIFT_SCALE)
         return last[:, :, None] + mask * (moved - last[:, :, None]) + residual
@@ -231,13 +241,17 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         return moved.view(batch, self.chunk, channels, height, width).transpose(1, 2)
 
     def _condition(self, sigma: Tensor, actions: Tensor, cache: ConvContext) -> Tensor:
-        """Conditioning ``(B K, cond_dim)``: frame k knows its own action and those before it, none after it."""
+        """Conditioning ``(B K, cond_dim)``: frame k knows its own action and those before, none after it."""
         levels = torch.stack([sigma, cache.sigma], dim=1)
         freqs = 2.0 ** torch.arange(8, device=levels.device, dtype=levels.dtype)
         angles = (levels[:, :, None] * freqs * (torch.pi / 2)).flatten(1)
         past = torch.tril(torch.ones(self.chunk, self.chunk)).to(actions)
         so_far = (past[None, :, :, None] * actions[:, None]).flatten(2)  # (B, K, K D)
-        parts = [self._each(torch.cat([angles.sin(), angles.cos(), cache.prev_action], dim=1)), so_far, actions]
+        parts = [
+            self._each(torch.cat([angles.sin(), angles.cos(), cache.prev_action], dim=1)),
+            so_far,
+            actions,
+        ]
         parts += [actions.cumsum(dim=1), torch.eye(self.chunk).to(actions).expand(len(actions), -1, -1)]
         return F.silu(self.cond(torch.cat(parts, dim=2).flatten(0, 1)))
 

@@ -24,9 +24,9 @@ def _broadcast(x: Tensor) -> Tensor:
 class ChunkObjective:
     """Loss of one chunk and the frames to go on from.
 
-    A network that predicts clean frames (``predict``) gets a robust frame loss: the absolute error favours the
-    likelier of two outcomes where the squared error would paint a mixture of both. Any other network gets the
-    rectified-flow velocity loss of the paper (§3.2), and the next context is sampled from it.
+    A network that predicts clean frames (``predict``) gets a robust frame loss: the absolute error favours
+    the likelier of two outcomes where the squared error would paint a mixture of both. Any other network gets
+    the rectified-flow velocity loss of the paper (§3.2), and the next context is sampled from it.
     """
 
     pure_noise: float
@@ -58,7 +58,11 @@ class ChunkObjective:
     def _noisy_context(self, context: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         # Half of the rows keep a clean context, which is what imagination offers.
         n = len(context)
-        level = torch.rand(n, generator=generator) * self.context_noise * (torch.rand(n, generator=generator) < 0.5)
+        level = (
+            torch.rand(n, generator=generator)
+            * self.context_noise
+            * (torch.rand(n, generator=generator) < 0.5)
+        )
         noise = torch.randn(context.shape, generator=generator)
         return level, (1 - _broadcast(level)) * context + _broadcast(level) * noise
 
@@ -67,7 +71,9 @@ class ChunkObjective:
         return (1 + self.changed_weight * changed) * batch.valid[:, None, :, None, None]
 
     def _frame_loss(self, prediction: Tensor, batch: LatentBatch) -> Tensor:
-        return self._mean(((prediction - batch.targets).square() + ROBUST_WIDTH**2).sqrt() - ROBUST_WIDTH, batch)
+        return self._mean(
+            ((prediction - batch.targets).square() + ROBUST_WIDTH**2).sqrt() - ROBUST_WIDTH, batch
+        )
 
     def _mean(self, error: Tensor, batch: LatentBatch) -> Tensor:
         """Weighted mean per row ``(B,)``, in shares of the batch's mean weight."""
@@ -112,15 +118,20 @@ class PatchCritic(nn.Module):
         seed: Seed of the weights.
     """
 
-    def __init__(self, channels: int, chunk: int, *, width: int = 32, learning_rate: float = 4e-4, seed: int = 0) -> None:
+    def __init__(
+        self, channels: int, chunk: int, *, width: int = 32, learning_rate: float = 4e-4, seed: int = 0
+    ) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.net = nn.Sequential(
-                nn.Conv2d(channels * (chunk + 1), width, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
-                nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.GroupNorm(8, 2 * width), nn.LeakyReLU(0.2),
+                nn.Conv2d(channels * (chunk + 1), width, 4, stride=2, padding=1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+                nn.GroupNorm(8, 2 * width),
+                nn.LeakyReLU(0.2),
                 nn.Conv2d(2 * width, 1, 3, padding=1),
-            )  # fmt: skip
+            )
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate, betas=(0.5, 0.99))
 
     def forward(self, batch: LatentBatch, chunk: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 A row starts at some frame of some episode. The model predicts the next action chunk; the row then goes on
 from *the prediction*, not from the recorded frames, until the episode ends (self-forcing). Every prediction
 is trained on, so no network call is spent on building contexts, and after a few steps a batch holds contexts
-of all depths, as in imagination. Walks that do not begin at an episode's start begin where the model erred most:
-the moments that decide an episode (a grasp) are few among the many in which something just moves on.
+of all depths, as in imagination. Walks that do not begin at an episode's start begin where the model erred
+most: the moments that decide an episode (a grasp) are few among the many in which something just moves on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import Symmetry, Task
 
-
 MAX_PRIORITY = 5.0  # how much more often than average a walk begins at a chunk the model gets wrong
 
 
@@ -28,7 +27,7 @@ class ChunkBatch:
 
     Attributes:
         context: uint8 ``(B, H, h, w, 3)`` recorded context frames (to be used where ``fresh``).
-        targets: uint8 ``(B, K, h, w, 3)`` frames to predict; repeats of the last frame after the episode's end.
+        targets: uint8 ``(B, K, h, w, 3)`` frames to predict; the last one repeats after the episode's end.
         actions: float32 ``(B, K, D)``; zeros after the episode's end.
         prev_action: float32 ``(B, D)``.
         valid: bool ``(B, K)``, False after the episode's end.
@@ -74,7 +73,9 @@ class EpisodeStreams:
     ) -> None:
         self.episodes = [e for e in episodes if e.n_steps > 0]
         if not self.episodes:
-            raise ValueError("No episode with at least one step to train the world model on; collect some first.")
+            raise ValueError(
+                "No episode with at least one step to train the world model on; collect some first."
+            )
         self.task, self.n_rows, self.context_frames = task, n_rows, context_frames
         self.from_start, self.restart = from_start, restart
         p = np.ones(len(self.episodes)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -149,7 +150,9 @@ class EpisodeStreams:
         self._rng.bit_generator.state = json.loads(state["rng"])
 
 
-def apply_symmetry(symmetry: Symmetry, frames: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def apply_symmetry(
+    symmetry: Symmetry, frames: np.ndarray, actions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Transform frames ``(..., h, w, 3)`` and actions ``(..., D)`` of one row."""
     if symmetry.flip == "vertical":
         frames = frames[..., ::-1, :, :]

@@ -48,9 +48,9 @@ class WorldModelTraining:
         context_noise: Largest noise level put on the context; the network is told the level.
         changed_weight: Extra loss weight of pixels that changed since the last context frame.
         adversarial: Weight of the patch critic's loss (0 switches it off).
-        recorded: Share of the training during which recorded contexts give way to self-made ones: at its start
-            all contexts are recorded, at its end only those of new walks. Before the model can predict at all,
-            its own frames teach nothing.
+        recorded: Share of the training during which recorded contexts give way to self-made ones: at its
+            start all contexts are recorded, at its end only those of new walks. Before the model can predict
+            at all, its own frames teach nothing.
         restart: Probability per chunk that a row leaves its walk for a new one.
         seed: Seed of everything random.
         checkpoint_every: Steps between checkpoints.
@@ -141,7 +141,9 @@ class WorldModelTrainer:
         writer = self._writer()
         running, started = [], time.perf_counter() - self.seconds
         self.network.train()
-        with progress_bar(total=self.config.steps, initial=self.step, desc=description, disable=not progress) as bar:
+        with progress_bar(
+            total=self.config.steps, initial=self.step, desc=description, disable=not progress
+        ) as bar:
             while self.step < self.config.steps:
                 running.append(self._train_step())
                 bar.update(1)
@@ -177,8 +179,8 @@ class WorldModelTrainer:
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), cfg.grad_clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(
-                f"The gradient is not finite at step {self.step}; the last checkpoint is intact. Lower learning_rate "
-                f"(now {cfg.learning_rate})."
+                f"The gradient is not finite at step {self.step}; the last checkpoint is intact. Lower "
+                f"learning_rate (now {cfg.learning_rate})."
             )
         self.optimizer.step()
         if self.critic is not None:
@@ -200,7 +202,9 @@ class WorldModelTrainer:
         if self.context is None:
             self.context = recorded
         share = 1.0 - self.step / max(1.0, self.config.recorded * self.config.steps)
-        use_recorded = torch.from_numpy(chunk.fresh) | (torch.rand(len(recorded), generator=self.generator) < share)
+        use_recorded = torch.from_numpy(chunk.fresh) | (
+            torch.rand(len(recorded), generator=self.generator) < share
+        )
         context = torch.where(use_recorded[:, None, None, None, None], recorded, self.context)
         return LatentBatch.of(chunk, context, targets, recorded)
 
@@ -244,7 +248,9 @@ class WorldModelTrainer:
             tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
         if self.critic is not None:
             tensors |= self.critic.checkpoint()
-        tensors |= {f"stream.{k}": torch.from_numpy(v) for k, v in stream.items() if isinstance(v, np.ndarray)}
+        tensors |= {
+            f"stream.{k}": torch.from_numpy(v) for k, v in stream.items() if isinstance(v, np.ndarray)
+        }
         tensors |= {"context": self.context, "generator": self.generator.get_state()}
         with write_dir_atomic(self.checkpoint_dir) as tmp:
             save_safetensors(tmp / "state.safetensors", tensors)
@@ -259,11 +265,14 @@ class WorldModelTrainer:
     def _resume(self) -> None:
         if self.checkpoint_dir is None or not (self.checkpoint_dir / "state.json").exists():
             return
-        meta, tensors = read_json(self.checkpoint_dir / "state.json"), load_safetensors(self.checkpoint_dir / "state.safetensors")
+        meta, tensors = (
+            read_json(self.checkpoint_dir / "state.json"),
+            load_safetensors(self.checkpoint_dir / "state.safetensors"),
+        )
         if meta["config"] != json.loads(json.dumps(asdict(self.config))):
             raise ValueError(
-                f"{self.checkpoint_dir} holds a training with other settings; finish it with the same settings or "
-                "choose another directory."
+                f"{self.checkpoint_dir} holds a training with other settings; finish it with the same "
+                "settings or choose another directory."
             )
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -288,7 +297,7 @@ class WorldModelTrainer:
 
 @dataclass
 class LatentBatch:
-    """A :class:`ChunkBatch` in the network's space: context, targets ``(B, C, T, h, w)``, the rest as tensors."""
+    """A :class:`ChunkBatch` in the network's space: context, targets ``(B, C, T, h, w)``, all as tensors."""
 
     context: Tensor
     targets: Tensor
@@ -299,7 +308,7 @@ class LatentBatch:
 
     @classmethod
     def of(cls, chunk: ChunkBatch, context: Tensor, targets: Tensor, recorded: Tensor) -> LatentBatch:
-        """Join encoded frames with the chunk's other arrays; ``last`` is the recorded frame before the chunk."""
+        """Join encoded frames with the chunk's other arrays; ``last`` is the recorded frame before it."""
         return cls(
             context, targets, torch.from_numpy(chunk.actions), torch.from_numpy(chunk.prev_action),
             torch.from_numpy(chunk.valid), recorded[:, :, -1:],

@@ -78,7 +78,12 @@ class StartFrames:
 
     def __post_init__(self) -> None:
         n = len(self.frames)
-        if self.frames.dtype != np.uint8 or self.frames.ndim != 4 or len(self.ids) != n or len(self.task_ids) != n:
+        if (
+            self.frames.dtype != np.uint8
+            or self.frames.ndim != 4
+            or len(self.ids) != n
+            or len(self.task_ids) != n
+        ):
             raise ValueError(
                 f"Start frames must be uint8 (N, H, W, 3) with N ids and N task ids, got {self.frames.dtype} "
                 f"{self.frames.shape}, {len(self.ids)} ids, {len(self.task_ids)} task ids."
@@ -88,10 +93,12 @@ class StartFrames:
 
     @classmethod
     def from_episodes(cls, episodes: list) -> StartFrames:
-        """First frames of recorded episodes, one per start state; episodes without a start state are left out."""
+        """First frames of recorded episodes, one per start state; episodes without one are left out."""
         first = {e.start_state_id: e for e in reversed(episodes) if e.start_state_id is not None}
         if not first:
-            raise ValueError("None of the episodes names its start state; a world needs at least one start frame.")
+            raise ValueError(
+                "None of the episodes names its start state; a world needs at least one start frame."
+            )
         ids = sorted(first)
         return cls(
             np.stack([first[i].frames[0] for i in ids]),
@@ -108,7 +115,7 @@ class World:
         task: The task.
         network: :class:`~wmpo_gym.world.conv.ConvWorldModel` or :class:`~wmpo_gym.world.stdit.STDiT`.
         autoencoder: Maps frames to what the network works on.
-        classifier: Success classifier; None in a world that is only pre-trained, which can imagine but not reward.
+        classifier: Success classifier; None in a world that is only pre-trained and cannot reward.
         start_frames: Where imagined episodes start.
         config: Sampling settings.
         card: Model card: data, commands, seeds, figures, gates. JSON-able.
@@ -133,7 +140,7 @@ class World:
 
         Args:
             directory: Target, replaced as a whole.
-            dtype: ``"float32"`` or ``"float16"`` storage of the network's weights (half the size, for shipping).
+            dtype: ``"float32"`` or ``"float16"`` storage of the network's weights (half the size).
 
         Raises:
             ValueError: If the dtype is not one of the two.
@@ -147,9 +154,14 @@ class World:
             self.network.to(stored).save_pretrained(tmp / "network")
             self.network.to(torch.float32)
             if stored != torch.float32:
-                self.network.load_state_dict(type(self.network).from_pretrained(tmp / "network").float().state_dict())
+                self.network.load_state_dict(
+                    type(self.network).from_pretrained(tmp / "network").float().state_dict()
+                )
             self.autoencoder.save_pretrained(tmp / "autoencoder")
-            components = {"network": type(self.network).__name__, "autoencoder": type(self.autoencoder).__name__}
+            components = {
+                "network": type(self.network).__name__,
+                "autoencoder": type(self.autoencoder).__name__,
+            }
             if self.classifier is not None:
                 self.classifier.save_pretrained(tmp / "reward")
                 components["reward"] = type(self.classifier).__name__
@@ -161,7 +173,9 @@ class World:
                     "task": self.task.to_dict(),
                     "components": components,
                     "sampling": asdict(self.config),
-                    "files": {str(f.relative_to(tmp)): sha256(f) for f in sorted(tmp.rglob("*.*")) if f.is_file()},
+                    "files": {
+                        str(f.relative_to(tmp)): sha256(f) for f in sorted(tmp.rglob("*.*")) if f.is_file()
+                    },
                     "card": self.card,
                 },
             )
@@ -182,14 +196,16 @@ class World:
         config = read_json(directory / "config.json")
         if config.get("format_version") != FORMAT_VERSION:
             raise ArtifactError(
-                f"{directory / 'config.json'}: format version {config.get('format_version')!r}, this release reads "
-                f"{FORMAT_VERSION}. Is it the config.json of a world?"
+                f"{directory / 'config.json'}: format version {config.get('format_version')!r}, this release "
+                f"reads {FORMAT_VERSION}. Is it the config.json of a world?"
             )
         try:
             components, sampling = dict(config["components"]), WorldConfig(**config["sampling"])
             task = Task.from_dict(config["task"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{directory / 'config.json'} is not a world's configuration: {error!r}.") from error
+            raise ArtifactError(
+                f"{directory / 'config.json'} is not a world's configuration: {error!r}."
+            ) from error
         _verify(directory, config.get("files", {}))
         loaded = {name: _load_component(directory / name, kind) for name, kind in components.items()}
         return cls(
@@ -208,22 +224,24 @@ def _verify(directory: Path, checksums: dict[str, str]) -> None:
     for name, expected in checksums.items():
         if not (directory / name).is_file() or sha256(directory / name) != expected:
             raise ArtifactError(
-                f"{directory / name} is missing or is not the file this world was saved with (its SHA-256 differs from "
-                f"the one in {directory / 'config.json'}). Fetch the directory again, or make it anew with the command "
-                "in its card."
+                f"{directory / name} is missing or is not the file this world was saved with (its SHA-256 "
+                f"differs from the one in {directory / 'config.json'}). Fetch the directory again, or make "
+                "it anew with the command in its card."
             )
 
 
 def _load_component(directory: Path, kind: str) -> Any:
     if kind not in COMPONENTS:
-        raise ArtifactError(f"{directory}: unknown component class {kind!r}; this release knows {', '.join(COMPONENTS)}.")
+        raise ArtifactError(
+            f"{directory}: unknown component class {kind!r}; this release knows {', '.join(COMPONENTS)}."
+        )
     component = getattr(importlib.import_module(COMPONENTS[kind]), kind)
     try:
         loaded = component.from_pretrained(directory)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"{directory}: could not load a {kind}: {error}. Fetch the directory again, or make it anew with the "
-            "command in the world's card."
+            f"{directory}: could not load a {kind}: {error}. Fetch the directory again, or make it anew with "
+            "the command in the world's card."
         ) from error
     return loaded.float().eval() if hasattr(loaded, "eval") else loaded
 
@@ -256,14 +274,21 @@ def find_pretrained(name_or_dir: str | Path, kind: str) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(str(name_or_dir), allow_patterns=["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"]))
+            return Path(
+                snapshot_download(
+                    str(name_or_dir),
+                    allow_patterns=["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"],
+                )
+            )
         except Exception as error:  # the hub library raises many kinds; all mean: not to be had
             raise ValueError(
                 f"No directory {str(name_or_dir)!r} here, and the Hugging Face hub did not give it: {error}"
             ) from error
-    names = sorted(p.name for p in bundled_root.iterdir() if (p / kind).is_dir()) if bundled_root.is_dir() else []
+    names = (
+        sorted(p.name for p in bundled_root.iterdir() if (p / kind).is_dir()) if bundled_root.is_dir() else []
+    )
     near = difflib.get_close_matches(str(name_or_dir), [*names, *TASKS], n=1)
     raise ValueError(
-        f"No {kind} {str(name_or_dir)!r}: not a directory here, not a hub id ('user/name'), and the bundled ones are "
-        f"{', '.join(names) or 'none'}." + (f" Did you mean {near[0]!r}?" if near else "")
+        f"No {kind} {str(name_or_dir)!r}: not a directory here, not a hub id ('user/name'), and the "
+        f"bundled ones are {', '.join(names) or 'none'}." + (f" Did you mean {near[0]!r}?" if near else "")
     )
