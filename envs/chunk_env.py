@@ -227,7 +227,7 @@ class ChunkVectorEnv(TaskVectorEnv):
             add_info(infos, self.num_envs, ended, {"final_obs": object_array(last)})
             infos["final_info"], infos["_final_info"] = self._info(ended), infos["_final_obs"].copy()
             self._start(ResetOptions(ended))
-        elif self.autoreset_mode is AutoresetMode.NEXT_STEP and finished.any():
+        if self.autoreset_mode is not AutoresetMode.DISABLED and finished.any():
             self._start(ResetOptions(np.flatnonzero(finished)))
         return {**infos, **self._info(np.arange(self.num_envs))}
 

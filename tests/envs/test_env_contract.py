@@ -20,6 +20,8 @@ from gymnasium.wrappers import RecordEpisodeStatistics, RecordVideo
 from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorStatistics
 from gymnasium.wrappers.vector import RecordVideo as VectorVideo
 
+import wmpo_gym
+
 KINDS = ("imagined", "simulated")
 MADE: dict[str, tuple[str, dict[str, Any]]] = {
     "move-block": ("WMPO-Simulated-v0", {}),
@@ -28,6 +30,9 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
     "imagined": ("WMPO-Imagined-v0", {"world": WORLD}),
     "resized": ("WMPO-Imagined-v0", {"world": WORLD, "image_size": 48, "return_frames": True}),
 }
+if (Path(wmpo_gym.__file__).parent / "pretrained" / "move-block" / "world").is_dir():
+    MADE["bundled"] = ("WMPO-Imagined-v0", {})
+    MADE["bundled id"] = ("WMPO/MoveBlock-Imagined-v0", {})
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -199,6 +199,16 @@ def test_step_needs_a_reset(kind: str) -> None:
         make_single(kind).get_state()
 
 
+def test_the_mode_can_change_between_episodes() -> None:
+    env = make_batch("simulated", 4, autoreset_mode="DISABLED", skip_finished=True, max_episode_steps=1)
+    env.reset(seed=0)
+    env.step(STILL)
+    env.set_autoreset("SAME_STEP")
+    assert not env.step(STILL)[3].any()  # rows that were left waiting are reset, as in NEXT_STEP
+    _, _, _, truncated, info = env.step(STILL)
+    assert truncated.all() and info["_final_info"].all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_finished_rows_must_be_reset_or_wait(kind: str) -> None:
     strict = make_batch(kind, 4, autoreset_mode="DISABLED", max_episode_steps=1)
