@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ def play_controller(sim: MoveBlockSim, rng: np.random.Generator) -> Controller:
     detour = rng.uniform(-0.8, 0.8, 2) if rng.random() < 0.3 else None
     release_distance = rng.choice([0.03, 0.03, 0.15, 0.4])
     rest = rng.uniform(-0.8, 0.8, 2)
-    state = {"detour": detour, "done": False}
+    state: dict[str, Any] = {"detour": detour, "done": False}
 
     def act(sim: MoveBlockSim) -> np.ndarray:
         tool, holding = sim.data.ctrl, sim.magnet_on
@@ -104,7 +105,7 @@ def play_controller(sim: MoveBlockSim, rng: np.random.Generator) -> Controller:
                 state["detour"] = None
         else:
             goal = sim.position(block) + grip_error
-            magnet = np.linalg.norm(goal - tool) < 0.5 * STEP_LENGTH
+            magnet = bool(np.linalg.norm(goal - tool) < 0.5 * STEP_LENGTH)
         if rng.random() < flicker:
             magnet = not magnet
         move = _travel(sim, np.clip(goal, -WORKSPACE, WORKSPACE)) + rng.normal(0, noise, 2)

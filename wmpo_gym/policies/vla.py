@@ -332,7 +332,7 @@ class VLANetwork(nn.Module):
         self.projector = Projector(
             (patch_width * config.patch_merge**2, *config.projector, language.hidden_size)
         )
-        self.film = None
+        self.film: nn.Linear | None = None
         if config.film:
             self.film = nn.Linear(language.hidden_size, 2 * patch_width)
             nn.init.zeros_(self.film.weight)
@@ -386,6 +386,7 @@ class VLANetwork(nn.Module):
         """Tower features (B,P,C) scaled and shifted by the sum of the prompt's word embeddings."""
         prompt = torch.arange(words.shape[1], device=words.device) < length[:, None]
         sentence = (words * prompt[..., None]).sum(dim=1)
+        assert self.film is not None
         scale, shift = self.film(sentence)[:, None].chunk(2, dim=-1)
         return seen * (1 + scale) + shift
 

@@ -179,7 +179,9 @@ def judge(
         },
         seed=recipe.seed,
     )  # fmt: skip
-    save_result(run.out / "results.json", results, tested["wmpo", False].protocol)
+    protocol = tested["wmpo", False].protocol
+    assert protocol is not None, "evaluate_policy_on sets it"
+    save_result(run.out / "results.json", results, protocol)
     return results, comparison
 
 
@@ -218,6 +220,7 @@ def _report(
 def _clips(run: Run, comparison: TwinComparison, n: int = 8) -> list[Clip]:
     """The first episodes, disagreements of imagination and twin among them where there are any."""
     imagined, twin = comparison.imagined, comparison.replay
+    assert twin.frames is not None, "the comparison records frames"
     wrong = np.flatnonzero(imagined.claimed != twin.success)[:2]
     chosen = [*wrong, *(i for i in range(len(imagined.claimed)) if i not in wrong)][:n]
     return [

@@ -117,9 +117,10 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         self.frame_stem = nn.Conv2d(2 * channels * patch**2, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths):
-            self.down.append(nn.ModuleList(FiLMBlock(width, width, cond_dim) for _ in range(blocks)))
+            level = nn.ModuleList(FiLMBlock(width, width, cond_dim) for _ in range(blocks))
             if i:
-                self.down[-1].insert(0, nn.Conv2d(widths[i - 1], width, 3, stride=2, padding=1))
+                level.insert(0, nn.Conv2d(widths[i - 1], width, 3, stride=2, padding=1))
+            self.down.append(level)
         for i in reversed(range(len(widths) - 1)):
             stage = nn.ModuleList([FiLMBlock(widths[i + 1] + widths[i], widths[i], cond_dim)])
             stage.extend(FiLMBlock(widths[i], widths[i], cond_dim) for _ in range(blocks - 1))
@@ -129,7 +130,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         self.sharpen = nn.Conv2d(detail + 2 * channels, detail, 3, padding=1)
         self.head = nn.Conv2d(detail, channels + 3, 3, padding=1)  # residual, mask and displacement
         nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
 
     def _initial_shift(self, pixels: tuple[float, float]) -> Tensor:
         """Linear map ``(2, K, (K + 1) * D)`` from the actions to the (column, row) shift, in half images."""
@@ -267,12 +268,12 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
     def _unet(self, x: Tensor, cond: Tensor) -> Tensor:
         skips = []
         for stage in self.down:
-            for layer in stage:
+            for layer in stage.children():
                 x = layer(x, cond) if isinstance(layer, FiLMBlock) else layer(x)
             skips.append(x)
         skips.pop()
         for stage in self.up:
             x = torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), skips.pop()], dim=1)
-            for layer in stage:
+            for layer in stage.children():
                 x = layer(x, cond)
         return self.to_pixels(F.silu(self.head_norm(x)))

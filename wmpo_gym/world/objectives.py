@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class ChunkObjective:
     denoising_steps: int
 
     def __call__(
-        self, network: nn.Module, batch: LatentBatch, generator: torch.Generator
+        self, network: Any, batch: LatentBatch, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Loss per row ``(B,)`` and predicted latents ``(B, C, K, h, w)``."""
         n = len(batch.targets)

@@ -124,7 +124,7 @@ class EpisodeStreams:
     def _start(self, i: int) -> Episode:
         rng, chunk = self._rng, self.task.chunk
         if rng.random() < self.from_start:
-            self._episode[i] = min(np.searchsorted(self._p, rng.random()), len(self.episodes) - 1)
+            self._episode[i] = min(int(np.searchsorted(self._p, rng.random())), len(self.episodes) - 1)
             self._step[i] = 0
         else:
             p = np.cumsum(self._cell_weight * self._error)
@@ -158,4 +158,4 @@ def apply_symmetry(
         frames = frames[..., ::-1, :, :]
     elif symmetry.flip == "horizontal":
         frames = frames[..., ::-1, :]
-    return frames[..., list(symmetry.channel_order)], actions * np.float32(symmetry.action_signs)
+    return frames[..., list(symmetry.channel_order)], actions * np.array(symmetry.action_signs, np.float32)
