@@ -71,7 +71,7 @@ def test_rows_do_not_depend_on_their_batch(network: ConvWorldModel) -> None:
         return network.predict(noise[rows], torch.ones(len(actions[rows])), actions[rows], cache)
 
     whole = predict(slice(None))
-    for rows in (slice(0, 4), slice(7, 12), slice(3, 20)):
+    for rows in (slice(0, 2), slice(7, 12), slice(3, 20)):
         assert torch.equal(predict(rows), whole[rows]), rows
 
 

@@ -55,7 +55,9 @@ class FiLMBlock(nn.Module):
         self.norm2 = nn.GroupNorm(8, channels)
         self.film = FloatLinear(cond_dim, 2 * channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.skip = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
+        # Dilation means nothing to a 1x1 kernel, but keeps torch on the one implementation whose rounding does
+        # not depend on the batch size.
+        self.skip = nn.Conv2d(in_channels, channels, 1, dilation=2) if in_channels != channels else nn.Identity()
         nn.init.zeros_(self.film.weight)
         nn.init.zeros_(self.film.bias)
         nn.init.zeros_(self.conv2.weight)
@@ -86,7 +88,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
             beforehand; only the start of what is learned.
     """
 
-    min_rows = 4
+    min_rows = 2
     """Rows per call from which on a row's result is the same to the bit in a batch of any size (on a CPU)."""
 
     @register_to_config

@@ -1,0 +1,106 @@
+"""The whole method at a size that takes seconds: every stage real, stopped in the middle and taken up again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wmpo_gym.evaluation.results import show_rate
+from wmpo_gym.policies.sft import SFTSettings
+from wmpo_gym.recipe import run as recipe_run
+from wmpo_gym.recipe.run import run_recipe
+from wmpo_gym.recipe.settings import GRPOSettings, Recipe
+from wmpo_gym.recipe.stages import Run
+from wmpo_gym.tasks import MOVE_BLOCK, get_task
+from wmpo_gym.world.training import WorldModelTraining
+from wmpo_gym.world.world import World
+
+FEW_STEPS = WorldModelTraining(steps=4, batch_size=4, checkpoint_every=2)
+TINY = Recipe(
+    demos=40, sft=SFTSettings(steps=5), play=4, pretrain=FEW_STEPS, rollouts=8, align=FEW_STEPS, classifier_steps=6,
+    grpo=GRPOSettings(iterations=2, n_groups=2, group_size=4), gate_episodes=4, curve_every=1, curve_episodes=4,
+    test_episodes=8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run that was stopped while the world model was aligned, and finished by a second call."""
+    out = tmp_path_factory.mktemp("run")
+    real = Run.aligned_network
+
+    def stopped(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "aligned_network", stopped)
+        # What the *learnable* gate measures takes minutes; here it only has to be asked for.
+        patch.setattr("wmpo_gym.recipe.stages.measure_learnable", lambda *a, **k: _no_gain())
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(TINY, out, progress=False)
+        patch.setattr(Run, "aligned_network", real)
+        results = run_recipe(TINY, out, progress=False, command="wmpo reproduce")
+    return out, results
+
+
+def _no_gain() -> Any:
+    import numpy as np
+
+    from wmpo_gym.evaluation.gates import learnable_gate
+
+    return learnable_gate(np.array([True, False]), np.array([True, False]), 1)
+
+
+def test_results_hold_what_was_measured(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, results = finished
+    assert json.loads((out / "results.json").read_text())["wmpo"] == results["wmpo"]
+    for name in ("base", "wmpo"):
+        part = results[name]
+        assert 0 <= part["ci95"][0] <= part["success"] <= part["ci95"][1] <= 1 and part["n"] == 8
+    low, high = results["paired_gain"]["ci95"]
+    assert low <= results["paired_gain"]["points"] <= high
+    assert results["budget"]["real_episodes"] == 8 and results["budget"]["demonstrations"] == 40
+    assert results["budget"]["imagined_frames"] > 0 and results["budget"]["nfe"] > 0
+    assert {"sft", "pretrain", "align", "reward", "gates", "grpo", "evaluate"} <= set(results["seconds"])
+    assert set(results["gates"]) == {"physics", "learnable", "faithful", "honest"}
+
+
+def test_the_report_shows_the_same_figures_and_needs_no_network(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, results = finished
+    text = (out / "report.html").read_text()
+    for name in ("base", "wmpo"):
+        assert show_rate(results[name]) in text
+    assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
+    assert text.count("data:video") + text.count("data:image") == 4
+
+
+def test_a_finished_run_is_only_read(finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    out, _ = finished
+    monkeypatch.setattr(recipe_run.GRPO, "learn", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("wmpo_gym.recipe.stages.train_sft", lambda *a, **k: pytest.fail("trained again"))
+    world = World.from_pretrained(out / "world")
+    assert set(world.card["gates"]) == {"physics", "learnable", "faithful", "honest"}
+    assert world.card["recipe"]["rollouts"] == 8
+    run = Run(TINY, out, progress=False)
+    demos = run.demonstrations()
+    run.base_policy(demos)
+    assert len(run.rollouts(None)) == 8  # type: ignore[arg-type]
+
+
+def test_other_settings_are_refused(finished: tuple[Path, dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match="other settings"):
+        Run(replace(TINY, rollouts=9), finished[0], progress=False)
+
+
+def test_seeds_share_no_start_state_and_splits_stay_apart() -> None:
+    task = get_task("move-block")
+    for seed in (0, 1):
+        starts = replace(Recipe(), seed=seed).start_states(task)
+        chosen = [i for ids in starts.values() for i in ids]
+        assert len(chosen) == len(set(chosen)) and {task.split_of(i) for i in chosen} == {"train"}
+    with pytest.raises(ValueError, match="train split"):
+        replace(Recipe(), play=10**6).start_states(MOVE_BLOCK)
