@@ -1,4 +1,4 @@
-"""The whole method at a size that takes seconds: every stage real, stopped in the middle and taken up again."""
+"""The whole method at a size that takes seconds: every stage real, stopped in the middle, taken up again."""
 
 from __future__ import annotations
 
@@ -21,10 +21,19 @@ from wmpo_gym.world.world import World
 
 FEW_STEPS = WorldModelTraining(steps=4, batch_size=4, checkpoint_every=2)
 TINY = Recipe(
-    demos=40, sft=SFTSettings(steps=5), play=4, pretrain=FEW_STEPS, rollouts=8, align=FEW_STEPS, classifier_steps=6,
-    grpo=GRPOSettings(iterations=2, n_groups=2, group_size=4), gate_episodes=4, curve_every=1, curve_episodes=4,
+    demos=40,
+    sft=SFTSettings(steps=5),
+    play=4,
+    pretrain=FEW_STEPS,
+    rollouts=8,
+    align=FEW_STEPS,
+    classifier_steps=6,
+    grpo=GRPOSettings(iterations=2, n_groups=2, group_size=4),
+    gate_episodes=4,
+    curve_every=1,
+    curve_episodes=4,
     test_episodes=8,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +78,9 @@ def test_results_hold_what_was_measured(finished: tuple[Path, dict[str, Any]]) -
     assert set(results["gates"]) == {"physics", "learnable", "faithful", "honest"}
 
 
-def test_the_report_shows_the_same_figures_and_needs_no_network(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_the_report_shows_the_same_figures_and_needs_no_network(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
     out, results = finished
     text = (out / "report.html").read_text()
     for name in ("base", "wmpo"):
@@ -78,7 +89,9 @@ def test_the_report_shows_the_same_figures_and_needs_no_network(finished: tuple[
     assert text.count("data:video") + text.count("data:image") == 4
 
 
-def test_a_finished_run_is_only_read(finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_only_read(
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, _ = finished
     monkeypatch.setattr(recipe_run.GRPO, "learn", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr("wmpo_gym.recipe.stages.train_sft", lambda *a, **k: pytest.fail("trained again"))

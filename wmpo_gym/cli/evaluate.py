@@ -15,7 +15,6 @@ from wmpo_gym.tasks import get_task
 
 if TYPE_CHECKING:
     from wmpo_gym.evaluation.protocol import EvalProtocol
-    from wmpo_gym.evaluation.report import Clip
     from wmpo_gym.evaluation.rollouts import Rollouts
     from wmpo_gym.evaluation.twin import TwinComparison
     from wmpo_gym.world.world import World
@@ -101,14 +100,14 @@ class Command:
     def _report(
         self, world: World, comparison: TwinComparison, results: dict[str, Any], protocol: EvalProtocol
     ) -> None:
-        from wmpo_gym.evaluation.report import Report, write_report
+        from wmpo_gym.evaluation.report import Report, choose_clips, write_report
 
         assert self.out is not None
         report = Report(
             f"{self.policy} against {self.base} on {self.task}",
             results,
             gates=world.card.get("gates", {}),
-            clips=_choose_clips(comparison, get_task(self.task).instructions, self.clips),
+            clips=choose_clips(comparison, get_task(self.task), self.clips),
             command=" ".join(["wmpo", *sys.argv[1:]]),
             protocol=protocol,
             control_hz=world.task.control_hz,
@@ -159,24 +158,3 @@ def _show(results: dict[str, Any]) -> None:
     print(aligned(rows))
     if "agreement" in results:
         print("\n" + aligned([*agreement_rows(results)]))
-
-
-def _choose_clips(twin: TwinComparison, instructions: tuple[str, ...], n: int) -> list[Clip]:
-    """Clips of every kind of outcome in turn, so that false claims are shown where there are any."""
-    from wmpo_gym.evaluation.report import Clip
-
-    claimed, true = twin.imagined.claimed, twin.replay.success
-    kinds = [np.flatnonzero((claimed == c) & (true == t)) for c, t in ((1, 1), (1, 0), (0, 1), (0, 0))]
-    order = [int(k[i]) for i in range(max(map(len, kinds), default=0)) for k in kinds if i < len(k)]
-    frames = twin.replay.frames
-    return [
-        Clip(
-            twin.imagined.frames[i],
-            frames[i],
-            bool(claimed[i]),
-            bool(true[i]),
-            f"{instructions[int(twin.imagined.task_ids[i])]}, start state {twin.start_state_ids[i]}",
-        )
-        for i in order[:n]
-        if frames is not None
-    ]

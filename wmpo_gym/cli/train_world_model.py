@@ -120,6 +120,8 @@ class Command:
         kind: Any
         if self.network == "conv":
             kind, fitted = ConvWorldModel, {"image_size": size, "channels": autoencoder.latent_channels}
+            if task.motion_px is not None:
+                fitted["shift_init"] = tuple(px / autoencoder.downscale for px in task.motion_px)
         else:
             fitted = {
                 "in_channels": autoencoder.latent_channels,

@@ -181,7 +181,7 @@ def measure_learnable(
         **grpo: Further arguments of :class:`~wmpo_gym.algorithms.grpo.GRPO`.
     """
     from wmpo_gym.algorithms.grpo import GRPO
-    from wmpo_gym.evaluation.learning import StopAfterIterations, grpo_from_policy
+    from wmpo_gym.evaluation.learning import grpo_from_policy
     from wmpo_gym.evaluation.rollouts import evaluate_policy_on, make_rollout_env
 
     def outcomes(candidate: Any) -> np.ndarray:
@@ -194,9 +194,9 @@ def measure_learnable(
     model = grpo_from_policy(GRPO, policy, env, group_size=group_size, start_state_ids=ids, seed=seed, **grpo)
     before, iterations = outcomes(policy), 0
     while iterations < MAX_ITERATIONS:
-        stop = StopAfterIterations(min(block, MAX_ITERATIONS - iterations), desc="gate 2", progress=progress)
-        model.learn(10**9, callback=stop, reset_num_timesteps=iterations == 0)
-        iterations += stop.done
+        rounds = min(block, MAX_ITERATIONS - iterations)
+        model.learn(max_iterations=rounds, reset_num_timesteps=iterations == 0, progress_bar=progress)
+        iterations += rounds
         after = outcomes(model.policy)
         if paired_difference(before, after).points >= MIN_GAIN:
             break

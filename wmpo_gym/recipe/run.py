@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from wmpo_gym.algorithms.grpo import GRPO
@@ -13,8 +12,8 @@ from wmpo_gym.data.atomic import read_json, write_json_atomic
 from wmpo_gym.envs.ledger import Ledger
 from wmpo_gym.evaluation.gates import gates_text
 from wmpo_gym.evaluation.learning import grpo_from_policy
-from wmpo_gym.evaluation.protocol import save_result
-from wmpo_gym.evaluation.report import Clip, Report, write_report
+from wmpo_gym.evaluation.protocol import EvalProtocol, save_result
+from wmpo_gym.evaluation.report import Report, choose_clips, write_report
 from wmpo_gym.evaluation.results import build_results, print_table
 from wmpo_gym.evaluation.rollouts import evaluate_policy_on, make_rollout_env
 from wmpo_gym.evaluation.statistics import success_rate
@@ -55,8 +54,10 @@ def run_recipe(
         print(gates_text(gates))
     world.save_pretrained(run.out / "world")
     improved, training = optimise(run, world, policy)
-    results, comparison = judge(run, world, policy, improved, training)
-    write_report(run.out / "report.html", _report(run, results, training["curve"], comparison, command))
+    results, comparison, protocol = judge(run, world, policy, improved, training)
+    write_report(
+        run.out / "report.html", _report(run, results, training["curve"], comparison, protocol, command)
+    )
     if progress:
         print()
         print_table(results)
@@ -66,7 +67,7 @@ def run_recipe(
 
 # -- policy optimisation -------------------------------------------------------------------------------------
 class Curve(BaseCallback):
-    """Learning curve on the validation split, and the end after a number of iterations.
+    """Learning curve on the validation split.
 
     What it measures is shown, not used: no checkpoint is chosen by it.
     """
@@ -78,18 +79,23 @@ class Curve(BaseCallback):
         self._bar = progress_bar(total=run.recipe.grpo.iterations, desc="GRPO", disable=not run.progress)
 
     def _on_rollout_start(self) -> None:
-        iteration = self.model._iteration
-        self._bar.update(iteration - self._bar.n)
-        due = iteration % self.run.recipe.curve_every == 0 or iteration == self.run.recipe.grpo.iterations
-        if due and iteration not in {p["iteration"] for p in self.points}:
-            self.points.append({"iteration": iteration, **self._measure()})
-            write_json_atomic(self.file, self.points)
+        self._bar.update(self.model._iteration - self._bar.n)
+        if self.model._iteration % self.run.recipe.curve_every == 0:
+            self._add_point()
 
     def _on_step(self) -> bool:
-        return self.model._iteration < self.run.recipe.grpo.iterations
+        return True
 
     def _on_training_end(self) -> None:
+        self._bar.update(self.model._iteration - self._bar.n)
+        self._add_point()
         self._bar.close()
+
+    def _add_point(self) -> None:
+        iteration = self.model._iteration
+        if iteration not in {p["iteration"] for p in self.points}:
+            self.points.append({"iteration": iteration, **self._measure()})
+            write_json_atomic(self.file, self.points)
 
     def _measure(self) -> dict[str, Any]:
         recipe, policy = self.run.recipe, self.model.policy
@@ -136,7 +142,7 @@ def optimise(run: Run, world: World, policy: VLAPolicy) -> tuple[VLAPolicy, dict
                 tensorboard_log=str(run.out / "tensorboard"),
             )
             curve = Curve(run, world, run.out / "curve.json")
-            model.learn(10**9, callback=curve, resume=True)
+            model.learn(max_iterations=settings.iterations, callback=curve, resume=True)
             model.policy.save_pretrained(directory)
             history = {"curve": curve.points, "history": model.history, "budget": model.budget.to_dict()}
             write_json_atomic(log, history)
@@ -147,8 +153,8 @@ def optimise(run: Run, world: World, policy: VLAPolicy) -> tuple[VLAPolicy, dict
 # -- figures -------------------------------------------------------------------------------------------------
 def judge(
     run: Run, world: World, base: VLAPolicy, improved: VLAPolicy, training: dict[str, Any]
-) -> tuple[dict[str, Any], TwinComparison]:
-    """Paired figures on the test split, and the improved policy's imagination against its twin."""
+) -> tuple[dict[str, Any], TwinComparison, EvalProtocol]:
+    """Paired figures on the test split, the improved policy judged by its twin, and the protocol."""
     recipe, task = run.recipe, run.task
     with run.stage("evaluate", f"Before and after in the twin: {recipe.test_episodes} test start states"):
         tested = {
@@ -180,9 +186,12 @@ def judge(
         seed=recipe.seed,
     )  # fmt: skip
     protocol = tested["wmpo", False].protocol
+    assert protocol is not None  # evaluate_policy_on always writes one
     assert protocol is not None, "evaluate_policy_on sets it"
+    protocol = tested["wmpo", False].protocol
+    assert protocol is not None  # evaluate_policy_on always writes one
     save_result(run.out / "results.json", results, protocol)
-    return results, comparison
+    return results, comparison, protocol
 
 
 def _budget(run: Run, training: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +208,12 @@ def _budget(run: Run, training: dict[str, Any]) -> dict[str, Any]:
 
 
 def _report(
-    run: Run, results: dict[str, Any], curve: list[dict[str, Any]], comparison: TwinComparison, command: str
+    run: Run,
+    results: dict[str, Any],
+    curve: list[dict[str, Any]],
+    comparison: TwinComparison,
+    protocol: EvalProtocol,
+    command: str,
 ) -> Report:
     failed = [name for name, gate in results["gates"].items() if gate["passed"] is False]
     notes = [
@@ -210,27 +224,9 @@ def _report(
         results=results,
         curve=curve,
         gates=results["gates"],
-        clips=_clips(run, comparison),
+        clips=choose_clips(comparison, run.task),
+        protocol=protocol,
         command=command,
         notes=notes,
         control_hz=run.task.control_hz,
     )
-
-
-def _clips(run: Run, comparison: TwinComparison, n: int = 8) -> list[Clip]:
-    """The first episodes, disagreements of imagination and twin among them where there are any."""
-    imagined, twin = comparison.imagined, comparison.replay
-    assert twin.frames is not None, "the comparison records frames"
-    wrong = np.flatnonzero(imagined.claimed != twin.success)[:2]
-    chosen = [*wrong, *(i for i in range(len(imagined.claimed)) if i not in wrong)][:n]
-    return [
-        Clip(
-            imagined=imagined.frames[i],
-            twin=twin.frames[i],
-            claimed=bool(imagined.claimed[i]),
-            true=bool(twin.success[i]),
-            caption=f"{run.task.instructions[imagined.task_ids[i]]}, "
-            f"start state {comparison.start_state_ids[i]}",
-        )
-        for i in chosen
-    ]

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wmpo_gym.data.atomic import read_json, write_json_atomic
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.store import EpisodeStore
@@ -141,7 +139,7 @@ class Run:
             with self.stage(
                 "pretrain", f"World-model pre-training on play: {self.recipe.pretrain.steps} steps"
             ):
-                network = new_network(self.recipe)
+                network = ConvWorldModel.for_task(self.task, self.recipe.seed)
                 history = self._train("pretrain", network, play, self.recipe.pretrain, None)
                 card = {
                     "name": f"{self.task.name} (play only)",
@@ -246,16 +244,3 @@ class Run:
 
     def _bar(self, total: int, name: str) -> Any:
         return progress_bar(total=total, desc=name, disable=not self.progress)
-
-
-def new_network(recipe: Recipe) -> ConvWorldModel:
-    """An untrained world model for the recipe's task, its weights drawn from the seed."""
-    task = get_task(recipe.task)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return ConvWorldModel(
-            image_size=task.image_size,
-            chunk=task.chunk,
-            action_dim=task.action_dim,
-            shift_init=task.motion_px or (0.0, 0.0),
-        )

@@ -218,8 +218,8 @@ def _check_outcomes(episodes: Sequence[Episode]) -> None:
         raise ValueError(
             f"The data holds {good} successes and {len(episodes) - good} failures; a classifier needs "
             "at least two of each (one to learn from, one to calibrate on), and a few dozen to be good. "
-            "Collect more episodes, with a policy that succeeds now and then if successes are missing, or with more noise "
-            "if failures are. What was collected stays where it is and counts next time."
+            "Collect more episodes, with a policy that succeeds now and then if successes are missing, or "
+            "with more noise if failures are. What was collected stays where it is and counts next time."
         )
 
 

@@ -11,12 +11,16 @@ The velocity that samplers expect follows from the predicted frames, ``v = (x0_h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+
+from wmpo_gym.layers import RowLinear
+from wmpo_gym.tasks import Task
 
 OWN_SHIFT_SCALE = 0.1  # per-pixel displacements are learned in these units (of half the image)
 MIN_SIGMA = 0.02  # below this noise level a velocity is not computed from a difference
@@ -37,14 +41,6 @@ class ConvContext:
     sigma: Tensor
 
 
-class FloatLinear(nn.Linear):
-    """A linear layer computed in float64 and rounded, so that a row does not depend on its batch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to ``(B, in)``; see the class."""
-        return F.linear(x.double(), self.weight.double(), self.bias.double()).float()
-
-
 class FiLMBlock(nn.Module):
     """Residual block of two 3x3 convolutions, modulated by the conditioning vector."""
 
@@ -53,11 +49,13 @@ class FiLMBlock(nn.Module):
         self.norm1 = nn.GroupNorm(8, in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(8, channels)
-        self.film = FloatLinear(cond_dim, 2 * channels)
+        self.film = RowLinear(cond_dim, 2 * channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        # Dilation means nothing to a 1x1 kernel, but keeps torch on the one implementation whose rounding does
-        # not depend on the batch size.
-        self.skip = nn.Conv2d(in_channels, channels, 1, dilation=2) if in_channels != channels else nn.Identity()
+        # Dilation means nothing to a 1x1 kernel, but keeps torch on the one implementation whose rounding
+        # does not depend on the batch size.
+        self.skip = (
+            nn.Conv2d(in_channels, channels, 1, dilation=2) if in_channels != channels else nn.Identity()
+        )
         nn.init.zeros_(self.film.weight)
         nn.init.zeros_(self.film.bias)
         nn.init.zeros_(self.conv2.weight)
@@ -110,9 +108,9 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         self.chunk, self.context_frames, self.channels, self.patch = chunk, context_frames, channels, patch
         # Sum of the actions so far is the displacement; given to the network beside the actions themselves.
         self.cond = nn.Sequential(
-            FloatLinear(2 * 16 + action_dim * (chunk + 3) + chunk, cond_dim),
+            RowLinear(2 * 16 + action_dim * (chunk + 3) + chunk, cond_dim),
             nn.SiLU(),
-            FloatLinear(cond_dim, cond_dim),
+            RowLinear(cond_dim, cond_dim),
         )
         self.shift = nn.Parameter(self._initial_shift(shift_init))
         self.context_stem = nn.Conv2d(context_frames * channels * patch**2 + 2, widths[0], 3, padding=1)
@@ -133,6 +131,20 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         self.head = nn.Conv2d(detail, channels + 3, 3, padding=1)  # residual, mask and displacement
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+
+    @classmethod
+    def for_task(cls, task: Task, seed: int, **changes: Any) -> ConvWorldModel:
+        """An untrained network that fits a task; the global generator is left alone.
+
+        Args:
+            task: Gives the sizes and how far a step moves things.
+            seed: Seed of the weights.
+            **changes: Any other argument of the class.
+        """
+        sizes = {"image_size": task.image_size, "chunk": task.chunk, "action_dim": task.action_dim}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(**{**sizes, "shift_init": task.motion_px or (0.0, 0.0), **changes})
 
     def _initial_shift(self, pixels: tuple[float, float]) -> Tensor:
         """Linear map ``(2, K, (K + 1) * D)`` from the actions to the (column, row) shift, in half images."""

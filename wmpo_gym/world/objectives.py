@@ -34,9 +34,7 @@ class ChunkObjective:
     changed_weight: float
     denoising_steps: int
 
-    def __call__(
-        self, network: Any, batch: LatentBatch, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, network: Any, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Loss per row ``(B,)`` and predicted latents ``(B, C, K, h, w)``."""
         n = len(batch.targets)
         noise = torch.randn(batch.targets.shape, generator=generator)
