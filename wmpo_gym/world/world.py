@@ -145,18 +145,15 @@ class World:
         Raises:
             ValueError: If the dtype is not one of the two.
         """
-        import torch
-
         if dtype not in ("float32", "float16"):
             raise ValueError(f"Weights are stored as 'float32' or 'float16', not {dtype!r}.")
         with write_dir_atomic(directory) as tmp:
-            stored = getattr(torch, dtype)
-            self.network.to(stored).save_pretrained(tmp / "network")
-            self.network.to(torch.float32)
-            if stored != torch.float32:
-                self.network.load_state_dict(
-                    type(self.network).from_pretrained(tmp / "network").float().state_dict()
-                )
+            if dtype == "float16":
+                # What stays in memory is what was stored.
+                self.network.half().save_pretrained(tmp / "network")
+                self.network.float()
+            else:
+                self.network.save_pretrained(tmp / "network")
             self.autoencoder.save_pretrained(tmp / "autoencoder")
             components = {
                 "network": type(self.network).__name__,
@@ -166,6 +163,8 @@ class World:
                 self.classifier.save_pretrained(tmp / "reward")
                 components["reward"] = type(self.classifier).__name__
             save_safetensors(tmp / "start_frames.safetensors", asdict(self.start_frames))
+            for file in tmp.rglob("*.safetensors"):
+                file.chmod(0o644)  # some libraries write files that only their owner may read
             write_json_atomic(
                 tmp / "config.json",
                 {
