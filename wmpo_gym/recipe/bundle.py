@@ -28,7 +28,7 @@ Made by
 |---|---|---|
 | `policy/` | base policy (tiny OpenVLA-OFT) | {demos} demonstrations of a mis-calibrated expert |
 | `play/` | world model before it saw any policy | {play} episodes of unlabelled play |
-| `world/` | aligned world model, success classifier, start frames | the above and {rollouts} labelled rollouts of the base policy |
+| `world/` | aligned world model, classifier, start frames | the above, {rollouts} labelled base rollouts |
 
 Networks of `play/` and `world/` are stored in half precision and computed in single.
 
@@ -39,11 +39,11 @@ Networks of `play/` and `world/` are stored in half precision and computed in si
 | gain | {gain} |
 | base policy, greedy | {greedy_base} |
 | after WMPO, greedy | {greedy_wmpo} |
-| classifier on held-out real episodes | F1 {f1:.3f} (precision {precision:.3f}, recall {recall:.3f}, n = {n}) |
+| classifier, held-out real episodes | F1 {f1:.3f}, precision {precision:.3f}, recall {recall:.3f} (n = {n}) |
 {gates}
 
-Limits: one task, one camera, simulated robot only. Outcomes near the edge of the disc are where world and twin
-disagree. Licence: Apache-2.0.
+Limits: one task, one camera, simulated robot only. Outcomes near the edge of the disc are where world and
+twin disagree. Licence: Apache-2.0.
 """
 
 
