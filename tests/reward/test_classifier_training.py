@@ -103,6 +103,9 @@ def test_unusable_episodes_are_counted(episodes, task, caplog):
 def test_window_longer_than_the_horizon(episodes, task):
     with pytest.raises(ValueError, match="horizon 8.* window of 10"):
         train_classifier(episodes, task, classifier=make_classifier("conv", task, window=10), progress=False)
+    other = make_classifier("conv", dataclasses.replace(task, instructions=("red",), symmetries=()))
+    with pytest.raises(ValueError, match="knows 1 instructions and 'squares' has 2"):
+        train_classifier(episodes, task, classifier=other, progress=False)
     with pytest.raises(ValueError, match="Unknown classifier kind 'resnet'; choose one of conv, videomae"):
         train_classifier(episodes, task, kind="resnet")
 

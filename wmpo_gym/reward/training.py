@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from wmpo_gym.reward.windows import ClipTable, augment, check_window_fits
 from wmpo_gym.tasks import Task, get_task
 
 logger = logging.getLogger(__name__)
+
+LOG_EVERY = 20  # steps between TensorBoard points
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def train_classifier(
     classifier: SuccessClassifier | None = None,
     device: str | torch.device = "cpu",
     checkpoint_dir: str | Path | None = None,
+    tensorboard: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[SuccessClassifier, dict[str, Any]]:
     """Train a classifier on recorded episodes and calibrate it on those it did not see.
@@ -116,6 +120,7 @@ def train_classifier(
         device: Where to train.
         checkpoint_dir: Where to keep checkpoints; a complete one of the same settings is resumed from and
             gives the same result as an uninterrupted training.
+        tensorboard: Directory for the loss as TensorBoard scalars, or None.
         progress: Show a progress bar.
 
     Returns:
@@ -131,43 +136,71 @@ def train_classifier(
     if steps is not None:
         config = dataclasses.replace(config, steps=steps)
     classifier = classifier or make_classifier(kind, task, seed=seed)
-    check_window_fits(task.horizon + 1, classifier.window)
-    episodes = _usable(episodes, classifier.window, "recorded")
-    replays = _usable(imagined or (), classifier.window, "imagined")
-    _check_outcomes(episodes)
-    training, held_out = split_episodes(
-        episodes,
-        seed=seed,
-        fraction=config.holdout_fraction,
-        minimum=config.min_holdout,
-        holdout=holdout,
-    )
-    held_ids = {e.start_state_id for e in held_out if e.start_state_id is not None}
-    table = ClipTable.from_episodes(
-        training,
-        classifier.window,
-        imagined=[e for e in replays if e.start_state_id not in held_ids],
-        late_steps=config.late_steps,
-        other_instructions=range(len(task.instructions)) if task.exclusive_instructions else (),
-    )
-    trainer = _Trainer(classifier.to(device), table, task, config, seed, checkpoint_dir)
+    if classifier.n_instructions != len(task.instructions):
+        raise ValueError(
+            f"The classifier knows {classifier.n_instructions} instructions and {task.name!r} has "
+            f"{len(task.instructions)}; make one with make_classifier({kind!r}, task)."
+        )
+    data = _prepare(episodes, imagined, task, classifier.window, config, seed, holdout)
+    trainer = _Trainer(classifier.to(device), data.table, task, config, seed, checkpoint_dir, tensorboard)
     trainer.run(progress)
     classifier.to("cpu").eval()
-    classifier.calibration = calibrate(classifier, held_out)
-    held_replays = [e for e in replays if e.start_state_id in held_ids]
+    classifier.calibration = calibrate(classifier, data.held_out)
+    replays = data.held_replays
     figures = {
         "calibration": classifier.calibration.to_dict(),
-        "imagined": assess(classifier, held_replays).to_dict() if held_replays else None,
+        "imagined": assess(classifier, replays).to_dict() if replays else None,
         "loss": trainer.loss,
-        "n_train": len(training),
-        "n_train_success": sum(bool(e.success) for e in training),
-        "n_imagined": len(replays) - len(held_replays),
-        "holdout": sorted(held_ids),
+        "n_train": len(data.training),
+        "n_train_success": sum(bool(e.success) for e in data.training),
+        "n_imagined": data.n_imagined,
+        "holdout": sorted({e.start_state_id for e in data.held_out if e.start_state_id is not None}),
         "seconds": round(trainer.seconds, 1),
         "seed": seed,
         "config": asdict(config),
     }
     return classifier, figures
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a training works on: clips of the training episodes, and what is kept from them."""
+
+    table: ClipTable
+    training: list[Episode]
+    n_imagined: int
+    held_out: list[Episode]
+    held_replays: list[Episode]
+
+
+def _prepare(
+    episodes: Iterable[Episode],
+    imagined: Iterable[Episode] | None,
+    task: Task,
+    window: int,
+    config: ClassifierTraining,
+    seed: int,
+    holdout: Collection[int] | None,
+) -> _Data:
+    """Check, split and label the episodes."""
+    check_window_fits(task.horizon + 1, window)
+    usable = _usable(episodes, window, "recorded")
+    _check_outcomes(usable)
+    training, held_out = split_episodes(
+        usable, seed=seed, fraction=config.holdout_fraction, minimum=config.min_holdout, holdout=holdout
+    )
+    held_ids = {e.start_state_id for e in held_out if e.start_state_id is not None}
+    replays = _usable(imagined or (), window, "imagined")
+    trained_on = [e for e in replays if e.start_state_id not in held_ids]
+    table = ClipTable.from_episodes(
+        training,
+        window,
+        imagined=trained_on,
+        late_steps=config.late_steps,
+        other_instructions=range(len(task.instructions)) if task.exclusive_instructions else (),
+    )
+    held_replays = [e for e in replays if e.start_state_id in held_ids]
+    return _Data(table, training, len(trained_on), held_out, held_replays)
 
 
 def make_classifier(kind: str, task: str | Task, *, seed: int = 0, **arguments: Any) -> SuccessClassifier:
@@ -234,9 +267,11 @@ class _Trainer:
         config: ClassifierTraining,
         seed: int,
         checkpoint_dir: str | Path | None,
+        tensorboard: str | Path | None,
     ) -> None:
         self.classifier, self.table, self.task, self.config, self.seed = classifier, table, task, config, seed
         self.checkpoint_dir = Path(checkpoint_dir) if checkpoint_dir else None
+        self.tensorboard = Path(tensorboard) if tensorboard else None
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.AdamW(
             classifier.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -258,6 +293,7 @@ class _Trainer:
         total = self.config.steps
         cuda = [self.classifier.device] if self.classifier.device.type == "cuda" else []
         with (
+            self._writer() as writer,
             torch.random.fork_rng(devices=cuda),
             progress_bar(
                 total=total, initial=self.step, desc="success classifier", disable=not progress
@@ -269,9 +305,18 @@ class _Trainer:
                 self.loss = loss if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * loss
                 self.seconds = time.perf_counter() - started
                 bar.update(1)
+                if writer is not None and self.step % LOG_EVERY == 0:
+                    writer.add_scalar("classifier/loss", self.loss, self.step)
                 if self.step % self.config.checkpoint_every == 0 or self.step == total:
                     bar.set_postfix(loss=f"{self.loss:.4f}")
                     self._checkpoint()
+
+    def _writer(self) -> AbstractContextManager[Any]:
+        if self.tensorboard is None:
+            return nullcontext()
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.tensorboard), purge_step=self.step)
 
     def _train_step(self) -> float:
         config = self.config
