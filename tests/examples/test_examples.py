@@ -1,0 +1,27 @@
+"""Every example runs as it stands, for a few steps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+OPTIONS = {
+    "random_rollout.py": ["--episodes", "1"],
+    "train_grpo.py": ["--iterations", "1", "--n-groups", "2", "--group-size", "4", "--episodes", "8"],
+}
+
+
+def test_every_example_is_tried() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_example_runs(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / name), *OPTIONS[name]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
