@@ -27,6 +27,7 @@ from wmpo_gym.data.atomic import (
     write_dir_atomic,
     write_json_atomic,
 )
+from wmpo_gym.data.optimizer_state import pack_optimizer, unpack_optimizer
 from wmpo_gym.envs.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -103,28 +104,6 @@ class CheckpointDirectory:
             except ArtifactError as error:
                 logger.warning("Passing over the damaged checkpoint %s: %s", path, error)
         return None
-
-
-def pack_optimizer(optimizer: th.optim.Optimizer) -> tuple[Tensors, dict[str, Any]]:
-    """An optimizer's state as tensors and JSON."""
-    packed = optimizer.state_dict()
-    slots = {f"{i}.{name}": v for i, slot in packed["state"].items() for name, v in slot.items()}
-    tensors = {k: v for k, v in slots.items() if isinstance(v, th.Tensor)}
-    numbers = {k: v for k, v in slots.items() if k not in tensors}
-    return tensors, {"slots": numbers, "param_groups": packed["param_groups"]}
-
-
-def unpack_optimizer(optimizer: th.optim.Optimizer, tensors: Tensors, state: Mapping[str, Any]) -> None:
-    """Put :func:`pack_optimizer`'s result back, in place."""
-    slots: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **state["slots"]}.items():
-        index, name = key.split(".", 1)
-        slots.setdefault(int(index), {})[name] = value
-    groups = [
-        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
-        for group in state["param_groups"]
-    ]
-    optimizer.load_state_dict({"state": slots, "param_groups": groups})
 
 
 def policy_generators(policy: th.nn.Module) -> dict[str, th.Generator]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -119,6 +121,34 @@ def test_training_goes_on_from_a_policy_and_writes_curves(tmp_path):
     same = train_sft([episode(8)], "move-block", settings=settings, policy=policy, log_dir=tmp_path)
     assert same is policy
     assert any(f.name.startswith("events") for f in tmp_path.iterdir())
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    settings = SFTSettings(steps=5, batch=4, symmetries=("mirror",))
+    monkeypatch.setattr("wmpo_gym.policies.sft.CHECKPOINT_EVERY", 2)
+
+    def train(progress=None, **changes):
+        return train_sft(
+            [episode(6)],
+            MOVE_BLOCK,
+            settings=replace(settings, **changes),
+            checkpoint_dir=tmp_path / "checkpoint",
+            progress=progress,
+        )
+
+    def interrupt(step, *_):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    expected = train_sft([episode(6)], MOVE_BLOCK, settings=settings).network.state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupt)
+    steps: list[int] = []
+    resumed = train(lambda step, *_: steps.append(step)).network.state_dict()
+    assert steps == [3, 4, 5]
+    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
+    with pytest.raises(ValueError, match="other settings"):
+        train(lr=0.5)
 
 
 def test_unfit_episodes_are_named():

@@ -15,9 +15,12 @@ from wmpo_gym.tasks import get_task
 class Command:
     """Fine-tune a vision-language-action policy on recorded episodes, failures included.
 
+    Interrupted, the same command goes on from its last checkpoint, to the same weights.
+
     Attributes:
         episodes: Directories of episodes.
-        out: Directory of the policy; TensorBoard curves go to the same name with .logs behind it.
+        out: Directory of the policy; checkpoints and TensorBoard curves go to the same name with
+            .training behind it.
         task: Task.
         policy: Go on from this policy (directory, hub id or task name); a new one by default.
         seed: Decides the initial weights and everything random.
@@ -38,6 +41,7 @@ class Command:
         task = get_task(self.task)
         episodes = load_episodes(self.episodes, task)
         start = load_policy(self.policy, seed=self.seed) if self.policy else None
+        logs = self.out.with_name(self.out.name + ".training")
         with progress_bar(total=self.settings.steps, desc="fine-tuning", unit="step") as bar:
 
             def show(step: int, steps: int, metrics: dict[str, float]) -> None:
@@ -51,7 +55,8 @@ class Command:
                 seed=self.seed,
                 policy=start,
                 progress=show,
-                log_dir=self.out.with_name(self.out.name + ".logs"),
+                log_dir=logs,
+                checkpoint_dir=logs / "checkpoint",
             )
         policy.save_pretrained(
             self.out,

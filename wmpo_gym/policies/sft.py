@@ -12,12 +12,22 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from wmpo_gym.data.atomic import (
+    load_safetensors,
+    plain,
+    read_json,
+    save_safetensors,
+    write_dir_atomic,
+    write_json_atomic,
+)
 from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.optimizer_state import pack_optimizer, unpack_optimizer
 from wmpo_gym.policies.vla import VLAConfig
 from wmpo_gym.policies.vla_policy import VLAPolicy, make_spaces
 from wmpo_gym.tasks import Symmetry, Task, get_task
 
 Progress = Callable[[int, int, dict[str, float]], None]
+CHECKPOINT_EVERY = 100  # steps
 
 
 @dataclass(frozen=True)
@@ -176,6 +186,7 @@ def train_sft(
     policy: VLAPolicy | None = None,
     progress: Progress | None = None,
     log_dir: str | Path | None = None,
+    checkpoint_dir: str | Path | None = None,
 ) -> VLAPolicy:
     """Fine-tune a VLA policy on demonstrations.
 
@@ -191,6 +202,8 @@ def train_sft(
         policy: Go on from this policy instead of a new one; ``config`` is then ignored.
         progress: Called after each step with (steps done, steps, {"loss", "accuracy", "lr"}).
         log_dir: Directory for TensorBoard curves.
+        checkpoint_dir: Where to keep checkpoints; a complete one of the same settings is gone on from and
+            gives the same weights as an uninterrupted training.
 
     Returns:
         The policy, ready to sample.
@@ -213,11 +226,16 @@ def train_sft(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.lr, total_steps=settings.steps, pct_start=settings.warmup
     )
-    writer = _writer(log_dir)
+    kept = Checkpoint(checkpoint_dir, {**settings.to_dict(), "seed": seed, "windows": len(windows)})
+    done = kept.restore(policy, optimizer, schedule)
+    writer = _writer(log_dir, done)
     policy.set_training_mode(True)
     batches = _batches(len(windows), settings.batch, rng)
     for step, index in enumerate(islice(batches, settings.steps)):
-        loss, accuracy = token_loss(policy, _draw_batch(windows, index, settings, symmetries, rng))
+        batch = _draw_batch(windows, index, settings, symmetries, rng)
+        if step < done:
+            continue  # drawn for the sake of the random numbers only
+        loss, accuracy = token_loss(policy, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
@@ -227,6 +245,8 @@ def train_sft(
         if writer is not None:
             for key, value in metrics.items():
                 writer.add_scalar(f"sft/{key}", value, step)
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == settings.steps:
+            kept.save(step + 1, policy, optimizer, schedule)
         if progress is not None:
             progress(step + 1, settings.steps, metrics)
     if writer is not None:
@@ -248,9 +268,64 @@ def _check_fit(windows: Windows, task: Task) -> None:
         )
 
 
-def _writer(log_dir: str | Path | None) -> Any:
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a fine-tuning stands, on disk.
+
+    Attributes:
+        directory: Holds the one checkpoint there is; None keeps none.
+        settings: What must be equal on going on, JSON-able.
+    """
+
+    directory: str | Path | None
+    settings: dict[str, Any]
+
+    def save(self, step: int, policy: VLAPolicy, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+        """Write the state after ``step`` steps; the one before stays until this one is complete."""
+        if self.directory is None:
+            return
+        tensors, numbers = pack_optimizer(optimizer)
+        tensors = {f"optimizer.{k}": v for k, v in tensors.items()}
+        tensors |= {f"network.{k}": v for k, v in policy.network.state_dict().items()}
+        # What a schedule keeps beside numbers are functions and its own settings, which are made anew.
+        numbers["schedule"] = {"last_epoch": schedule.last_epoch, "_last_lr": schedule.get_last_lr()}
+        with write_dir_atomic(self.directory) as temporary:
+            save_safetensors(temporary / "state.safetensors", tensors)
+            write_json_atomic(
+                temporary / "state.json", {"step": step, "settings": self.settings, "optimizer": numbers}
+            )
+
+    def restore(self, policy: VLAPolicy, optimizer: torch.optim.Optimizer, schedule: Any) -> int:
+        """Put everything back, in place.
+
+        Returns:
+            The steps done; 0 without a checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint belongs to other settings or episodes.
+            ArtifactError: If it is damaged.
+        """
+        if self.directory is None or not (Path(self.directory) / "state.json").exists():
+            return 0
+        state = read_json(Path(self.directory) / "state.json")
+        if state["settings"] != plain(self.settings):
+            raise ValueError(
+                f"{self.directory} holds a fine-tuning with other settings or episodes; finish it with the "
+                "same ones or choose another directory."
+            )
+        parts: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "network": {}}
+        for key, value in load_safetensors(Path(self.directory) / "state.safetensors").items():
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        policy.network.load_state_dict(parts["network"])
+        unpack_optimizer(optimizer, parts["optimizer"], state["optimizer"])
+        schedule.load_state_dict(state["optimizer"]["schedule"])
+        return int(state["step"])
+
+
+def _writer(log_dir: str | Path | None, step: int) -> Any:
     if log_dir is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(log_dir))
+    return SummaryWriter(str(log_dir), purge_step=step)
