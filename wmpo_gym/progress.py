@@ -11,6 +11,12 @@ from typing import Any
 _VARIABLE = "WMPO_PROGRESS"
 
 
+def progress_wanted() -> bool:
+    """Whether bars show here: in a terminal, or as ``WMPO_PROGRESS`` says."""
+    wish = os.environ.get(_VARIABLE, "auto")
+    return wish == "always" or (wish != "never" and sys.stderr.isatty())
+
+
 def progress_bar(
     iterable: Iterable[Any] | None = None,
     *,
@@ -38,14 +44,14 @@ def progress_bar(
     """
     from tqdm import tqdm
 
-    wish, terminal = os.environ.get(_VARIABLE, "auto"), sys.stderr.isatty()
+    terminal = sys.stderr.isatty()
     return tqdm(
         iterable,
         total=total,
         initial=initial,
         desc=desc,
         unit=unit,
-        disable=disable or wish == "never" or (wish != "always" and not terminal),
+        disable=disable or not progress_wanted(),
         dynamic_ncols=terminal,
         ncols=None if terminal else 100,
         mininterval=0.2 if terminal else 10.0,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from wmpo_gym.cli.common import keep_settings, load_world
 from wmpo_gym.data.atomic import write_json_atomic
+from wmpo_gym.progress import progress_wanted
 from wmpo_gym.tasks import get_task
 
 
@@ -81,7 +82,7 @@ class Command:
             seed=self.seed,
         )
         try:
-            model.learn(max_iterations=self.iterations, progress_bar=True, resume=True)
+            model.learn(max_iterations=self.iterations, progress_bar=progress_wanted(), resume=True)
         finally:
             env.close()
         write_json_atomic(logs / "history.json", model.history)
