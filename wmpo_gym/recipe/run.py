@@ -47,7 +47,7 @@ def run_recipe(
     network = run.pretrained_network(play)
     real = run.rollouts(policy)
     network = run.aligned_network(network, real, demos, play)
-    classifier = run.classifier(real, demos)
+    classifier = run.classifier(network, real, demos)
     world = run.world(network, classifier, [*real, *demos, *play])
     gates = run.gates(world, policy)
     if progress:

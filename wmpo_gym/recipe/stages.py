@@ -15,6 +15,7 @@ from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.envs.simulated.scripted import record_expert, record_play
 from wmpo_gym.evaluation.rollouts import collect_episodes, make_rollout_env
 from wmpo_gym.evaluation.validation import measure_learnable, validate
+from wmpo_gym.evaluation.world_quality import imagined_replays
 from wmpo_gym.policies.sft import train_sft
 from wmpo_gym.policies.vla_policy import VLAPolicy
 from wmpo_gym.progress import progress_bar
@@ -181,17 +182,30 @@ class Run:
         )  # fmt: skip
         return trainer.train(progress=self.progress, description=name)
 
-    def classifier(self, real: list[Episode], demos: list[Episode]) -> Any:
-        """The success classifier, calibrated on episodes it did not see."""
+    def classifier(self, network: ConvWorldModel, real: list[Episode], demos: list[Episode]) -> Any:
+        """The success classifier, calibrated on episodes it did not see.
+
+        It also learns from the world model's replays of the recorded actions, labelled by the real outcomes;
+        without them it takes the model's small faults for successes.
+        """
         from wmpo_gym.reward.conv import ConvSuccessClassifier
 
         directory = self.out / "classifier"
         if not directory.exists():
             with self.stage("reward", f"Success classifier: {self.recipe.classifier_steps} steps"):
+                recorded = [*real, *demos]
+                replays = imagined_replays(
+                    self.world(network, None, recorded), recorded, seed=self.recipe.seed
+                )
                 classifier, figures = train_classifier(
-                    [*real, *demos], self.task, steps=self.recipe.classifier_steps, seed=self.recipe.seed,
+                    recorded,
+                    self.task,
+                    steps=self.recipe.classifier_steps,
+                    seed=self.recipe.seed,
+                    imagined=replays,
                     progress=self.progress,
-                )  # fmt: skip
+                )
+                # fmt: skip
                 write_json_atomic(self.out / "classifier.json", figures)
                 classifier.save_pretrained(directory)
         return ConvSuccessClassifier.from_pretrained(directory)
