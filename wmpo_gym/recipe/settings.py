@@ -25,7 +25,7 @@ class GRPOSettings:
         n_epochs: Passes over an iteration's rollouts.
     """
 
-    iterations: int = 12
+    iterations: int = 16
     n_groups: int = 32
     group_size: int = 8
     learning_rate: float = 5e-4
@@ -72,7 +72,7 @@ class Recipe:
     classifier_steps: int = 700
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
     gate_episodes: int = 256
-    curve_every: int = 3
+    curve_every: int = 4
     curve_episodes: int = 128
     test_episodes: int = 1024
 
@@ -111,8 +111,8 @@ DEMO = Recipe(
     play=200,
     align=WorldModelTraining(steps=500, batch_size=24, learning_rate=5e-4, recorded=0.0),
     classifier_steps=500,
-    grpo=GRPOSettings(iterations=10),
+    grpo=GRPOSettings(iterations=12),
     gate_episodes=128,
-    curve_every=5,
+    curve_every=6,
     test_episodes=512,
 )
