@@ -82,7 +82,7 @@ def test_stream_equals_windows(window):
             assert torch.isnan(streamed[t - 1])
             continue
         clip = pixels[t - window + 1 : t + 1][None]
-        expected = torch.sigmoid(classifier(clip, torch.tensor([1]))[0, 1])
+        expected = torch.sigmoid(classifier(clip, torch.tensor([1]))[0, 1].double()).float()
         assert torch.equal(streamed[t - 1], expected)
     scores = classifier.scores(video, 1)
     assert np.isnan(scores[: window - 1]).all() and not np.isnan(scores[window - 1 :]).any()

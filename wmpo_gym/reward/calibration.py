@@ -18,7 +18,8 @@ from wmpo_gym.data.episode import Episode
 if TYPE_CHECKING:
     from wmpo_gym.reward.classifier import SuccessClassifier
 
-_EPS = 1e-7  # float32 probabilities are not told apart closer to 0 or 1 than this
+WOBBLE = 0.55  # scale of a logistic distribution with standard deviation one
+_EPS = 1e-3  # scores are not told apart closer to 0 or 1 than this
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Calibration:
         n_success: Successes among them.
         precision_ci95: Wilson interval of the precision.
         recall_ci95: Wilson interval of the recall.
-        plateau: Thresholds between which the F1 is the same; None where the threshold was given.
+        plateau: Scores next to the threshold; any other between them claims the same episodes.
         finish_error: Median of claimed minus real finish step over rightly claimed successes; NaN if none is.
     """
 
@@ -46,7 +47,7 @@ class Calibration:
     n_success: int
     precision_ci95: tuple[float, float]
     recall_ci95: tuple[float, float]
-    plateau: tuple[float, float] | None = None
+    plateau: tuple[float, float]
     finish_error: float = math.nan
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def episode_scores(classifier: SuccessClassifier, episodes: Sequence[Episode]) -
 
 
 def calibrate(classifier: SuccessClassifier, episodes: Sequence[Episode]) -> Calibration:
-    """Choose the threshold with the best F1 on held-out episodes: the middle of the plateau of best ones.
+    """Choose the threshold for the best F1 on held-out episodes; see :func:`best_threshold`.
 
     Args:
         classifier: Trained on other episodes; it is not changed, set ``classifier.calibration`` yourself.
@@ -156,8 +157,8 @@ def calibrate(classifier: SuccessClassifier, episodes: Sequence[Episode]) -> Cal
             "failures; hold out at least one of each (a few dozen give a usable interval)."
         )
     scores = episode_scores(classifier, episodes)
-    low, high = best_plateau(np.array([np.nanmax(s) for s in scores]), labels)
-    return _measure(scores, episodes, labels, _sigmoid((_logit(low) + _logit(high)) / 2), (low, high))
+    threshold = best_threshold(np.array([np.nanmax(s) for s in scores]), labels)
+    return _measure(scores, episodes, labels, threshold)
 
 
 def assess(
@@ -166,7 +167,7 @@ def assess(
     """Quality of a threshold that is already chosen (the classifier's own by default) on other episodes."""
     threshold = classifier.threshold if threshold is None else threshold
     scores = episode_scores(classifier, episodes)
-    return _measure(scores, episodes, outcome_labels(episodes), threshold, None)
+    return _measure(scores, episodes, outcome_labels(episodes), threshold)
 
 
 def outcome_labels(episodes: Sequence[Episode]) -> np.ndarray:
@@ -182,24 +183,21 @@ def outcome_labels(episodes: Sequence[Episode]) -> np.ndarray:
     return np.array([e.success for e in episodes], dtype=bool)
 
 
-def best_plateau(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """The widest interval of thresholds with the best F1.
+def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The threshold with the best F1, if scores wobble a little from one set of episodes to the next.
+
+    Which threshold is best on these very episodes hangs on one or two of them. Letting every score wobble by
+    about one logit gives the middle of the gap where outcomes are well separated, and is no worse elsewhere.
 
     Args:
         scores: ``(N,)`` largest probability of each episode.
-        labels: ``(N,)`` outcomes.
-
-    Returns:
-        Bounds (low, high]: every threshold above ``low`` up to ``high`` claims the same episodes. Widths are
-        compared in logits, where scores near 0 and 1 are as far apart as elsewhere.
+        labels: ``(N,)`` outcomes, at least one success.
     """
-    levels = np.unique(scores)
-    low, high = np.append(0.0, levels[:-1]), levels
-    claimed = scores[None, :] >= high[:, None]
-    f1 = 2 * (claimed & labels).sum(1) / (claimed.sum(1) + labels.sum())
-    best = np.flatnonzero(f1 >= f1.max() - 1e-12)
-    widest = best[np.argmax([_logit(high[i]) - _logit(low[i]) for i in best])]
-    return float(low[widest]), float(high[widest])
+    logits, levels = _logit(scores), _logit(np.linspace(_EPS, 1 - _EPS, 2001))
+    claimed = 1 / (1 + np.exp((levels[:, None] - logits) / WOBBLE))  # expected share, per level and episode
+    f1 = 2 * (claimed * labels).sum(1) / (claimed.sum(1) + labels.sum())
+    best = levels[f1 >= f1.max() - 1e-9]
+    return float(1 / (1 + np.exp(-best.mean())))
 
 
 def _measure(
@@ -207,9 +205,9 @@ def _measure(
     episodes: Sequence[Episode],
     labels: np.ndarray,
     threshold: float,
-    plateau: tuple[float, float] | None,
 ) -> Calibration:
-    claimed = np.array([np.nanmax(s) >= threshold for s in scores], dtype=bool)
+    best = np.array([np.nanmax(s) for s in scores])
+    claimed = best >= threshold
     right = claimed & labels
     found = [(s, e) for s, e, r in zip(scores, episodes, right, strict=True) if r]
     errors = [int((s >= threshold).argmax()) - e.finish_step for s, e in found]
@@ -223,7 +221,7 @@ def _measure(
         n_success=real,
         precision_ci95=_wilson(hits, claims),
         recall_ci95=_wilson(hits, real),
-        plateau=plateau,
+        plateau=(float(best[~claimed].max(initial=0.0)), float(best[claimed].min(initial=1.0))),
         finish_error=float(np.median(errors)) if errors else math.nan,
     )
 
@@ -238,10 +236,6 @@ def _wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _logit(p: float) -> float:
-    p = min(max(p, _EPS), 1.0 - _EPS)
-    return math.log(p / (1.0 - p))
-
-
-def _sigmoid(x: float) -> float:
-    return 1.0 / (1.0 + math.exp(-x))
+def _logit(p: np.ndarray) -> np.ndarray:
+    p = np.clip(np.asarray(p, dtype=np.float64), _EPS, 1.0 - _EPS)
+    return np.log(p / (1.0 - p))
