@@ -21,7 +21,7 @@ CARD = """# {task}: bundled world, play-trained world and base policy
 
 Made by
 
-    wmpo reproduce {task} --seed {seed}
+    wmpo reproduce {task} --seed {seed}{revision}
     python -m wmpo_gym.recipe.bundle runs/reproduce-{task}-{seed}
 
 | directory | what it is | trained on |
@@ -47,12 +47,13 @@ twin disagree. Licence: Apache-2.0.
 """
 
 
-def bundle(run: Path, target: Path) -> None:
+def bundle(run: Path, target: Path, revision: str = "") -> None:
     """Copy the artefacts of a finished run, with a model card.
 
     Args:
         run: Directory of the run.
         target: Directory of the bundled task.
+        revision: Commit the run was made at, for the card.
     """
     results, recipe = read_json(run / "results.json"), read_json(run / "recipe.json")
     world, play = World.from_pretrained(run / "world"), World.from_pretrained(run / "play_world")
@@ -63,7 +64,9 @@ def bundle(run: Path, target: Path) -> None:
     play.save_pretrained(target / "play", dtype="float16")
     VLAPolicy.from_pretrained(run / "base_policy").save_pretrained(target / "policy")
     with write_file_atomic(target / "MODEL_CARD.md") as temporary:
-        temporary.write_text(_card(results, recipe, read_json(run / "classifier.json")), encoding="utf-8")
+        temporary.write_text(
+            _card(results, recipe, read_json(run / "classifier.json"), revision), encoding="utf-8"
+        )
 
 
 def _some(frames: StartFrames, n: int) -> StartFrames:
@@ -71,7 +74,7 @@ def _some(frames: StartFrames, n: int) -> StartFrames:
     return StartFrames(frames.frames[chosen], frames.ids[chosen], frames.task_ids[chosen])
 
 
-def _card(results: dict[str, Any], recipe: dict[str, Any], classifier: dict[str, Any]) -> str:
+def _card(results: dict[str, Any], recipe: dict[str, Any], classifier: dict[str, Any], revision: str) -> str:
     words = {True: "passed", False: "failed", None: "not measurable"}
     gates = [
         f"| gate *{k}*: {words[g['passed']]} | {g['explanation']} |" for k, g in results["gates"].items()
@@ -79,6 +82,7 @@ def _card(results: dict[str, Any], recipe: dict[str, Any], classifier: dict[str,
     calibration = classifier["calibration"]
     return CARD.format(
         **{name: recipe[name] for name in ("task", "seed", "demos", "play", "rollouts")},
+        revision=f"    # at revision {revision}" if revision else "",
         base=show_rate(results["base"]),
         wmpo=show_rate(results["wmpo"]),
         gain=show_points(results["paired_gain"]),
@@ -94,9 +98,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--target", type=Path, default=None, help="default: wmpo_gym/pretrained/TASK")
+    parser.add_argument("--revision", default="", help="commit the run was made at")
     args = parser.parse_args()
     task = read_json(args.run / "recipe.json")["task"]
-    bundle(args.run, args.target or Path(__file__).parents[1] / "pretrained" / task)
+    bundle(args.run, args.target or Path(__file__).parents[1] / "pretrained" / task, args.revision)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,9 @@ class World:
                 self.network.float()
             else:
                 self.network.save_pretrained(tmp / "network")
+            network_config = read_json(tmp / "network" / "config.json")
+            network_config.pop("_name_or_path", None)  # where it once lay on somebody's disk
+            write_json_atomic(tmp / "network" / "config.json", network_config)
             self.autoencoder.save_pretrained(tmp / "autoencoder")
             components = {
                 "network": type(self.network).__name__,
