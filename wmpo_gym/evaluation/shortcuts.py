@@ -129,7 +129,7 @@ def _classify_at_the_end(world: World, frames: Any, task_ids: Any) -> np.ndarray
             clip = classifier.preprocess(frames[:, end - window : end].flatten(0, 1)).unflatten(
                 0, (-1, window)
             )
-            reached.append(torch.sigmoid(classifier(clip, task_ids)[:, 1]) >= classifier.threshold)
+            reached.append(classifier.probabilities(clip, task_ids) >= classifier.threshold)
     hit = torch.stack(reached, dim=1).cpu().numpy()
     return np.where(hit.any(axis=1), hit.argmax(axis=1) + window - 1, frames.shape[1] - 1)
 

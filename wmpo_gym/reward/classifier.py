@@ -135,6 +135,11 @@ class SuccessClassifier(nn.Module, abc.ABC):
         pairs = self.logits(clips).view(len(clips), self.n_instructions, 2)
         return pairs[torch.arange(len(clips), device=pairs.device), task_ids]
 
+    def probabilities(self, clips: Tensor, task_ids: Tensor) -> Tensor:
+        """Success probability ``(B,)`` of clips; arguments as :meth:`forward`."""
+        # In float64 and rounded: the float32 function differs in the last digit with a row's position.
+        return torch.sigmoid(self(clips, task_ids)[:, 1].double()).float()
+
     # -- threshold -------------------------------------------------------------------------------------------
     @property
     def threshold(self) -> float:
@@ -199,8 +204,7 @@ class SuccessClassifier(nn.Module, abc.ABC):
         probs = new.new_full((batch, chunk), torch.nan)
         if ready.any():
             rows = task_ids[:, None].expand(-1, chunk)[ready]
-            # In float64 and rounded: the float32 function differs in the last digit with a row's position.
-            probs[ready] = torch.sigmoid(self(clips[ready], rows)[:, 1].double()).float()
+            probs[ready] = self.probabilities(clips[ready], rows)
         return probs, StreamState(seen[:, chunk:].contiguous(), count + chunk)
 
     def scores(self, frames: Tensor | np.ndarray, task_id: int) -> np.ndarray:
