@@ -42,8 +42,8 @@ Networks of `play/` and `world/` are stored in half precision and computed in si
 | classifier, held-out real episodes | F1 {f1:.3f}, precision {precision:.3f}, recall {recall:.3f} (n = {n}) |
 {gates}
 
-Limits: one task, one camera, simulated robot only. Outcomes near the edge of the disc are where world and
-twin disagree. Licence: Apache-2.0.
+Limits: one task, one camera, simulated robot only; where world and twin disagree was not analysed.
+Licence: Apache-2.0.
 """
 
 
