@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # What must agree between the task of the spaces and the task a world was trained for.
 SHARED_FIELDS = ("name", "instructions", "chunk", "action_dim", "image_size")
+CPU_BATCH = 16  # rows whose activations stay in a CPU's caches
 
 
 class ImaginedVectorEnv(ChunkVectorEnv):
@@ -69,7 +70,8 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             world of the task.
         device: Where the networks run. On CPU equal seeds give equal pixels; on a GPU kernels may differ by
             one grey level.
-        max_batch: Rows put through the networks at once; None is all.
+        max_batch: Rows put through the networks at once, which changes no number; None is all on an
+            accelerator and 16 on a CPU, whose caches hold no more.
         threshold: Success probability that counts; None is the classifier's calibrated one.
         **kwargs: See :class:`~wmpo_gym.envs.chunk_env.ChunkVectorEnv`.
 
@@ -106,7 +108,7 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         self._source = self.task if world is None else world
         self._world: World | None = None
         self._device = device
-        self._max_batch = max_batch or num_envs
+        self._max_batch = max_batch or (CPU_BATCH if device == "cpu" else num_envs)
         self._threshold = threshold
         self._noise: list[torch.Generator] = []
         self._dream: Any = None  # ImaginationState of all rows

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.envs.simulated.move_block import BLOCKS, STEP_LENGTH, WORKSPACE, MoveBlockSim
+from wmpo_gym.envs.simulated.move_block import BLOCKS, REACH, STEP_LENGTH, WORKSPACE, MoveBlockSim
 
 Controller = Callable[[MoveBlockSim], np.ndarray]
 RETREAT = np.array([0.1, 0.0])  # where the demonstrator waits after letting go
@@ -73,10 +73,11 @@ def expert_controller(sim: MoveBlockSim, config: ExpertConfig, rng: np.random.Ge
 
 
 def play_controller(sim: MoveBlockSim, rng: np.random.Generator) -> Controller:
-    """Motion without a task: wander, fetch blocks, drop them anywhere, play with the magnet.
+    """Motion without a task: wander, reach for blocks and often miss, drop them anywhere, flick the magnet.
 
     The goal disc has no special meaning here and nothing is labelled; it only shows the world model what
-    the tool and the blocks can do.
+    the tool and the blocks can do. Many reaches end just too far from a block: a model that saw few misses
+    imagines grips that do not happen, and a policy trained in it learns to rely on them.
     """
     noise = rng.choice([0.05, 0.15, 0.4])
     flicker = rng.choice([0.0, 0.0, 0.1])
@@ -84,19 +85,21 @@ def play_controller(sim: MoveBlockSim, rng: np.random.Generator) -> Controller:
     anywhere = rng.uniform(-0.8, 0.8, 2)
     drop = near_disc if rng.random() < 0.6 else anywhere
     block = str(rng.choice(BLOCKS))
-    grip_error = rng.normal(0, 0.06, 2)
+    blind = rng.random() < 0.5  # goes on as if it held the block, whether it does or not
     detour = rng.uniform(-0.8, 0.8, 2) if rng.random() < 0.3 else None
+    switch_distance = rng.choice([0.5, 0.5, 0.5, 2.0]) * STEP_LENGTH
     release_distance = rng.choice([0.03, 0.03, 0.15, 0.4])
     rest = rng.uniform(-0.8, 0.8, 2)
-    state: dict[str, Any] = {"detour": detour, "done": False}
+    state: dict[str, Any] = {"detour": detour, "carrying": False, "done": False, "miss": _miss(rng)}
 
     def act(sim: MoveBlockSim) -> np.ndarray:
-        tool, holding = sim.data.ctrl, sim.magnet_on
-        magnet = holding
-        if holding:
+        tool = sim.data.ctrl
+        carrying = state["carrying"] or sim.magnet_on
+        magnet = carrying
+        if carrying:
             goal = drop
             if np.abs(goal - tool).max() < release_distance:
-                magnet, state["done"] = False, True
+                magnet, state["carrying"], state["done"] = False, False, True
         elif state["done"]:
             goal = rest
         elif state["detour"] is not None:
@@ -104,14 +107,24 @@ def play_controller(sim: MoveBlockSim, rng: np.random.Generator) -> Controller:
             if np.abs(goal - tool).max() < 0.1:
                 state["detour"] = None
         else:
-            goal = sim.position(block) + grip_error
-            magnet = bool(np.linalg.norm(goal - tool) < 0.5 * STEP_LENGTH)
+            goal = sim.position(block) + state["miss"]
+            distance = np.linalg.norm(goal - tool)
+            magnet = bool(distance < switch_distance)
+            if distance < 0.3 * STEP_LENGTH:
+                state["carrying"], state["miss"] = blind, _miss(rng)
         if rng.random() < flicker:
             magnet = not magnet
         move = _travel(sim, np.clip(goal, -WORKSPACE, WORKSPACE)) + rng.normal(0, noise, 2)
         return np.clip([*move, 1.0 if magnet else -1.0], -1.0, 1.0).astype(np.float32)
 
     return act
+
+
+def _miss(rng: np.random.Generator) -> np.ndarray:
+    """Vector (2,) in metres by which a reach misses a block's centre: a little, or as far as it just grips."""
+    length = abs(rng.normal(0, 0.07)) if rng.random() < 0.4 else rng.uniform(0.7, 1.5) * REACH
+    angle = rng.uniform(0, 2 * np.pi)
+    return length * np.array([np.cos(angle), np.sin(angle)])
 
 
 def record(

@@ -117,3 +117,53 @@ def test_seeds_share_no_start_state_and_splits_stay_apart() -> None:
         assert len(chosen) == len(set(chosen)) and {task.split_of(i) for i in chosen} == {"train"}
     with pytest.raises(ValueError, match="train split"):
         replace(Recipe(), play=10**6).start_states(MOVE_BLOCK)
+
+
+def test_controls_run_and_change_what_they_name(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wmpo_gym.recipe.stages.measure_learnable", lambda *a, **k: _no_gain())
+    seen: dict[str, Any] = {}
+
+    def no_classifier(episodes: list[Any], *args: Any, **kwargs: Any) -> Any:
+        seen["episodes"] = len(episodes)
+        raise KeyboardInterrupt
+
+    control = replace(TINY, play=0, classifier_demos=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("wmpo_gym.recipe.stages.train_classifier", no_classifier)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(control, tmp_path, progress=False)
+    assert seen["episodes"] == control.rollouts
+    assert not (tmp_path / "play_world").exists() and (tmp_path / "aligned").exists()
+
+
+def test_shuffled_rewards_keep_their_number_and_lose_their_owners() -> None:
+    from wmpo_gym.algorithms.grpo import GRPO
+
+    model = recipe_run.ShuffledGRPO("MultiInputPolicy", "WMPO-Simulated-v0", n_groups=8, seed=0)
+    waves = []
+
+    def keep(self: Any, callback: Any) -> Any:
+        waves.append(_marked_wave(64))
+        return waves[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GRPO, "collect_wave", keep)
+        shuffled = model.collect_wave(None)
+    assert sorted(shuffled.returns.tolist()) == waves[0].returns.tolist()
+    assert shuffled.returns.tolist() != waves[0].returns.tolist()
+    assert (shuffled.successes == (shuffled.returns >= 32)).all() and shuffled.rows is waves[0].rows
+    model.env.close()
+
+
+def _marked_wave(n: int) -> Any:
+    import torch
+
+    from wmpo_gym.algorithms.common.trajectories import Trajectories
+
+    rows, returns = torch.arange(n), torch.arange(n, dtype=torch.float32)
+    one = torch.ones(n, 1)
+    return Trajectories(
+        {}, one.long(), one, one.bool(), rows, returns, returns >= n / 2, rows, rows, rows // 8, rows
+    )

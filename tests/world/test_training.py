@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,12 @@ from wmpo_gym.world.autoencoder import PixelAutoencoder
 from wmpo_gym.world.conv import ConvWorldModel
 from wmpo_gym.world.stdit import STDiT
 from wmpo_gym.world.streams import EpisodeStreams, apply_symmetry
-from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
+from wmpo_gym.world.training import (
+    WorldModelTrainer,
+    WorldModelTraining,
+    update_average,
+    warmup_share,
+)
 
 SIZE = 16
 TASK = replace(MOVE_BLOCK, image_size=SIZE)
@@ -167,3 +174,33 @@ def test_the_transformer_trains_too() -> None:
     )
     assert np.isfinite(history[-1]["loss"])
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("diverged", "taken_back"), [(0.01, True), (1.0, False)])
+def test_a_walk_that_went_another_way_returns_to_its_recording(diverged: float, taken_back: bool) -> None:
+    settings = WorldModelTraining(steps=9, batch_size=4, recorded=0.0, restart=0.0, diverged=diverged)
+    trainer = WorldModelTrainer(network(), PixelAutoencoder(), TASK, EPISODES[:1], settings)
+    trainer._batch()
+    trainer.step = 5  # past the first one, whose contexts are all recorded
+    trainer.streams._step[:] = 4  # all in the middle of the episode, none about to start anew
+    trainer.context = torch.full_like(trainer.context, -1.0)
+    trainer.context[:, :, :, :4] = 1.0  # not what was recorded
+    context = trainer._batch().context
+    assert torch.equal(context, trainer.context) is not taken_back
+
+
+def test_warm_up_and_average_are_the_published_ones(golden: Callable[..., Any]) -> None:
+    tensors, _ = golden("imagination_loop")
+    shares = [warmup_share(step, 4) for step in range(8)]
+    assert np.allclose(1e-4 * np.array(shares), tensors["lr_warmup.lr"].numpy(), rtol=1e-12)
+    linear = torch.nn.Linear(3, 2)
+    linear.weight.data = tensors["ema.model_weight"]
+    linear.bias.data = tensors["ema.frozen_bias_model"]
+    linear.bias.requires_grad_(False)
+    average = {
+        "weight": tensors["ema.ema_weight_before"].clone(),
+        "bias": tensors["ema.frozen_bias_ema_before"].clone(),
+    }
+    update_average(average, linear, 0.99)
+    torch.testing.assert_close(average["weight"], tensors["ema.ema_weight_after"], rtol=0, atol=1e-7)
+    assert torch.equal(average["bias"], tensors["ema.frozen_bias_ema_after"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
+from wmpo_gym.algorithms.common.trajectories import Trajectories
 from wmpo_gym.algorithms.grpo import GRPO
 from wmpo_gym.data.atomic import read_json, write_json_atomic
 from wmpo_gym.envs.ledger import Ledger
@@ -131,7 +134,7 @@ def optimise(run: Run, world: World, policy: VLAPolicy) -> tuple[VLAPolicy, dict
                 "WMPO-Imagined-v0", settings.n_groups * settings.group_size, task=run.task, world=world
             )
             model = grpo_from_policy(
-                GRPO,
+                ShuffledGRPO if settings.shuffle_rewards else GRPO,
                 policy,
                 env,
                 learning_rate=settings.learning_rate,
@@ -148,6 +151,18 @@ def optimise(run: Run, world: World, policy: VLAPolicy) -> tuple[VLAPolicy, dict
             write_json_atomic(log, history)
             env.close()
     return VLAPolicy.from_pretrained(directory, seed=run.recipe.seed), read_json(log)
+
+
+class ShuffledGRPO(GRPO):
+    """Control: outcomes belong to other rollouts than those that earned them."""
+
+    def collect_wave(self, callback: BaseCallback) -> Trajectories | None:
+        """A wave whose returns and successes are permuted together."""
+        wave = super().collect_wave(callback)
+        if wave is None:
+            return None
+        order = torch.as_tensor(self.group_rng.permutation(len(wave)))
+        return replace(wave, returns=wave.returns[order], successes=wave.successes[order])
 
 
 # -- figures -------------------------------------------------------------------------------------------------
@@ -185,9 +200,6 @@ def judge(
         },
         seed=recipe.seed,
     )  # fmt: skip
-    protocol = tested["wmpo", False].protocol
-    assert protocol is not None  # evaluate_policy_on always writes one
-    assert protocol is not None, "evaluate_policy_on sets it"
     protocol = tested["wmpo", False].protocol
     assert protocol is not None  # evaluate_policy_on always writes one
     save_result(run.out / "results.json", results, protocol)

@@ -23,6 +23,8 @@ class GRPOSettings:
         group_size: Rollouts from one start state.
         learning_rate: Constant.
         n_epochs: Passes over an iteration's rollouts.
+        shuffle_rewards: Control experiment: deal the outcomes of each wave out again at random, so that there
+            is nothing to learn.
     """
 
     iterations: int = 16
@@ -30,6 +32,7 @@ class GRPOSettings:
     group_size: int = 8
     learning_rate: float = 5e-4
     n_epochs: int = 2
+    shuffle_rewards: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,13 @@ class Recipe:
         demos: Demonstrations of the mis-calibrated expert, failures included.
         expert: The expert's mistakes.
         sft: Supervised fine-tuning of the base policy.
-        play: Unlabelled play episodes for pre-training.
+        play: Unlabelled play episodes for pre-training; 0 for none and no pre-training.
         pretrain: World-model training on play.
         rollouts: P, labelled real episodes of the base policy; the only ones after supervised fine-tuning.
         align: World-model training on rollouts, demonstrations and play.
         weights: How often an episode of (rollouts, demonstrations, play) is drawn while aligning.
         classifier_steps: Optimiser steps of the success classifier.
+        classifier_demos: The classifier also learns from the demonstrations, not only from the rollouts.
         grpo: Policy optimisation.
         gate_episodes: Validation start states per gate.
         curve_every: Iterations between points of the learning curve (validation split, for display only).
@@ -62,7 +66,7 @@ class Recipe:
     expert: ExpertConfig = ExpertConfig(aim_offset=(0.0, 0.157), aim_tilt=0.15, grasp_offset=(-0.03, -0.03))
     # The colours' symmetry is no mistake of the expert's; the mirror's would undo the biased aim.
     sft: SFTSettings = SFTSettings(steps=500, symmetries=("swap colours",))
-    play: int = 1200
+    play: int = 2400
     pretrain: WorldModelTraining = WorldModelTraining(steps=5000, batch_size=24, learning_rate=1.2e-3)
     rollouts: int = 128
     align: WorldModelTraining = WorldModelTraining(
@@ -70,6 +74,7 @@ class Recipe:
     )
     weights: tuple[float, float, float] = (2.5, 1.0, 1.0)
     classifier_steps: int = 700
+    classifier_demos: bool = True
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
     gate_episodes: int = 256
     curve_every: int = 4

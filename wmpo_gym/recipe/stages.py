@@ -89,6 +89,8 @@ class Run:
         self, name: str, what: str, recorder: Callable[[list[int]], Iterator[Episode]]
     ) -> list[Episode]:
         store, ids = EpisodeStore(self.out / name), self.starts[name]
+        if not ids:
+            return []
         present = set(store.ids())
         missing = [i for i in ids if i not in present]
         if missing:
@@ -136,6 +138,8 @@ class Run:
         if self.bundled:
             return ConvWorldModel.from_pretrained(find_pretrained(self.task.name, "play") / "network").float()
         directory = self.out / "play_world"
+        if not play:
+            return ConvWorldModel.for_task(self.task, self.recipe.seed)
         if not directory.exists():
             with self.stage(
                 "pretrain", f"World-model pre-training on play: {self.recipe.pretrain.steps} steps"
@@ -193,7 +197,7 @@ class Run:
         directory = self.out / "classifier"
         if not directory.exists():
             with self.stage("reward", f"Success classifier: {self.recipe.classifier_steps} steps"):
-                recorded = [*real, *demos]
+                recorded = [*real, *(demos if self.recipe.classifier_demos else [])]
                 replays = imagined_replays(
                     self.world(network, None, recorded), recorded, seed=self.recipe.seed
                 )
@@ -205,7 +209,6 @@ class Run:
                     imagined=replays,
                     progress=self.progress,
                 )
-                # fmt: skip
                 write_json_atomic(self.out / "classifier.json", figures)
                 classifier.save_pretrained(directory)
         return ConvSuccessClassifier.from_pretrained(directory)

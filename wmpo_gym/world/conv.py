@@ -99,9 +99,9 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         action_dim: int = 3,
         widths: tuple[int, ...] = (32, 64, 96),
         patch: int = 2,
-        blocks: int = 2,
+        blocks: int = 1,
         cond_dim: int = 128,
-        detail: int = 16,
+        detail: int = 8,
         shift_init: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         super().__init__()

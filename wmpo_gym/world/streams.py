@@ -18,7 +18,7 @@ import numpy as np
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import Symmetry, Task
 
-MAX_PRIORITY = 5.0  # how much more often than average a walk begins at a chunk the model gets wrong
+MAX_PRIORITY = 10.0  # how much more often than average a walk begins at a chunk the model gets wrong
 
 
 @dataclass

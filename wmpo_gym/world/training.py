@@ -51,6 +51,9 @@ class WorldModelTraining:
         recorded: Share of the training during which recorded contexts give way to self-made ones: at its
             start all contexts are recorded, at its end only those of new walks. Before the model can predict
             at all, its own frames teach nothing.
+        diverged: Share of wrong pixels (off by more than 0.5 in [-1, 1]) in a self-made context from which on
+            the recorded one takes its place. A walk that went another way than its recording, say by a grip
+            that failed there, would teach that things jump.
         restart: Probability per chunk that a row leaves its walk for a new one.
         seed: Seed of everything random.
         checkpoint_every: Steps between checkpoints.
@@ -69,6 +72,7 @@ class WorldModelTraining:
     changed_weight: float = 6.0
     adversarial: float = 0.0
     recorded: float = 0.3
+    diverged: float = 0.01
     restart: float = 0.1
     seed: int = 0
     checkpoint_every: int = 250
@@ -166,7 +170,7 @@ class WorldModelTrainer:
         cfg = self.config
         decay = cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * self.step / cfg.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = cfg.learning_rate * decay * min(1.0, (self.step + 1) / cfg.warmup)
+            group["lr"] = cfg.learning_rate * decay * warmup_share(self.step, cfg.warmup)
         batch = self._batch()
         losses, prediction = self.objective(self.network, batch, self.generator)
         self.streams.report(losses.detach().numpy())
@@ -185,7 +189,8 @@ class WorldModelTrainer:
         self.optimizer.step()
         if self.critic is not None:
             figures["critic_loss"] = self.critic.train_step(batch, prediction.detach())
-        self._average()
+        decay = min(cfg.ema_decay, (self.step + 1) / (self.step + 10))
+        update_average(self.ema, self.network, decay)
         # The next context is on the pixel grid that imagination works on.
         ahead = prediction.detach()
         if self.autoencoder.lossless:
@@ -202,16 +207,14 @@ class WorldModelTrainer:
         if self.context is None:
             self.context = recorded
         share = 1.0 - self.step / max(1.0, self.config.recorded * self.config.steps)
-        use_recorded = torch.from_numpy(chunk.fresh) | (
-            torch.rand(len(recorded), generator=self.generator) < share
+        wrong = ((self.context - recorded).abs().amax(dim=1) > 0.5).float().mean(dim=(1, 2, 3))
+        use_recorded = (
+            torch.from_numpy(chunk.fresh)
+            | (torch.rand(len(recorded), generator=self.generator) < share)
+            | (wrong > self.config.diverged)
         )
         context = torch.where(use_recorded[:, None, None, None, None], recorded, self.context)
         return LatentBatch.of(chunk, context, targets, recorded)
-
-    def _average(self) -> None:
-        decay = min(self.config.ema_decay, (self.step + 1) / (self.step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.values()), list(self.network.parameters()), 1 - decay)
 
     # -- logs and checkpoints --------------------------------------------------------------------------------
     def averaged_network(self) -> nn.Module:
@@ -293,6 +296,18 @@ class WorldModelTrainer:
         self.history = meta["history"]
         self.generator.set_state(tensors["generator"])
         logger.info("resumed the world model's training at step %d", self.step)
+
+
+def warmup_share(step: int, warmup: int) -> float:
+    """Share of the learning rate at an optimiser step (from 0) of a linear warm-up, as published."""
+    return min(1.0, (step + 1) / (warmup + 1))
+
+
+def update_average(average: dict[str, Tensor], network: nn.Module, decay: float) -> None:
+    """Move averaged weights towards the network's, in place; frozen parameters are left out, as published."""
+    trained = [(average[name], p) for name, p in network.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        torch._foreach_lerp_([a for a, _ in trained], [p for _, p in trained], 1 - decay)
 
 
 @dataclass
