@@ -5,25 +5,29 @@ Names are resolved on first use, so that ``import wmpo_gym.algorithms`` does not
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wmpo_gym.algorithms.dpo import DPO
     from wmpo_gym.algorithms.grpo import GRPO
+    from wmpo_gym.algorithms.sac import make_sac
 
-__all__ = ["GRPO"]
+__all__ = ["DPO", "GRPO", "make_sac"]
+
+_FOLDERS = {"DPO": "dpo", "GRPO": "grpo", "make_sac": "sac"}
 
 
 def __getattr__(name: str) -> Any:
     """Import an algorithm when it is asked for (PEP 562)."""
-    if name == "GRPO":
-        try:
-            from wmpo_gym.algorithms.grpo import GRPO
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] != "stable_baselines3":
-                raise
-            raise ModuleNotFoundError(
-                "GRPO needs stable-baselines3. Install it with: pip install 'wmpo-gym[train]'",
-                name=error.name,
-            ) from error
-        return GRPO
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}.")
+    if name not in _FOLDERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}.")
+    try:
+        return getattr(importlib.import_module(f"wmpo_gym.algorithms.{_FOLDERS[name]}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "stable_baselines3":
+            raise
+        raise ModuleNotFoundError(
+            f"{name} needs stable-baselines3. Install it with: pip install 'wmpo-gym[train]'",
+            name=error.name,
+        ) from error

@@ -36,6 +36,7 @@ from wmpo_gym.algorithms.common.env_util import (
     world_fitness,
 )
 from wmpo_gym.algorithms.common.objective import action_mask, informative_groups
+from wmpo_gym.algorithms.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from wmpo_gym.algorithms.common.trajectories import (
     RolloutStatistics,
     Trajectories,
@@ -90,7 +91,11 @@ class GroupAlgorithm(BaseAlgorithm):
     """
 
     policy: GroupPolicy
-    policy_aliases: ClassVar[dict[str, Any]] = {}
+    policy_aliases: ClassVar[dict[str, Any]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
     # What must be equal for a checkpoint to go on to the same numbers.
     resume_settings: ClassVar[tuple[str, ...]] = tuple(
         "group_size n_envs n_groups success_bounds max_extra_waves learning_rate seed".split()
@@ -273,6 +278,21 @@ class GroupAlgorithm(BaseAlgorithm):
     @abstractmethod
     def train(self, rollouts: Trajectories) -> None:
         """Improve the policy on the informative groups of one iteration (at least one)."""
+
+    def _step_optimizer(self, max_grad_norm: float) -> float:
+        """Step along the accumulated gradient, scaled down to a norm; returns the norm before that.
+
+        A gradient that is not finite leaves the weights as they are.
+        """
+        optimizer = self.policy.optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+        if np.isfinite(norm):
+            optimizer.step()
+            self._n_updates += 1
+        else:
+            logger.warning("Update skipped, the weights are unchanged: its gradient norm is %s.", norm)
+        return norm
 
     def learn(
         self: SelfGroupAlgorithm,

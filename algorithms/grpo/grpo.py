@@ -25,7 +25,6 @@ from wmpo_gym.algorithms.common.objective import (
     token_weights,
 )
 from wmpo_gym.algorithms.common.trajectories import Trajectories, index_obs, obs_to
-from wmpo_gym.algorithms.grpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from wmpo_gym.policies.base import GroupPolicy
 
 logger = logging.getLogger(__name__)
@@ -84,11 +83,6 @@ class GRPO(GroupAlgorithm):
         world_fitness: Gates of the world that was trained in; None if the env has no world.
     """
 
-    policy_aliases: ClassVar[dict[str, Any]] = {
-        "MlpPolicy": MlpPolicy,
-        "CnnPolicy": CnnPolicy,
-        "MultiInputPolicy": MultiInputPolicy,
-    }
     resume_settings: ClassVar[tuple[str, ...]] = (
         *GroupAlgorithm.resume_settings,
         *"batch_size micro_batch_size n_epochs clip_range clip_range_high normalize_advantage".split(),
@@ -199,17 +193,9 @@ class GRPO(GroupAlgorithm):
 
     def _update(self, batch: Trajectories, advantages: th.Tensor) -> dict[str, float]:
         """One optimizer step on a minibatch."""
-        optimizer = self.policy.optimizer
-        optimizer.zero_grad()
+        self.policy.optimizer.zero_grad()
         statistics = self.accumulate_gradient(batch, advantages)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
-        if np.isfinite(norm):
-            optimizer.step()
-            self._n_updates += 1
-        else:
-            logger.warning("Update skipped, the weights are unchanged: its gradient norm is %s.", norm)
-        return {**statistics, "grad_norm": norm}
+        return {**statistics, "grad_norm": self._step_optimizer(self.max_grad_norm)}
 
     def accumulate_gradient(self, batch: Trajectories, advantages: th.Tensor) -> dict[str, float]:
         """Add the gradient of a minibatch's loss to ``.grad``, micro-batch by micro-batch.

@@ -121,7 +121,7 @@ def play_controller(sim: MoveBlockSim, rng: np.random.Generator) -> Controller:
 
 
 def _miss(rng: np.random.Generator) -> np.ndarray:
-    """Vector (2,) in metres by which a reach misses a block's centre: a little, or as far as it just grips."""
+    """By how many metres (2,) a reach misses a block's centre: a little, or about as far as it grips."""
     length = abs(rng.normal(0, 0.07)) if rng.random() < 0.4 else rng.uniform(0.7, 1.5) * REACH
     angle = rng.uniform(0, 2 * np.pi)
     return length * np.array([np.cos(angle), np.sin(angle)])

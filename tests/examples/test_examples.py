@@ -11,6 +11,16 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OPTIONS = {
     "random_rollout.py": ["--episodes", "1"],
+    "custom_policy.py": [
+        *["--demonstrations", "4", "--clone-steps", "3", "--iterations", "1"],
+        *["--n-groups", "2", "--episodes", "8"],
+    ],
+    "evaluate_in_sim.py": ["--episodes", "4"],
+    "train_dpo.py": ["--n-groups", "2", "--group-size", "4", "--episodes", "8"],
+    "train_sac.py": [
+        *["--n-envs", "2", "--total-timesteps", "8", "--demonstrations", "2"],
+        *["--buffer-size", "100", "--episodes", "2"],
+    ],
     "train_grpo.py": ["--iterations", "1", "--n-groups", "2", "--group-size", "4", "--episodes", "8"],
 }
 

@@ -1,0 +1,240 @@
+"""Direct Preference Optimization from pairs of rollouts: the paper's offline baseline."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from wmpo_gym.algorithms.common.group_algorithm import NO_LIMIT, GroupAlgorithm
+from wmpo_gym.algorithms.common.trajectories import Trajectories, obs_to
+from wmpo_gym.algorithms.dpo.preferences import pair_gain, preference_loss, preference_pairs
+from wmpo_gym.policies.base import GroupPolicy
+
+logger = logging.getLogger(__name__)
+
+SelfDPO = TypeVar("SelfDPO", bound="DPO")
+
+INDIFFERENT = math.log(2)  # the loss of a policy that equals its reference
+
+
+class DPO(GroupAlgorithm):
+    """Direct Preference Optimization (arXiv 2305.18290) of whole episodes, as in WMPO's comparison (§4.1).
+
+    One iteration collects groups of rollouts from common start states with the policy as it is, pairs every
+    success with failures of its own group, and raises the success's log-probability against the failure's,
+    both measured from the policy that made them: the log-probabilities noted while sampling are the
+    reference, and no second model is kept. With ``max_iterations=1`` all rollouts come from the policy that
+    training starts with, which is the paper's offline baseline; more iterations collect anew each time.
+
+    DPO lowers the likelihood of failures without bound and destroys a policy when it goes on too long.
+    Therefore some groups are held back, and the weights kept are those with the lowest loss on them; if that
+    never falls below indifference (log 2) the policy stays as it was.
+
+    Args:
+        policy: See :class:`~wmpo_gym.algorithms.common.group_algorithm.GroupAlgorithm` for this and every
+            argument that is not listed here.
+        env: See there.
+        learning_rate: A number or a schedule.
+        beta: How strongly the policy is held to its reference; larger holds more.
+        failures_per_success: Pairs that each success forms, with different failures of its group.
+        batch_size: Pairs per optimizer step.
+        micro_batch_size: Pairs per forward pass, None for the whole minibatch; does not change the gradient.
+        n_epochs: Most passes over the pairs of an iteration.
+        patience: Passes without a lower held-out loss after which an iteration ends.
+        validation_share: Share of the groups that is held back; 0 holds back none and keeps the last weights.
+        max_grad_norm: Gradients are scaled down to this norm.
+
+    Attributes:
+        history: One dictionary of logged numbers per iteration.
+        budget: What training has spent (:class:`~wmpo_gym.envs.ledger.Ledger`).
+    """
+
+    resume_settings: ClassVar[tuple[str, ...]] = (
+        *GroupAlgorithm.resume_settings,
+        *"beta failures_per_success batch_size micro_batch_size n_epochs patience".split(),
+        *"validation_share max_grad_norm".split(),
+    )
+
+    def __init__(
+        self,
+        policy: str | type[GroupPolicy] = "VLAPolicy",
+        env: str | gym.vector.VectorEnv | VecEnv | None = None,
+        learning_rate: float | Schedule = 1e-5,
+        group_size: int = 8,
+        n_groups: int | None = None,
+        beta: float = 0.1,
+        failures_per_success: int = 4,
+        batch_size: int = 32,
+        micro_batch_size: int | None = 16,
+        n_epochs: int = 40,
+        patience: int = 5,
+        validation_share: float = 0.2,
+        max_grad_norm: float = 1.0,
+        success_bounds: tuple[float, float] | None = (0.1, 0.9),
+        max_extra_waves: int = 4,
+        start_state_ids: Sequence[int] | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_interval: int = 1,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        counts = {
+            "failures_per_success": failures_per_success,
+            "batch_size": batch_size,
+            "n_epochs": n_epochs,
+            "patience": patience,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}.")
+        if not beta > 0:
+            raise ValueError(f"beta must be above 0, got {beta}.")
+        if not 0 <= validation_share < 1:
+            raise ValueError(f"validation_share must lie in [0, 1), got {validation_share}.")
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            group_size=group_size,
+            n_groups=n_groups,
+            success_bounds=success_bounds,
+            max_extra_waves=max_extra_waves,
+            start_state_ids=start_state_ids,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_interval=checkpoint_interval,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        self.beta = beta
+        self.failures_per_success = failures_per_success
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.n_epochs = n_epochs
+        self.patience = patience
+        self.validation_share = validation_share
+        self.max_grad_norm = max_grad_norm
+        if _init_setup_model:
+            self._setup_model()
+
+    def train(self, rollouts: Trajectories) -> None:
+        """Learn from the pairs of one iteration; the policy is unchanged if there are none."""
+        pairs = preference_pairs(
+            rollouts.successes, rollouts.group_ids, self.failures_per_success, self.group_rng
+        )
+        self.logger.record("rollout/n_pairs", len(pairs))
+        if not len(pairs):
+            logger.warning("Iteration %d: no success has a failure beside it to learn from.", self._iteration)
+            return
+        training, held_out = self._split(pairs, rollouts.group_ids)
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        best, best_loss, best_epoch = self._weights(), INDIFFERENT, 0
+        figures: dict[str, float] = {}
+        for epoch in range(1, self.n_epochs + 1):
+            figures = self._epoch(rollouts, training)
+            if not len(held_out):
+                continue
+            loss = self._held_out_loss(rollouts, held_out)
+            figures["validation_loss"] = loss
+            if loss < best_loss:
+                best, best_loss, best_epoch = self._weights(), loss, epoch
+            elif epoch - best_epoch >= self.patience:
+                break
+        if len(held_out):
+            self.policy.load_state_dict(best)
+            figures |= {"best_validation_loss": best_loss, "best_epoch": best_epoch}
+        self.policy.set_training_mode(False)
+        for name, value in {**figures, "epochs": epoch, "n_updates": self._n_updates}.items():
+            self.logger.record(f"train/{name}", value)
+
+    def _split(self, pairs: th.Tensor, group_ids: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """Pairs to train on and pairs of groups held back; at least one group stays for training."""
+        group = group_ids[pairs[:, 0]]
+        groups = th.unique(group).numpy()
+        wanted = math.ceil(self.validation_share * len(groups))
+        held = self.group_rng.permutation(groups)[: min(wanted, len(groups) - 1)]
+        back = th.isin(group, th.as_tensor(held))
+        return pairs[~back], pairs[back]
+
+    def _epoch(self, rollouts: Trajectories, pairs: th.Tensor) -> dict[str, float]:
+        """One pass over the pairs in random order; means over its optimizer steps."""
+        order = th.as_tensor(self.group_rng.permutation(len(pairs)))
+        steps = [self._update(rollouts, pairs[index]) for index in order.split(self.batch_size)]
+        return {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
+
+    def _update(self, rollouts: Trajectories, pairs: th.Tensor) -> dict[str, float]:
+        """One optimizer step on a minibatch of pairs ``(P, 2)``."""
+        self.policy.optimizer.zero_grad()
+        total = {"loss": 0.0, "pair_accuracy": 0.0, "margin": 0.0}
+        for part in pairs.split(self.micro_batch_size or len(pairs)):
+            winner, loser = self._gains(rollouts, part)
+            loss = preference_loss(winner, loser, self.beta).sum() / len(pairs)
+            loss.backward()
+            margin = (winner - loser).detach()
+            total["loss"] += loss.item()
+            total["pair_accuracy"] += (margin > 0).float().sum().item() / len(pairs)
+            total["margin"] += margin.sum().item() / len(pairs)
+        return {**total, "grad_norm": self._step_optimizer(self.max_grad_norm)}
+
+    def _gains(self, rollouts: Trajectories, pairs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """How much likelier than to the reference winners and losers are, in nats per episode: (P,) each."""
+        episodes, place = th.unique(pairs, return_inverse=True)
+        some = rollouts.select(episodes)
+        log_prob, _ = self.policy.log_prob(obs_to(some.obs, self.device), some.traces.to(self.device))
+        gain = pair_gain(log_prob, some.log_probs.to(self.device), some.token_mask.to(self.device), some.rows)
+        return gain[place[:, 0]], gain[place[:, 1]]
+
+    @th.no_grad()
+    def _held_out_loss(self, rollouts: Trajectories, pairs: th.Tensor) -> float:
+        self.policy.set_training_mode(False)
+        losses = [
+            preference_loss(*self._gains(rollouts, part), self.beta)
+            for part in pairs.split(self.micro_batch_size or len(pairs))
+        ]
+        self.policy.set_training_mode(True)
+        return th.cat(losses).mean().item()
+
+    def _weights(self) -> dict[str, Any]:
+        return {k: v.clone() if isinstance(v, th.Tensor) else v for k, v in self.policy.state_dict().items()}
+
+    def learn(
+        self: SelfDPO,
+        total_timesteps: int = NO_LIMIT,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "DPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+        max_iterations: int | None = None,
+        resume: bool = False,
+    ) -> SelfDPO:
+        """Collect rollouts, learn from their pairs, and again; see :meth:`GroupAlgorithm.learn`."""
+        return super().learn(
+            total_timesteps,
+            callback,
+            log_interval,
+            tb_log_name,
+            reset_num_timesteps,
+            progress_bar,
+            max_iterations,
+            resume,
+        )
