@@ -11,6 +11,15 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OPTIONS = {
     "random_rollout.py": ["--episodes", "1"],
+    "compare.py": ["--methods", "base", "dpo", "--budgets", "32", "--episodes", "8"],
+    "custom_task.py": [
+        *["--episodes", "30", "--world-steps", "3", "--classifier-steps", "3", "--iterations", "1"],
+        *["--n-groups", "2", "--tries", "4"],
+    ],
+    "lifelong.py": [
+        *["--rounds", "2", "--real-episodes", "12", "--world-steps", "2", "--classifier-steps", "3"],
+        *["--iterations", "1", "--n-groups", "2", "--episodes", "8"],
+    ],
     "custom_policy.py": [
         *["--demonstrations", "4", "--clone-steps", "3", "--iterations", "1"],
         *["--n-groups", "2", "--episodes", "8"],

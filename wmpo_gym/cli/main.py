@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train grpo": ("wmpo_gym.cli.train_grpo", "optimise a policy in imagination, or in the simulator"),
     "validate": ("wmpo_gym.cli.validate", "say whether a world is fit to train in: the four gates"),
     "evaluate": ("wmpo_gym.cli.evaluate", "success in the twin, paired; imagination judged by twin replay"),
+    "compare": ("wmpo_gym.cli.compare", "methods on identical environments, budgets and start states"),
     "bench": ("wmpo_gym.cli.bench", "frames per second and where the time goes"),
 }
 

@@ -42,7 +42,8 @@ Networks of `play/` and `world/` are stored in half precision and computed in si
 | classifier, held-out real episodes | F1 {f1:.3f}, precision {precision:.3f}, recall {recall:.3f} (n = {n}) |
 {gates}
 
-Limits: one task, one camera, simulated robot only; where world and twin disagree was not analysed.
+Limits: one task, one camera, simulated robot only. Where it claims a success that the twin does not
+confirm, it mostly imagined a grip that the magnet just missed.
 Licence: Apache-2.0.
 """
 

@@ -208,9 +208,10 @@ def judge(
 
 def _budget(run: Run, training: dict[str, Any]) -> dict[str, Any]:
     """What the method used, real episodes apart from demonstrations and play, and measurement left out."""
-    spent = Ledger(**training["budget"])
+    real, spent = run.spent_on_rollouts(), Ledger(**training["budget"])
     return {
-        "real_episodes": run.recipe.rollouts,
+        "real_episodes": real.real_episodes,
+        "real_steps": real.real_steps,
         "demonstrations": run.recipe.demos,
         "play_episodes": run.recipe.play,
         "imagined_frames": spent.imagined_frames,

@@ -12,6 +12,7 @@ from typing import Any
 from wmpo_gym.data.atomic import read_json, write_json_atomic
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.store import EpisodeStore
+from wmpo_gym.envs.ledger import Ledger
 from wmpo_gym.envs.simulated.scripted import record_expert, record_play
 from wmpo_gym.evaluation.rollouts import collect_episodes, make_rollout_env
 from wmpo_gym.evaluation.validation import measure_learnable, validate
@@ -108,14 +109,28 @@ class Run:
                 env = make_rollout_env(
                     "WMPO-Simulated-v0", min(64, len(ids)), record_frames=True, task=self.task
                 )
-                collect_episodes(env, policy, ids, store, seed=self.recipe.seed + 1, progress=self.progress)
-                env.close()
+                try:
+                    collect_episodes(
+                        env, policy, ids, store, seed=self.recipe.seed + 1, progress=self.progress
+                    )
+                finally:  # an interrupted wave is run again, and both times count
+                    spent = self.spent_on_rollouts() + env.unwrapped.ledger  # type: ignore[attr-defined]
+                    write_json_atomic(self._spent, spent.to_dict())
+                    env.close()
         episodes = store.load()
         if self.progress:
             print(
                 f"   the base policy succeeded in {sum(bool(e.success) for e in episodes)} of {len(episodes)}"
             )
         return episodes
+
+    @property
+    def _spent(self) -> Path:
+        return self.out / "rollouts.ledger.json"
+
+    def spent_on_rollouts(self) -> Ledger:
+        """What the environment counted while the rollouts were made."""
+        return Ledger(**read_json(self._spent)) if self._spent.exists() else Ledger()
 
     # -- models ----------------------------------------------------------------------------------------------
     def base_policy(self, demonstrations: list[Episode]) -> VLAPolicy:

@@ -1,0 +1,160 @@
+"""The whole comparison at a size that takes seconds, its resumption, and its statistics."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from wmpo_gym.comparison import study
+from wmpo_gym.comparison.methods import METHODS
+from wmpo_gym.comparison.plan import SAW, Baselines, Plan, preset
+from wmpo_gym.comparison.study import run_study
+from wmpo_gym.comparison.summary import (
+    bootstrap,
+    gain,
+    interquartile_mean,
+    markdown_table,
+    mean_success,
+    probability_of_improvement,
+    summarise,
+    write_summary,
+)
+from wmpo_gym.policies.sft import SFTSettings
+from wmpo_gym.recipe.settings import GRPOSettings, Recipe
+from wmpo_gym.world.training import WorldModelTraining
+
+FEW_STEPS = WorldModelTraining(steps=2, batch_size=4)
+QUICK = Plan(
+    methods=tuple(SAW),
+    budgets=(32,),
+    seeds=(0,),
+    variants=("nominal", "texture"),
+    episodes=8,
+    selection_episodes=4,
+    bundled=True,
+    recipe=Recipe(
+        demos=8,
+        play=4,
+        align=FEW_STEPS,
+        classifier_steps=4,
+        grpo=GRPOSettings(iterations=1, n_groups=2, group_size=4),
+        curve_every=9,
+        curve_episodes=4,
+    ),
+    baselines=Baselines(
+        dpo_imagined_groups=2, sft=SFTSettings(steps=2), sac_gradient_steps=1, sac_imagined_chunks=64
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A comparison that was stopped in its third cell and finished by a second call."""
+    out = tmp_path_factory.mktemp("comparison")
+
+    def stopped(shop: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "dpo", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(QUICK, out, progress=False)
+    assert len(json.loads((out / "results.json").read_text())["cells"]) == 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "base", stopped)  # done before: must not run again
+        results = run_study(QUICK, out, progress=False)
+    return out, results
+
+
+def test_every_cell_is_there_and_counted_by_its_environment(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, results = finished
+    assert [(c["method"], c["variant"]) for c in results["cells"]] == [
+        (m, v) for m in SAW for v in ("nominal", "texture")
+    ]
+    spent = {c["method"]: c["ledger"] for c in results["cells"]}
+    assert spent["base"]["real_episodes"] == 0
+    for method in ("sft", "dpo", "grpo", "wmpo", "dpo-imagined", "sac-imagined"):
+        assert spent[method]["real_episodes"] == 32, method
+    for method in ("sac", "sac-demos"):
+        assert 32 <= spent[method]["real_episodes"] <= 32 + 16, method
+    for method, ledger in spent.items():
+        imagines = method in ("wmpo", "dpo-imagined", "sac-imagined")
+        assert (ledger["imagined_frames"] > 0) == imagines and (ledger["nfe"] > 0) == imagines, method
+    for cell in results["cells"]:
+        assert cell["n"] == 8 and cell["success"] == cell["outcomes"].count("1") / 8
+
+
+def test_other_settings_are_refused(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = finished
+    with pytest.raises(ValueError, match="other settings"):
+        run_study(replace(QUICK, episodes=4), out, progress=False)
+
+
+def test_table_and_plots_come_from_the_results_alone(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, _ = finished
+    write_summary(json.loads((out / "results.json").read_text()), tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert all(f"| {method} | " in table and f"`{method}` saw" in table for method in SAW)
+    plots = sorted(p.name for p in tmp_path.glob("*.svg"))
+    assert plots == [f"success-by-{x}.svg" for x in ("imagined-frames", "real-episodes", "seconds")]
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="Unknown method ppo"):
+        Plan(methods=("ppo",))
+    with pytest.raises(ValueError, match="Unknown preset"):
+        preset("table3", "move-block")
+    with pytest.raises(ValueError, match="multiples of 32"):
+        Plan(budgets=(100,))
+
+
+def test_presets_cover_the_methods_that_exist() -> None:
+    assert set(SAW) == set(METHODS)
+    assert study.SAW is SAW and set(preset("table1", "move-block").methods) <= set(SAW)
+
+
+# -- statistics ----------------------------------------------------------------------------------------------
+def _scores(rates: list[float], n: int = 200) -> list[np.ndarray]:
+    return [np.arange(n) < rate * n for rate in rates]
+
+
+def test_statistics_on_known_outcomes() -> None:
+    low, high = _scores([0.2, 0.4, 0.6, 0.8]), _scores([0.5, 0.7, 0.9, 0.9])
+    assert mean_success(low) == pytest.approx(0.5)
+    assert interquartile_mean(low) == pytest.approx(0.5)
+    assert interquartile_mean(_scores([0.0, 0.4, 0.6, 1.0])) == pytest.approx(0.5)
+    assert gain(low, high) == pytest.approx(25.0)
+    assert probability_of_improvement(low, high) == pytest.approx((2 + 3 + 4 + 4) / 16)
+    assert probability_of_improvement(low, low) == pytest.approx(0.5)
+
+
+def test_the_interval_has_the_width_it_should() -> None:
+    scores = [np.random.default_rng(s).random(400) < 0.5 for s in range(3)]
+    value, low, high = bootstrap(mean_success, scores)
+    assert value == pytest.approx(mean_success(scores))
+    assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / np.sqrt(1200), rel=0.15)
+
+
+def test_pairs_are_resampled_together() -> None:
+    scores = [np.random.default_rng(s).random(400) < 0.5 for s in range(3)]
+    assert bootstrap(gain, scores, scores) == (0.0, 0.0, 0.0)
+
+
+def test_the_lead_is_taken_over_the_smallest_budget() -> None:
+    cells = [
+        {"method": m, "budget": b, "seed": 0, "variant": "nominal", "outcomes": bits, "success": 0.5, "n": 4,
+         "greedy": {"outcomes": bits}, "ledger": {}, "seconds": 1.0}
+        for m, b, bits in (("base", 0, "1000"), ("wmpo", 128, "1111"), ("wmpo", 256, "1110"))
+    ]  # fmt: skip
+    plan = {"budgets": [128, 256], "variants": ["nominal"], "methods": ["base", "wmpo"]}
+    rows = summarise({"plan": plan, "cells": cells, "saw": {}})
+    leads = {(r["method"], r["budget"]): r.get("wmpo_lead", {}).get("points") for r in rows}
+    assert leads == {("base", 0): 75.0, ("wmpo", 128): None, ("wmpo", 256): 25.0}
+    assert "| base | 0 |" in markdown_table({"plan": plan, "cells": cells, "saw": {}})

@@ -1,0 +1,58 @@
+"""``wmpo compare``: methods on identical environments, budgets and start states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wmpo_gym.comparison.plan import preset
+from wmpo_gym.comparison.study import run_study
+from wmpo_gym.comparison.summary import markdown_table, write_summary
+from wmpo_gym.data.atomic import read_json
+
+
+@dataclass(frozen=True)
+class Command:
+    """Compare methods on identical environments, budgets and start states.
+
+    Writes results.json, table.md and plots. Interrupted, the same command goes on with the cell it was in.
+
+    Attributes:
+        preset: The paper's question: table1 (sample efficiency and final success) or table2 (changed scenes).
+        task: Task.
+        out: Directory; default runs/compare-PRESET-TASK.
+        methods: Only these methods.
+        budgets: Other budgets of real episodes.
+        seeds: Other seeds.
+        episodes: Other number of test start states.
+        bundled: Start from the bundled base policy and play-trained world model for all seeds.
+        summary_only: Only write table and plots from the results.json in the directory.
+    """
+
+    preset: str = "table1"
+    task: str = "move-block"
+    out: Path | None = None
+    methods: tuple[str, ...] = ()
+    budgets: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+    episodes: int | None = None
+    bundled: bool = False
+    summary_only: bool = False
+
+    def run(self) -> None:
+        """Run what is missing, then print the table."""
+        plan = preset(self.preset, self.task)
+        given: dict[str, Any] = {
+            "methods": self.methods,
+            "budgets": self.budgets,
+            "seeds": self.seeds,
+            "episodes": self.episodes,
+            "bundled": self.bundled,
+        }
+        plan = replace(plan, **{name: value for name, value in given.items() if value})
+        out = self.out or Path("runs") / f"compare-{self.preset}-{self.task}"
+        results = read_json(out / "results.json") if self.summary_only else run_study(plan, out)
+        write_summary(results, out)
+        print(markdown_table(results))
+        print(f"Table, plots and results.json are in {out}")

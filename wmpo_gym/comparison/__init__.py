@@ -1,0 +1,1 @@
+"""Methods compared on identical environments, budgets and start states."""

@@ -1,0 +1,251 @@
+"""How each method of a comparison turns its budget into a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+from stable_baselines3.common.callbacks import BaseCallback
+
+from wmpo_gym.algorithms.common.env_util import as_vec_env, read_ledger
+from wmpo_gym.algorithms.dpo import DPO
+from wmpo_gym.algorithms.grpo import GRPO
+from wmpo_gym.algorithms.sac import add_demonstrations, make_sac
+from wmpo_gym.comparison.plan import Cell, Plan
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.envs.ledger import Ledger
+from wmpo_gym.evaluation.learning import grpo_from_policy
+from wmpo_gym.evaluation.rollouts import evaluate_policy_on, make_rollout_env
+from wmpo_gym.policies.sft import train_sft
+from wmpo_gym.policies.vla_policy import VLAPolicy
+from wmpo_gym.recipe.run import optimise
+from wmpo_gym.recipe.stages import Run
+from wmpo_gym.tasks import Task
+from wmpo_gym.world.world import World
+
+GROUP = 8  # rollouts from one start state
+SAC_ROWS = 16
+
+
+@dataclass
+class Trained:
+    """What a method made.
+
+    Attributes:
+        policy: Anything that :func:`~wmpo_gym.evaluation.acting.acting` takes.
+        ledger: What the environments counted while it learned.
+        selection: What was spent on choosing a checkpoint, apart from that.
+    """
+
+    policy: Any
+    ledger: Ledger
+    selection: Ledger
+
+
+class Workshop:
+    """What the cells of one seed share, and where each keeps its own.
+
+    Args:
+        plan: The comparison.
+        cell: The cell to train.
+        out: Directory of the comparison.
+    """
+
+    def __init__(self, plan: Plan, cell: Cell, out: Path) -> None:
+        self.plan, self.cell, self.out = plan, cell, out / "cells" / cell.name
+        # With room for the largest budget, so that the start states of play stay apart from all rollouts.
+        recipe = replace(plan.recipe, seed=cell.seed, rollouts=max(plan.budgets))
+        self.shared = Run(recipe, out / "shared" / f"seed{cell.seed}", bundled=plan.bundled)
+        own = replace(recipe, rollouts=cell.budget)
+        self._own = out / "shared" / f"seed{cell.seed}-{cell.budget}", own
+
+    @property
+    def task(self) -> Task:
+        """The task."""
+        return self.shared.task
+
+    @cached_property
+    def demonstrations(self) -> list[Episode]:
+        """The seed's demonstrations."""
+        return self.shared.demonstrations()
+
+    def base(self) -> VLAPolicy:
+        """A fresh copy of the seed's base policy."""
+        return self.shared.base_policy(self.demonstrations)
+
+    @cached_property
+    def run(self) -> Run:
+        """The seed's run with this cell's budget; methods of one budget share its rollouts and its world."""
+        directory, recipe = self._own
+        return Run(recipe, directory, bundled=self.plan.bundled)
+
+    def rollouts(self) -> list[Episode]:
+        """P labelled rollouts of the base policy."""
+        return self.run.rollouts(self.base())
+
+    def world(self) -> World:
+        """The world model and classifier learned from them."""
+        real, demos, play = self.rollouts(), self.demonstrations, self.shared.play()
+        network = self.run.aligned_network(self.shared.pretrained_network(play), real, demos, play)
+        return self.run.world(network, self.run.classifier(network, real, demos), [*real, *demos, *play])
+
+    def simulated(self, rows: int) -> Any:
+        """Simulated rows on training start states."""
+        return make_rollout_env("WMPO-Simulated-v0", rows, task=self.task)
+
+    def imagined(self, rows: int) -> Any:
+        """Imagined rows in :meth:`world`."""
+        return make_rollout_env("WMPO-Imagined-v0", rows, task=self.task, world=self.world())
+
+
+# -- methods -------------------------------------------------------------------------------------------------
+def train_base(shop: Workshop) -> Trained:
+    """Nothing."""
+    return Trained(shop.base(), Ledger(), Ledger())
+
+
+def train_sft_filtered(shop: Workshop) -> Trained:
+    """Go on imitating, now the successes among the rollouts."""
+    successes = [e for e in shop.rollouts() if e.success]
+    policy = shop.base()
+    if successes:
+        policy = train_sft(
+            successes, shop.task, settings=shop.plan.baselines.sft, seed=shop.cell.seed, policy=policy
+        )
+    return Trained(policy, shop.run.spent_on_rollouts(), Ledger())
+
+
+def train_grpo_real(shop: Workshop) -> Trained:
+    """GRPO whose every rollout is a real episode."""
+    settings, rows = shop.plan.baselines, shop.plan.baselines.grpo_groups * GROUP
+    iterations = max(1, shop.cell.budget // rows)
+    with closing(shop.simulated(min(rows, shop.cell.budget))) as env:
+        model = grpo_from_policy(
+            GRPO, shop.base(), env, learning_rate=settings.grpo_learning_rate, group_size=GROUP,
+            max_extra_waves=0, seed=shop.cell.seed, checkpoint_dir=shop.out / "checkpoints",
+        )  # fmt: skip
+        chooser = Chooser(shop, iterations)
+        model.learn(max_iterations=iterations, callback=chooser, resume=True)
+        return Trained(chooser.best(model.policy), model.budget, chooser.spent)
+
+
+def train_dpo(shop: Workshop) -> Trained:
+    """DPO from P real episodes of the base policy."""
+    return _dpo(shop, shop.simulated, shop.cell.budget // GROUP, Ledger())
+
+
+def train_dpo_imagined(shop: Workshop) -> Trained:
+    """DPO from imagined episodes of the base policy."""
+    shop.world()
+    return _dpo(shop, shop.imagined, shop.plan.baselines.dpo_imagined_groups, shop.run.spent_on_rollouts())
+
+
+def _dpo(shop: Workshop, make_env: Callable[[int], Any], n_groups: int, spent: Ledger) -> Trained:
+    settings = shop.plan.baselines
+    with closing(make_env(min(n_groups, 16) * GROUP)) as env:
+        model = grpo_from_policy(
+            DPO, shop.base(), env, learning_rate=settings.dpo_learning_rate, beta=settings.dpo_beta,
+            group_size=GROUP, n_groups=n_groups, max_extra_waves=0, seed=shop.cell.seed,
+        )  # fmt: skip
+        model.learn(max_iterations=1)
+        return Trained(model.policy, model.budget + spent, Ledger())
+
+
+def train_sac(shop: Workshop, *, demonstrations: bool = False, imagined: bool = False) -> Trained:
+    """SB3's SAC until its episodes are spent."""
+    settings, n_chunks = shop.plan.baselines, shop.task.n_chunks
+    name = "WMPO-Imagined-v0" if imagined else "WMPO-Simulated-v0"
+    special: dict[str, Any] = {"world": shop.world()} if imagined else {}
+    spent = shop.run.spent_on_rollouts() if imagined else Ledger()
+    env = as_vec_env(gymnasium.make_vec(name, SAC_ROWS, task=shop.task, **special), SAC_ROWS)
+    chunks = settings.sac_imagined_chunks if imagined else shop.cell.budget * n_chunks
+    with closing(env):
+        model = make_sac(
+            env, buffer_size=min(50_000, chunks + 10_000), seed=shop.cell.seed,
+            gradient_steps=settings.sac_gradient_steps, learning_starts=min(500, chunks // 4),
+        )  # fmt: skip
+        if demonstrations:
+            add_demonstrations(model, shop.demonstrations, shop.task)
+        before = read_ledger(env)
+        budget = None if imagined else shop.cell.budget
+        model.learn(chunks, callback=StopAtEpisodes(budget))
+        return Trained(model, read_ledger(env) - before + spent, Ledger())
+
+
+def train_wmpo(shop: Workshop) -> Trained:
+    """GRPO in imagination."""
+    policy, log = optimise(shop.run, shop.world(), shop.base())
+    return Trained(policy, shop.run.spent_on_rollouts() + Ledger(**log["budget"]), Ledger())
+
+
+METHODS: dict[str, Callable[[Workshop], Trained]] = {
+    "base": train_base,
+    "sft": train_sft_filtered,
+    "dpo": train_dpo,
+    "dpo-imagined": train_dpo_imagined,
+    "grpo": train_grpo_real,
+    "sac": train_sac,
+    "sac-demos": lambda shop: train_sac(shop, demonstrations=True),
+    "sac-imagined": lambda shop: train_sac(shop, demonstrations=True, imagined=True),
+    "wmpo": train_wmpo,
+}
+
+
+# -- callbacks -----------------------------------------------------------------------------------------------
+class StopAtEpisodes(BaseCallback):
+    """Ends training when the environment has run so many real episodes; None never does.
+
+    Episodes that the last round of rows has begun are counted, so there may be up to a row count too many.
+    """
+
+    def __init__(self, episodes: int | None) -> None:
+        super().__init__()
+        self.episodes = episodes
+
+    def _on_step(self) -> bool:
+        return self.episodes is None or read_ledger(self.training_env).real_episodes < self.episodes
+
+
+class Chooser(BaseCallback):
+    """Keeps the checkpoint with the highest success on validation start states, looked at four times."""
+
+    def __init__(self, shop: Workshop, iterations: int) -> None:
+        super().__init__()
+        self.shop, self.every = shop, max(1, iterations // 4)
+        self.spent, self._best = Ledger(), -1.0
+        self._weights: dict[str, Any] = {}
+
+    def _on_rollout_start(self) -> None:
+        iteration = self.model._iteration
+        if iteration and iteration % self.every == 0:
+            self._look(self.model.policy)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def best(self, policy: Any) -> Any:
+        """The policy with the best weights put back; with no selection episodes, as it is."""
+        if self.shop.plan.selection_episodes:
+            self._look(policy)
+            policy.load_state_dict(self._weights)
+        return policy
+
+    def _look(self, policy: Any) -> None:
+        plan = self.shop.plan
+        if not plan.selection_episodes:
+            return
+        tried = evaluate_policy_on(
+            self.shop.task, policy, "validation", plan.selection_episodes, deterministic=False,
+            seed=self.shop.cell.seed, progress=False,
+        )  # fmt: skip
+        self.spent = self.spent + tried.ledger
+        if tried.rate.value > self._best:
+            self._best = tried.rate.value
+            self._weights = {
+                k: v.clone() if hasattr(v, "clone") else v for k, v in policy.state_dict().items()
+            }

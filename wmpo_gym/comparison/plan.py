@@ -1,0 +1,140 @@
+"""What a comparison covers: methods, budgets of real episodes, seeds and scene variants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from wmpo_gym.policies.sft import SFTSettings
+from wmpo_gym.recipe.settings import Recipe
+
+SAW = {
+    "base": "demonstrations",
+    "sft": "demonstrations, and the successes among P rollouts of the base policy",
+    "dpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
+    "dpo-imagined": "as wmpo, and imagined rollouts in groups of common start states",
+    "grpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
+    "sac": "P episodes of its own, from scratch",
+    "sac-demos": "demonstrations in its replay buffer, and P episodes of its own",
+    "sac-imagined": "as wmpo, and imagined episodes of its own; demonstrations in its replay buffer",
+    "wmpo": "demonstrations, unlabelled play, P rollouts of the base policy, and imagined rollouts",
+}
+"""What every method learned from, by its name."""
+
+WITHOUT_BUDGET = ("base",)
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Settings of the methods that are not WMPO; found by the sweeps in ``docs/experiments.md``.
+
+    Attributes:
+        grpo_groups: Start states per iteration of GRPO on real episodes.
+        grpo_learning_rate: Its step size.
+        dpo_learning_rate: DPO's step size.
+        dpo_beta: DPO's hold on its reference.
+        dpo_imagined_groups: Imagined start states DPO pairs rollouts from.
+        sft: Fine-tuning on filtered successes, from the base policy on.
+        sac_gradient_steps: SAC's updates per round of its 16 rows.
+        sac_imagined_chunks: Imagined action chunks SAC trains on.
+    """
+
+    grpo_groups: int = 4
+    grpo_learning_rate: float = 5e-4
+    dpo_learning_rate: float = 1e-5
+    dpo_beta: float = 0.1
+    dpo_imagined_groups: int = 256
+    sft: SFTSettings = SFTSettings(steps=200, lr=5e-4, symmetries=("swap colours",))
+    sac_gradient_steps: int = 16
+    sac_imagined_chunks: int = 20_000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained policy.
+
+    Attributes:
+        method: A key of :data:`SAW`.
+        budget: Real episodes P; 0 for the base policy.
+        seed: Everything random.
+    """
+
+    method: str
+    budget: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As a directory."""
+        return f"{self.method}-{self.budget}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table of cells.
+
+    Attributes:
+        task: Task.
+        methods: Keys of :data:`SAW`.
+        budgets: Real episodes P.
+        seeds: Seeds; each has its own demonstrations, base policy and play.
+        variants: Scene variants every policy is tested in.
+        episodes: Test start states per variant.
+        selection_episodes: Validation start states by which GRPO's checkpoint on real episodes is chosen; 0
+            takes the last. The other methods have one checkpoint.
+        bundled: Start from the bundled base policy and play-trained world instead of training them per seed.
+        recipe: WMPO's settings, and those of what all methods share.
+        baselines: Settings of the others.
+    """
+
+    task: str = "move-block"
+    methods: tuple[str, ...] = ("base", "sft", "dpo", "grpo", "sac-demos", "wmpo")
+    budgets: tuple[int, ...] = (128, 1280)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    variants: tuple[str, ...] = ("nominal",)
+    episodes: int = 512
+    selection_episodes: int = 128
+    bundled: bool = False
+    recipe: Recipe = field(default_factory=Recipe)
+    baselines: Baselines = field(default_factory=Baselines)
+
+    def __post_init__(self) -> None:
+        if unknown := [m for m in self.methods if m not in SAW]:
+            raise ValueError(f"Unknown method {', '.join(unknown)}; choose from {', '.join(SAW)}.")
+        if bad := [b for b in self.budgets if b < 32 or b % 32]:
+            raise ValueError(f"Budgets are multiples of 32 real episodes, got {bad}.")
+
+    def cells(self) -> Iterator[Cell]:
+        """Seed by seed, so that an interrupted comparison has whole rows."""
+        for seed in self.seeds:
+            for method in self.methods:
+                for budget in (0,) if method in WITHOUT_BUDGET else self.budgets:
+                    yield Cell(method, budget, seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+
+PRESETS: dict[str, Plan] = {
+    "table1": Plan(),
+    "table2": Plan(
+        methods=("base", "dpo", "grpo", "wmpo"),
+        budgets=(128,),
+        variants=("nominal", "moved-goal", "background", "texture"),
+    ),
+}
+"""The paper's questions: ``table1`` sample efficiency and final success, ``table2`` changed scenes."""
+
+
+def preset(name: str, task: str) -> Plan:
+    """A preset for a task.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    plan = PRESETS[name]
+    return replace(plan, task=task, recipe=replace(plan.recipe, task=task))

@@ -1,0 +1,179 @@
+"""From the outcomes of a comparison to its table, its statistics and its plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import trim_mean
+
+from wmpo_gym.data.atomic import write_file_atomic
+from wmpo_gym.evaluation.results import show_points
+
+RESAMPLES = 2000
+Scores = list[np.ndarray]  # per seed, bool outcomes (N,) on the same start states
+
+
+def outcomes(results: Mapping[str, Any], method: str, budget: int, variant: str, greedy: bool) -> Scores:
+    """Outcomes of a method, one array per seed in order."""
+    cells = [
+        c for c in results["cells"] if (c["method"], c["budget"], c["variant"]) == (method, budget, variant)
+    ]
+    parts = [c["greedy"] if greedy else c for c in sorted(cells, key=lambda c: c["seed"])]
+    return [np.array(list(p["outcomes"])) == "1" for p in parts]
+
+
+def bootstrap(
+    statistic: Callable[..., float], *scores: Scores, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
+    """A statistic with its 95 % interval, by resampling start states within every seed.
+
+    Seeds are the strata: each keeps its weight, and methods that are compared are resampled together, start
+    state by start state (Agarwal et al. 2021 resample runs within tasks in the same way).
+
+    Args:
+        statistic: Of as many arguments as there are methods, each a list of outcomes per seed.
+        *scores: The methods' outcomes.
+        seed: Seed of the resampling.
+        resamples: Their number.
+
+    Returns:
+        The statistic and the ends of its interval.
+    """
+    rng, values = np.random.default_rng(seed), np.empty(resamples)
+    for i in range(resamples):
+        picks = [rng.integers(len(s), size=len(s)) for s in scores[0]]
+        values[i] = statistic(*([s[p] for s, p in zip(method, picks, strict=True)] for method in scores))
+    low, high = np.percentile(values, [2.5, 97.5])
+    return statistic(*scores), float(low), float(high)
+
+
+def mean_success(scores: Scores) -> float:
+    """Mean over seeds of the success rate, a fraction."""
+    return float(np.mean([s.mean() for s in scores]))
+
+
+def interquartile_mean(scores: Scores) -> float:
+    """Mean of the middle half of the seeds' success rates; of fewer than four seeds, of all."""
+    return float(trim_mean([s.mean() for s in scores], 0.25))
+
+
+def gain(first: Scores, second: Scores) -> float:
+    """Mean over seeds of how much more often the second succeeds, in points."""
+    return 100 * (mean_success(second) - mean_success(first))
+
+
+def probability_of_improvement(first: Scores, second: Scores) -> float:
+    """How often a run of the second beats a run of the first, over all pairs of seeds; ties count half."""
+    a, b = (np.array([s.mean() for s in scores]) for scores in (first, second))
+    return float(np.mean((b[:, None] > a) + 0.5 * (b[:, None] == a)))
+
+
+def summarise(results: Mapping[str, Any], greedy: bool = False) -> list[dict[str, Any]]:
+    """One row per method, budget and variant: its rate, and WMPO's lead over it at the smallest budget.
+
+    Returns:
+        Dictionaries with ``method``, ``budget``, ``variant``, ``seeds``, ``n`` (start states per seed),
+        ``success``, ``iqm`` (fractions with ``ci95``), and where WMPO was run ``wmpo_lead`` (points) and
+        ``wmpo_better`` (probability of improvement), both with ``ci95``.
+    """
+    plan, rows = results["plan"], []
+    smallest = min(plan["budgets"])
+    for variant in plan["variants"]:
+        ours = outcomes(results, "wmpo", smallest, variant, greedy)
+        for method in plan["methods"]:
+            for budget in (0,) if method == "base" else plan["budgets"]:
+                scores = outcomes(results, method, budget, variant, greedy)
+                if not scores:
+                    continue
+                row = {
+                    "method": method,
+                    "budget": budget,
+                    "variant": variant,
+                    "seeds": len(scores),
+                    "n": len(scores[0]),
+                    "success": _with_interval("success", bootstrap(mean_success, scores)),
+                    "iqm": _with_interval("iqm", bootstrap(interquartile_mean, scores)),
+                }
+                if len(ours) == len(scores) and (method, budget) != ("wmpo", smallest):
+                    row["wmpo_lead"] = _with_interval("points", bootstrap(gain, scores, ours))
+                    row["wmpo_better"] = _with_interval(
+                        "probability", bootstrap(probability_of_improvement, scores, ours)
+                    )
+                rows.append(row)
+    return rows
+
+
+def _with_interval(name: str, values: tuple[float, float, float]) -> dict[str, Any]:
+    return {name: values[0], "ci95": list(values[1:])}
+
+
+def markdown_table(results: Mapping[str, Any]) -> str:
+    """The table as Markdown, sampled and greedy, with what every method saw."""
+    both = zip(summarise(results), summarise(results, greedy=True), strict=True)
+    lines = [
+        "| method | real episodes | scene | success, sampled | greedy | WMPO's lead, sampled | WMPO better |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row, greedy in both:
+        lead = show_points(row["wmpo_lead"]) if "wmpo_lead" in row else "–"
+        better = f"{row['wmpo_better']['probability']:.2f}" if "wmpo_better" in row else "–"
+        shown = " | ".join(_percent(r["success"]) for r in (row, greedy))
+        lines.append(
+            f"| {row['method']} | {row['budget']} | {row['variant']} | {shown} | {lead} | {better} |"
+        )
+    first = summarise(results)[0]
+    lines += [
+        "",
+        f"{first['n']} test start states per seed, {first['seeds']} seed(s); intervals by resampling start "
+        "states within seeds. *WMPO better*: probability of improvement over all pairs of seeds.",
+        "",
+        *(f"- `{method}` saw: {what}." for method, what in results["saw"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(rate: Mapping[str, Any]) -> str:
+    low, high = rate["ci95"]
+    return f"{100 * rate['success']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def write_summary(results: Mapping[str, Any], out: str | Path) -> None:
+    """Write ``table.md`` and the plots ``success-by-*.svg`` into a directory."""
+    out = Path(out)
+    with write_file_atomic(out / "table.md") as file:
+        file.write_text(markdown_table(results), encoding="utf-8")
+    costs: dict[str, Callable[[Mapping[str, Any]], float]] = {
+        "real-episodes": lambda cell: cell["ledger"]["real_episodes"],
+        "imagined-frames": lambda cell: cell["ledger"]["imagined_frames"],
+        "seconds": lambda cell: cell["seconds"],
+    }
+    for name, cost in costs.items():
+        _plot(results, cost, name.replace("-", " "), out / f"success-by-{name}.svg")
+
+
+def _plot(
+    results: Mapping[str, Any], cost: Callable[[Mapping[str, Any]], float], label: str, file: Path
+) -> None:
+    """Mean success of every method against what it spent, with the seeds as points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    variant = results["plan"]["variants"][0]
+    for method in results["plan"]["methods"]:
+        cells = [c for c in results["cells"] if c["method"] == method and c["variant"] == variant]
+        budgets: Sequence[int] = sorted({c["budget"] for c in cells})
+        groups = [[c for c in cells if c["budget"] == b] for b in budgets]
+        x = [np.mean([cost(c) for c in group]) for group in groups]
+        (line,) = axes.plot(
+            x, [np.mean([c["success"] for c in group]) for group in groups], marker="o", label=method
+        )
+        axes.scatter(
+            [cost(c) for c in cells], [c["success"] for c in cells], color=line.get_color(), s=8, alpha=0.5
+        )
+    axes.set(xlabel=label, ylabel=f"success in the twin ({variant})", ylim=(0, 1), xscale="symlog")
+    axes.legend(fontsize="small")
+    figure.savefig(file)
