@@ -54,13 +54,17 @@ class Workshop:
         plan: The comparison.
         cell: The cell to train.
         out: Directory of the comparison.
+        progress: Show headings and progress bars of the shared stages.
     """
 
-    def __init__(self, plan: Plan, cell: Cell, out: Path) -> None:
+    def __init__(self, plan: Plan, cell: Cell, out: Path, *, progress: bool = False) -> None:
+        self.progress = progress
         self.plan, self.cell, self.out = plan, cell, out / "cells" / cell.name
         # With room for the largest budget, so that the start states of play stay apart from all rollouts.
         recipe = replace(plan.recipe, seed=cell.seed, rollouts=max(plan.budgets))
-        self.shared = Run(recipe, out / "shared" / f"seed{cell.seed}", bundled=plan.bundled)
+        self.shared = Run(
+            recipe, out / "shared" / f"seed{cell.seed}", bundled=plan.bundled, progress=progress
+        )
         own = replace(recipe, rollouts=cell.budget)
         self._own = out / "shared" / f"seed{cell.seed}-{cell.budget}", own
 
@@ -82,7 +86,7 @@ class Workshop:
     def run(self) -> Run:
         """The seed's run with this cell's budget; methods of one budget share its rollouts and its world."""
         directory, recipe = self._own
-        return Run(recipe, directory, bundled=self.plan.bundled)
+        return Run(recipe, directory, bundled=self.plan.bundled, progress=self.progress)
 
     def rollouts(self) -> list[Episode]:
         """P labelled rollouts of the base policy."""

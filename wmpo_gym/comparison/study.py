@@ -44,7 +44,7 @@ def run_study(plan: Plan, out: str | Path, *, progress: bool = True) -> dict[str
     with progress_bar(total=len(cells), desc="cells", disable=not progress) as bar:
         for cell in cells:
             bar.set_postfix_str(cell.name)
-            done += _cell(plan, cell, out)
+            done += _cell(plan, cell, out, progress)
             results = collect(plan, done)
             write_json_atomic(out / "results.json", results)
             bar.update(1)
@@ -65,12 +65,12 @@ def collect(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _cell(plan: Plan, cell: Cell, out: Path) -> list[dict[str, Any]]:
+def _cell(plan: Plan, cell: Cell, out: Path, progress: bool) -> list[dict[str, Any]]:
     """Results of a cell, one per variant; trains and tests if they are not on the disk."""
     file = out / "cells" / cell.name / "results.json"
     if not file.exists():
         began = time.perf_counter()
-        trained = METHODS[cell.method](Workshop(plan, cell, out))
+        trained = METHODS[cell.method](Workshop(plan, cell, out, progress=progress))
         seconds = time.perf_counter() - began
         entries = [
             {

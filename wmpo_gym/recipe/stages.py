@@ -144,6 +144,7 @@ class Run:
                 policy = train_sft(
                     demonstrations, self.task, settings=self.recipe.sft, seed=self.recipe.seed,
                     progress=lambda done, total, metrics: bar.update(1),
+                    checkpoint_dir=self.out / "checkpoints" / "sft",
                 )  # fmt: skip
                 policy.save_pretrained(directory)
         return VLAPolicy.from_pretrained(directory, seed=self.recipe.seed)

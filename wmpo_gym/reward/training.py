@@ -25,6 +25,7 @@ from wmpo_gym.data.atomic import (
     write_json_atomic,
 )
 from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.optimizer_state import pack_slots, unpack_slots
 from wmpo_gym.progress import progress_bar
 from wmpo_gym.reward.calibration import assess, calibrate, split_episodes
 from wmpo_gym.reward.classifier import KINDS, SuccessClassifier
@@ -361,8 +362,7 @@ class _Trainer:
         if self.checkpoint_dir is None:
             return
         tensors = {f"model.{k}": v for k, v in self.classifier.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+        tensors |= pack_slots(self.optimizer, "optimizer.")
         tensors["generator"] = self.generator.get_state()
         with write_dir_atomic(self.checkpoint_dir) as tmp:
             save_safetensors(tmp / "state.safetensors", tensors)
@@ -379,15 +379,10 @@ class _Trainer:
                 "same ones or choose another directory."
             )
         tensors = load_safetensors(self.checkpoint_dir / "state.safetensors")
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                moments.setdefault(int(index), {})[name] = value
         self.classifier.load_state_dict(
             {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         )
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        unpack_slots(self.optimizer, tensors, "optimizer.")
         self.generator.set_state(tensors["generator"])
         self.step, self.loss, self.seconds = meta["step"], meta["loss"], meta["seconds"]
         logger.info("Resumed the classifier's training at step %d.", self.step)

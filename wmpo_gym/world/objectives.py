@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from wmpo_gym.data.optimizer_state import pack_slots, unpack_slots
 from wmpo_gym.world.flow import RectifiedFlow
 
 if TYPE_CHECKING:
@@ -151,17 +152,10 @@ class PatchCritic(nn.Module):
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Weights and moments under names that begin with ``critic.``."""
-        tensors = {f"critic.net.{k}": v for k, v in self.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"critic.optimizer.{i}.{k}": v for k, v in state.items()}
-        return tensors
+        weights = {f"critic.net.{k}": v for k, v in self.state_dict().items()}
+        return weights | pack_slots(self.optimizer, "critic.optimizer.")
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what :meth:`checkpoint` gave."""
         self.load_state_dict({k[11:]: v for k, v in tensors.items() if k.startswith("critic.net.")})
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("critic.optimizer."):
-                index, name = key[17:].split(".")
-                moments.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        unpack_slots(self.optimizer, tensors, "critic.optimizer.")

@@ -23,6 +23,7 @@ from wmpo_gym.data.atomic import (
     write_json_atomic,
 )
 from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.optimizer_state import pack_slots, unpack_slots
 from wmpo_gym.progress import progress_bar
 from wmpo_gym.tasks import Task
 from wmpo_gym.world.objectives import ChunkObjective, PatchCritic
@@ -247,8 +248,7 @@ class WorldModelTrainer:
         stream = self.streams.get_state()
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+        tensors |= pack_slots(self.optimizer, "optimizer.")
         if self.critic is not None:
             tensors |= self.critic.checkpoint()
         tensors |= {
@@ -284,11 +284,7 @@ class WorldModelTrainer:
         self.network.load_state_dict(part("network."))
         averages = part("ema.")
         self.ema = {name: averages[name] for name in self.ema}  # files keep no order
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in part("optimizer.").items():
-            index, name = key.split(".")
-            moments.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        unpack_slots(self.optimizer, tensors, "optimizer.")
         if self.critic is not None:
             self.critic.restore(tensors)
         self.streams.set_state({k: v.numpy() for k, v in part("stream.").items()} | {"rng": meta["rng"]})
