@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -147,7 +148,7 @@ class DPO(GroupAlgorithm):
         training, held_out = self._split(pairs, rollouts.group_ids)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        best, best_loss, best_epoch = self._weights(), INDIFFERENT, 0
+        best, best_loss, best_epoch = copy.deepcopy(self.policy.state_dict()), INDIFFERENT, 0
         figures: dict[str, float] = {}
         for epoch in range(1, self.n_epochs + 1):
             figures = self._epoch(rollouts, training)
@@ -156,7 +157,7 @@ class DPO(GroupAlgorithm):
             loss = self._held_out_loss(rollouts, held_out)
             figures["validation_loss"] = loss
             if loss < best_loss:
-                best, best_loss, best_epoch = self._weights(), loss, epoch
+                best, best_loss, best_epoch = copy.deepcopy(self.policy.state_dict()), loss, epoch
             elif epoch - best_epoch >= self.patience:
                 break
         if len(held_out):
@@ -212,9 +213,6 @@ class DPO(GroupAlgorithm):
         ]
         self.policy.set_training_mode(True)
         return th.cat(losses).mean().item()
-
-    def _weights(self) -> dict[str, Any]:
-        return {k: v.clone() if isinstance(v, th.Tensor) else v for k, v in self.policy.state_dict().items()}
 
     def learn(
         self: SelfDPO,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -250,6 +251,4 @@ class Chooser(BaseCallback):
         self.spent = self.spent + tried.ledger
         if tried.rate.value > self._best:
             self._best = tried.rate.value
-            self._weights = {
-                k: v.clone() if hasattr(v, "clone") else v for k, v in policy.state_dict().items()
-            }
+            self._weights = copy.deepcopy(policy.state_dict())

@@ -12,7 +12,7 @@ import numpy as np
 from wmpo_gym.comparison.methods import METHODS, Workshop
 from wmpo_gym.comparison.plan import SAW, Cell, Plan
 from wmpo_gym.data.atomic import plain, read_json, write_json_atomic
-from wmpo_gym.evaluation.protocol import EvalProtocol, installed_versions
+from wmpo_gym.evaluation.protocol import EvalProtocol
 from wmpo_gym.evaluation.rollouts import evaluate_policy_on
 from wmpo_gym.progress import progress_bar
 
@@ -56,9 +56,8 @@ def collect(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
     protocol = EvalProtocol.make(
         plan.task, "test", plan.episodes, seed=0, deterministic=False, variant="nominal"
     )
-    shown = protocol.to_dict() | {"variant": list(plan.variants), "seed": "that of the cell"}
     return {
-        "protocol": shown | {"versions": installed_versions()},
+        "protocol": protocol.to_dict() | {"variant": list(plan.variants), "seed": "that of the cell"},
         "plan": plain(plan.to_dict()),
         "saw": {method: SAW[method] for method in plan.methods},
         "cells": entries,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import trim_mean
 
+from wmpo_gym.comparison.plan import WITHOUT_BUDGET
 from wmpo_gym.data.atomic import write_file_atomic
 from wmpo_gym.evaluation.results import show_points
 
@@ -84,7 +85,7 @@ def summarise(results: Mapping[str, Any], greedy: bool = False) -> list[dict[str
     for variant in plan["variants"]:
         ours = outcomes(results, "wmpo", smallest, variant, greedy)
         for method in plan["methods"]:
-            for budget in (0,) if method == "base" else plan["budgets"]:
+            for budget in (0,) if method in WITHOUT_BUDGET else plan["budgets"]:
                 scores = outcomes(results, method, budget, variant, greedy)
                 if not scores:
                     continue
@@ -112,19 +113,19 @@ def _with_interval(name: str, values: tuple[float, float, float]) -> dict[str, A
 
 def markdown_table(results: Mapping[str, Any]) -> str:
     """The table as Markdown, sampled and greedy, with what every method saw."""
-    both = zip(summarise(results), summarise(results, greedy=True), strict=True)
+    rows = summarise(results)
     lines = [
         "| method | real episodes | scene | success, sampled | greedy | WMPO's lead, sampled | WMPO better |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row, greedy in both:
+    for row, greedy in zip(rows, summarise(results, greedy=True), strict=True):
         lead = show_points(row["wmpo_lead"]) if "wmpo_lead" in row else "–"
         better = f"{row['wmpo_better']['probability']:.2f}" if "wmpo_better" in row else "–"
         shown = " | ".join(_percent(r["success"]) for r in (row, greedy))
         lines.append(
             f"| {row['method']} | {row['budget']} | {row['variant']} | {shown} | {lead} | {better} |"
         )
-    first = summarise(results)[0]
+    first = rows[0]
     lines += [
         "",
         f"{first['n']} test start states per seed, {first['seeds']} seed(s); intervals by resampling start "
