@@ -10,6 +10,7 @@ from gymnasium.utils import EzPickle
 
 from wmpo_gym.data.atomic import read_json
 from wmpo_gym.envs.chunk_env import Chunk, ChunkEnv, ChunkVectorEnv, Starts, State
+from wmpo_gym.envs.heap import keep_freed_memory
 from wmpo_gym.envs.rows import take_prefixed
 from wmpo_gym.tasks import Task, get_task
 from wmpo_gym.world.world import World, find_pretrained
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 # What must agree between the task of the spaces and the task a world was trained for.
 SHARED_FIELDS = ("name", "instructions", "chunk", "action_dim", "image_size")
-CPU_BATCH = 16  # rows whose activations stay in a CPU's caches
+CPU_BATCH = 32  # rows at once: more overflow the caches, fewer spend the time between the networks
 
 
 class ImaginedVectorEnv(ChunkVectorEnv):
@@ -71,7 +72,7 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         device: Where the networks run. On CPU equal seeds give equal pixels; on a GPU kernels may differ by
             one grey level.
         max_batch: Rows put through the networks at once, which changes no number; None is all on an
-            accelerator and 16 on a CPU, whose caches hold no more.
+            accelerator and 32 on a CPU, whose caches hold no more.
         threshold: Success probability that counts; None is the classifier's calibrated one.
         **kwargs: See :class:`~wmpo_gym.envs.chunk_env.ChunkVectorEnv`.
 
@@ -190,6 +191,8 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         for network in (world.network, getattr(world.autoencoder, "vae", None), world.classifier):
             if network is not None:
                 network.to(self._device).eval()
+        if self._device == "cpu":
+            keep_freed_memory()
         self._imagination = world.imagination()
         self._index_of_id = {int(start_id): i for i, start_id in enumerate(world.start_frames.ids)}
         self._noise = [torch.Generator("cpu") for _ in range(self.num_envs)]
@@ -244,7 +247,9 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         import torch
 
         shape, n = self._imagination.noise_shape, len(rows)
-        noise = torch.stack([torch.randn(shape, generator=self._noise[row]) for row in rows])
+        noise = torch.empty(n, *shape)
+        for part, row in zip(noise, rows, strict=True):
+            torch.randn(shape, generator=self._noise[row], out=part)
         if n == 1 and self._device == "cpu":
             # PyTorch has other kernels for a batch of one, whose sums differ in the last bit.
             rows, actions, noise = rows.repeat(2), actions.repeat(2, axis=0), noise.repeat(2, 1, 1, 1, 1)

@@ -78,6 +78,10 @@ class Trajectories:
         """Number of groups."""
         return len(th.unique(self.group_ids))
 
+    def token_counts(self) -> th.Tensor:
+        """Tokens of actions that were carried out, int64 (N,)."""
+        return th.zeros(len(self), dtype=th.int64).index_add(0, self.rows, self.token_mask.sum(1))
+
     def select(self, index: th.Tensor) -> Trajectories:
         """The episodes of a boolean mask or of increasing indices, with all their decisions."""
         index = index.nonzero().squeeze(1) if index.dtype == th.bool else index

@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 SelfDPO = TypeVar("SelfDPO", bound="DPO")
 
-INDIFFERENT = math.log(2)  # the loss of a policy that equals its reference
-
 
 class DPO(GroupAlgorithm):
     """Direct Preference Optimization (arXiv 2305.18290) of whole episodes, as in WMPO's comparison (§4.1).
@@ -38,7 +36,8 @@ class DPO(GroupAlgorithm):
 
     DPO lowers the likelihood of failures without bound and destroys a policy when it goes on too long.
     Therefore some groups are held back, and the weights kept are those with the lowest loss on them; if that
-    never falls below indifference (log 2) the policy stays as it was.
+    never falls below indifference (log 2) the policy stays as it was. A lower loss does not have to mean more
+    successes; a subclass that can afford to measure them overrides :meth:`score`.
 
     Args:
         policy: See :class:`~wmpo_gym.algorithms.common.group_algorithm.GroupAlgorithm` for this and every
@@ -46,6 +45,8 @@ class DPO(GroupAlgorithm):
         env: See there.
         learning_rate: A number or a schedule.
         beta: How strongly the policy is held to its reference; larger holds more.
+        sft_weight: Weight of the winners' negative log-likelihood per token, which keeps them from losing
+            probability together with the failures (arXiv 2404.19733, eq. 1); 0 is plain DPO.
         failures_per_success: Pairs that each success forms, with different failures of its group.
         batch_size: Pairs per optimizer step.
         micro_batch_size: Pairs per forward pass, None for the whole minibatch; does not change the gradient.
@@ -61,7 +62,7 @@ class DPO(GroupAlgorithm):
 
     resume_settings: ClassVar[tuple[str, ...]] = (
         *GroupAlgorithm.resume_settings,
-        *"beta failures_per_success batch_size micro_batch_size n_epochs patience".split(),
+        *"beta sft_weight failures_per_success batch_size micro_batch_size n_epochs patience".split(),
         *"validation_share max_grad_norm".split(),
     )
 
@@ -73,6 +74,7 @@ class DPO(GroupAlgorithm):
         group_size: int = 8,
         n_groups: int | None = None,
         beta: float = 0.1,
+        sft_weight: float = 0.0,
         failures_per_success: int = 4,
         batch_size: int = 32,
         micro_batch_size: int | None = 16,
@@ -104,6 +106,8 @@ class DPO(GroupAlgorithm):
                 raise ValueError(f"{name} must be at least 1, got {count}.")
         if not beta > 0:
             raise ValueError(f"beta must be above 0, got {beta}.")
+        if not sft_weight >= 0:
+            raise ValueError(f"sft_weight must not be negative, got {sft_weight}.")
         if not 0 <= validation_share < 1:
             raise ValueError(f"validation_share must lie in [0, 1), got {validation_share}.")
         super().__init__(
@@ -126,6 +130,7 @@ class DPO(GroupAlgorithm):
             _init_setup_model=False,
         )
         self.beta = beta
+        self.sft_weight = sft_weight
         self.failures_per_success = failures_per_success
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
@@ -148,24 +153,39 @@ class DPO(GroupAlgorithm):
         training, held_out = self._split(pairs, rollouts.group_ids)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        best, best_loss, best_epoch = copy.deepcopy(self.policy.state_dict()), INDIFFERENT, 0
+        best, best_score, best_epoch = self._weights(), self.score(rollouts, held_out), 0
         figures: dict[str, float] = {}
         for epoch in range(1, self.n_epochs + 1):
             figures = self._epoch(rollouts, training)
-            if not len(held_out):
+            score = self.score(rollouts, held_out)
+            if score is None or best_score is None:
                 continue
-            loss = self._held_out_loss(rollouts, held_out)
-            figures["validation_loss"] = loss
-            if loss < best_loss:
-                best, best_loss, best_epoch = copy.deepcopy(self.policy.state_dict()), loss, epoch
+            figures["validation_score"] = score
+            if score > best_score:
+                best, best_score, best_epoch = self._weights(), score, epoch
             elif epoch - best_epoch >= self.patience:
                 break
-        if len(held_out):
+        if best_score is not None:
             self.policy.load_state_dict(best)
-            figures |= {"best_validation_loss": best_loss, "best_epoch": best_epoch}
+            figures |= {"best_validation_score": best_score, "best_epoch": best_epoch}
         self.policy.set_training_mode(False)
         for name, value in {**figures, "epochs": epoch, "n_updates": self._n_updates}.items():
             self.logger.record(f"train/{name}", value)
+
+    def score(self, rollouts: Trajectories, held_out: th.Tensor) -> float | None:
+        """How good the present weights are, higher is better; asked before the first pass and after each.
+
+        Args:
+            rollouts: Those of the iteration.
+            held_out: Pairs ``(P, 2)`` of it that are not trained on.
+
+        Returns:
+            Minus the loss on the held-out pairs, or None without any; with None the last weights are kept.
+        """
+        return -self._held_out_loss(rollouts, held_out) if len(held_out) else None
+
+    def _weights(self) -> dict[str, th.Tensor]:
+        return copy.deepcopy(self.policy.state_dict())
 
     def _split(self, pairs: th.Tensor, group_ids: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """Pairs to train on and pairs of groups held back; at least one group stays for training."""
@@ -189,6 +209,10 @@ class DPO(GroupAlgorithm):
         for part in pairs.split(self.micro_batch_size or len(pairs)):
             winner, loser = self._gains(rollouts, part)
             loss = preference_loss(winner, loser, self.beta).sum() / len(pairs)
+            if self.sft_weight:
+                # The reference's share of the log-likelihood is constant and left out.
+                per_token = winner / rollouts.token_counts()[part[:, 0]].to(winner)
+                loss = loss - self.sft_weight * per_token.sum() / len(pairs)
             loss.backward()
             margin = (winner - loser).detach()
             total["loss"] += loss.item()

@@ -14,9 +14,9 @@ from wmpo_gym.algorithms import DPO
 from wmpo_gym.algorithms.dpo.preferences import pair_gain, preference_loss, preference_pairs
 
 
-def make(env=None, **kwargs) -> DPO:
+def make(env=None, cls=DPO, **kwargs) -> DPO:
     kwargs = {"seed": 0, "device": "cpu", "learning_rate": 3e-3, "group_size": 8, **kwargs}
-    return DPO(TokenPolicy, vec(n_envs=64) if env is None else env, **kwargs)
+    return cls(TokenPolicy, vec(n_envs=64) if env is None else env, **kwargs)
 
 
 def test_pairs_stay_within_their_start_state():
@@ -50,7 +50,7 @@ def test_learns_the_toy_task():
     after = evaluate_policy(model, held_out, 256, deterministic=False)[0]
     assert before < 0.5 and after > before + 0.15
     first = model.history[0]
-    assert first["train/best_validation_loss"] < math.log(2) and first["train/pair_accuracy"] > 0.6
+    assert first["train/best_validation_score"] > -math.log(2) and first["train/pair_accuracy"] > 0.6
 
 
 def test_a_policy_starts_where_its_reference_is():
@@ -73,6 +73,35 @@ def test_micro_batches_do_not_change_the_update():
     th.testing.assert_close(moved[0], moved[1], atol=1e-7, rtol=1e-4)
 
 
+def test_sft_weight_holds_up_the_winners():
+    """With the preference all but switched off, what is left is imitation of the winners."""
+    gains = {}
+    for weight in (0.0, 1.0):
+        model = make(sft_weight=weight, beta=1e-6, learning_rate=1e-3)
+        rollouts = rollouts_of(model)
+        pairs = preference_pairs(rollouts.successes, rollouts.group_ids, 4, np.random.default_rng(0))
+        for _ in range(5):
+            model._update(rollouts, pairs)
+        with th.no_grad():
+            winner, loser = model._gains(rollouts, pairs)
+        gains[weight] = winner.mean().item()
+    assert gains[1.0] > 1.5 * gains[0.0] > 0  # Adam makes long steps of the small gradient too
+
+
+def test_a_subclass_judges_by_its_own_measure():
+    scores = iter([0.3, 0.1, 0.5, 0.2, 0.2])
+
+    class Judged(DPO):
+        def score(self, rollouts, held_out):
+            return next(scores)
+
+    model = make(cls=Judged, n_epochs=10, patience=2, validation_share=0.0)
+    model.learn(max_iterations=1)
+    logged = model.history[0]
+    assert logged["train/best_epoch"] == 2 and logged["train/best_validation_score"] == 0.5
+    assert logged["train/epochs"] == 4
+
+
 def test_stops_before_it_diverges():
     model = make(learning_rate=3e-2, n_epochs=30, patience=2)
     rollouts = rollouts_of(model, max_iterations=1)
@@ -82,7 +111,7 @@ def test_stops_before_it_diverges():
     model.train(rollouts)  # outcomes by chance: what is learned on some groups is wrong on the others
     logged = model.logger.name_to_value
     assert logged["train/epochs"] < 30
-    assert logged["train/best_validation_loss"] <= math.log(2) < logged["train/validation_loss"]
+    assert logged["train/best_validation_score"] >= -math.log(2) > logged["train/validation_score"]
     assert th.equal(parameters(model), before) == (logged["train/best_epoch"] == 0)
 
 

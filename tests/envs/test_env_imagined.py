@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,3 +172,24 @@ def test_a_world_of_the_published_network_runs_too(real_world: World, tmp_path: 
         many, one = batch.step(a)[0]["pixels"][3], single.step(a[3])[0]["pixels"]
         assert np.abs(many.astype(int) - one).max() <= 1
         assert many.std() > 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc's heap is tuned")
+def test_freed_memory_is_kept_for_the_next_chunk() -> None:
+    """In a process of its own: allocations of an activation's size fault once, not every time."""
+    code = (
+        "import resource, torch, sys\n"
+        "from wmpo_gym.envs.heap import keep_freed_memory\n"
+        "torch.set_num_threads(1)\n"
+        "if sys.argv[1] == 'kept': assert keep_freed_memory()\n"
+        "def use():\n    a, b = torch.ones(4_000_000), torch.ones(4_000_000)\n"
+        "for _ in range(3): use()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(20): use()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    faults = {
+        mode: int(subprocess.run([sys.executable, "-c", code, mode], capture_output=True, check=True).stdout)
+        for mode in ("plain", "kept")
+    }
+    assert faults["kept"] < 0.1 * faults["plain"]

@@ -115,6 +115,9 @@ def test_seeds_share_no_start_state_and_splits_stay_apart() -> None:
         starts = replace(Recipe(), seed=seed).start_states(task)
         chosen = [i for ids in starts.values() for i in ids]
         assert len(chosen) == len(set(chosen)) and {task.split_of(i) for i in chosen} == {"train"}
+        more = replace(Recipe(), seed=seed, rollouts=1280).start_states(task)
+        assert more["play"] == starts["play"] and more["rollouts"][:128] == starts["rollouts"]
+        assert len(more["rollouts"]) == 1280 and not set(more["rollouts"]) & set(more["play"] + more["demos"])
     with pytest.raises(ValueError, match="train split"):
         replace(Recipe(), play=10**6).start_states(MOVE_BLOCK)
 

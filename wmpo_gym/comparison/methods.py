@@ -12,8 +12,10 @@ from typing import Any
 
 import gymnasium
 from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
 
 from wmpo_gym.algorithms.common.env_util import as_vec_env, read_ledger
+from wmpo_gym.algorithms.common.trajectories import Trajectories
 from wmpo_gym.algorithms.dpo import DPO
 from wmpo_gym.algorithms.grpo import GRPO
 from wmpo_gym.algorithms.sac import add_demonstrations, make_sac
@@ -61,8 +63,7 @@ class Workshop:
     def __init__(self, plan: Plan, cell: Cell, out: Path, *, progress: bool = False) -> None:
         self.progress = progress
         self.plan, self.cell, self.out = plan, cell, out / "cells" / cell.name
-        # With room for the largest budget, so that the start states of play stay apart from all rollouts.
-        recipe = replace(plan.recipe, seed=cell.seed, rollouts=max(plan.budgets))
+        recipe = replace(plan.recipe, seed=cell.seed)
         self.shared = Run(
             recipe, out / "shared" / f"seed{cell.seed}", bundled=plan.bundled, progress=progress
         )
@@ -134,14 +135,15 @@ def train_grpo_real(shop: Workshop) -> Trained:
             GRPO, shop.base(), env, learning_rate=settings.grpo_learning_rate, group_size=GROUP,
             max_extra_waves=0, seed=shop.cell.seed, checkpoint_dir=shop.out / "checkpoints",
         )  # fmt: skip
-        chooser = Chooser(shop, iterations)
-        model.learn(max_iterations=iterations, callback=chooser, resume=True)
-        return Trained(chooser.best(model.policy), model.budget, chooser.spent)
+        chooser = Chooser(shop)
+        best = BestCheckpoint(chooser, iterations)
+        model.learn(max_iterations=iterations, callback=best, resume=True)
+        return Trained(best.best(model.policy), model.budget, chooser.spent)
 
 
 def train_dpo(shop: Workshop) -> Trained:
     """DPO from P real episodes of the base policy."""
-    return _dpo(shop, shop.simulated, shop.cell.budget // GROUP, Ledger())
+    return _dpo(shop, shop.simulated, shop.cell.budget // shop.plan.baselines.dpo_group_size, Ledger())
 
 
 def train_dpo_imagined(shop: Workshop) -> Trained:
@@ -151,14 +153,16 @@ def train_dpo_imagined(shop: Workshop) -> Trained:
 
 
 def _dpo(shop: Workshop, make_env: Callable[[int], Any], n_groups: int, spent: Ledger) -> Trained:
-    settings = shop.plan.baselines
-    with closing(make_env(min(n_groups, 16) * GROUP)) as env:
+    settings, size = shop.plan.baselines, shop.plan.baselines.dpo_group_size
+    with closing(make_env(min(n_groups * size, 128))) as env:
         model = grpo_from_policy(
-            DPO, shop.base(), env, learning_rate=settings.dpo_learning_rate, beta=settings.dpo_beta,
-            group_size=GROUP, n_groups=n_groups, max_extra_waves=0, seed=shop.cell.seed,
+            ValidatedDPO, shop.base(), env, learning_rate=settings.dpo_learning_rate, beta=settings.dpo_beta,
+            sft_weight=settings.dpo_sft_weight, group_size=size, n_groups=n_groups, max_extra_waves=0,
+            validation_share=0.0, seed=shop.cell.seed,
         )  # fmt: skip
+        model.chooser = chooser = Chooser(shop)
         model.learn(max_iterations=1)
-        return Trained(model.policy, model.budget + spent, Ledger())
+        return Trained(model.policy, model.budget + spent, chooser.spent)
 
 
 def train_sac(shop: Workshop, *, demonstrations: bool = False, imagined: bool = False) -> Trained:
@@ -216,14 +220,36 @@ class StopAtEpisodes(BaseCallback):
         return self.episodes is None or read_ledger(self.training_env).real_episodes < self.episodes
 
 
-class Chooser(BaseCallback):
-    """Keeps the checkpoint with the highest success on validation start states, looked at four times."""
+class Chooser:
+    """Judges weights by the success on validation start states, sampled.
 
-    def __init__(self, shop: Workshop, iterations: int) -> None:
+    Attributes:
+        spent: What looking has cost so far.
+    """
+
+    def __init__(self, shop: Workshop) -> None:
+        self.plan, self.seed, self.spent = shop.plan, shop.cell.seed, Ledger()
+
+    def look(self, policy: Any) -> float | None:
+        """The success rate, or None if the plan has no episodes for it."""
+        plan = self.plan
+        if not plan.selection_episodes:
+            return None
+        tried = evaluate_policy_on(
+            plan.task, policy, "validation", plan.selection_episodes, deterministic=False, seed=self.seed,
+            progress=False,
+        )  # fmt: skip
+        self.spent = self.spent + tried.ledger
+        return tried.rate.value
+
+
+class BestCheckpoint(BaseCallback):
+    """Keeps the weights that a chooser likes best, looked at four times."""
+
+    def __init__(self, chooser: Chooser, iterations: int) -> None:
         super().__init__()
-        self.shop, self.every = shop, max(1, iterations // 4)
-        self.spent, self._best = Ledger(), -1.0
-        self._weights: dict[str, Any] = {}
+        self.chooser, self.every = chooser, max(1, iterations // 4)
+        self._best, self._weights = -1.0, {}  # type: float, dict[str, Any]
 
     def _on_rollout_start(self) -> None:
         iteration = self.model._iteration
@@ -235,20 +261,22 @@ class Chooser(BaseCallback):
 
     def best(self, policy: Any) -> Any:
         """The policy with the best weights put back; with no selection episodes, as it is."""
-        if self.shop.plan.selection_episodes:
-            self._look(policy)
+        self._look(policy)
+        if self._weights:
             policy.load_state_dict(self._weights)
         return policy
 
     def _look(self, policy: Any) -> None:
-        plan = self.shop.plan
-        if not plan.selection_episodes:
-            return
-        tried = evaluate_policy_on(
-            self.shop.task, policy, "validation", plan.selection_episodes, deterministic=False,
-            seed=self.shop.cell.seed, progress=False,
-        )  # fmt: skip
-        self.spent = self.spent + tried.ledger
-        if tried.rate.value > self._best:
-            self._best = tried.rate.value
-            self._weights = copy.deepcopy(policy.state_dict())
+        score = self.chooser.look(policy)
+        if score is not None and score > self._best:
+            self._best, self._weights = score, copy.deepcopy(policy.state_dict())
+
+
+class ValidatedDPO(DPO):
+    """DPO that keeps the weights with the most successes on validation start states."""
+
+    chooser: Chooser
+
+    def score(self, rollouts: Trajectories, held_out: Tensor) -> float | None:
+        """See :meth:`Chooser.look`."""
+        return self.chooser.look(self.policy)

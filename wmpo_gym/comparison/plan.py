@@ -34,6 +34,8 @@ class Baselines:
         grpo_learning_rate: Its step size.
         dpo_learning_rate: DPO's step size.
         dpo_beta: DPO's hold on its reference.
+        dpo_sft_weight: Weight of the winners' own likelihood.
+        dpo_group_size: Rollouts from one start state.
         dpo_imagined_groups: Imagined start states DPO pairs rollouts from.
         sft: Fine-tuning on filtered successes, from the base policy on.
         sac_gradient_steps: SAC's updates per round of its 16 rows.
@@ -44,6 +46,8 @@ class Baselines:
     grpo_learning_rate: float = 5e-4
     dpo_learning_rate: float = 1e-5
     dpo_beta: float = 0.1
+    dpo_sft_weight: float = 0.0
+    dpo_group_size: int = 8
     dpo_imagined_groups: int = 256
     sft: SFTSettings = SFTSettings(steps=200, lr=5e-4, symmetries=("swap colours",))
     sac_gradient_steps: int = 16

@@ -169,7 +169,7 @@ class ShuffledGRPO(GRPO):
 def judge(
     run: Run, world: World, base: VLAPolicy, improved: VLAPolicy, training: dict[str, Any]
 ) -> tuple[dict[str, Any], TwinComparison, EvalProtocol]:
-    """Paired figures on the test split, the improved policy judged by its twin, and the protocol."""
+    """Figures on the test split: paired, and the imagined ones judged by their twin; and the protocol."""
     recipe, task = run.recipe, run.task
     with run.stage("evaluate", f"Before and after in the twin: {recipe.test_episodes} test start states"):
         tested = {
@@ -185,7 +185,7 @@ def judge(
             for name, policy in (("base", base), ("wmpo", improved))
             for greedy in (False, True)
         }
-        ids = list(task.split_ids("validation")[: recipe.gate_episodes])
+        ids = list(task.split_ids("test")[: recipe.test_episodes])
         comparison = compare_with_twin(world, improved, ids, seed=recipe.seed + 2, progress=run.progress)
     results = build_results(
         base=tested["base", False].success,

@@ -12,6 +12,8 @@ from wmpo_gym.policies.sft import SFTSettings
 from wmpo_gym.tasks import Task
 from wmpo_gym.world.training import WorldModelTraining
 
+FIRST_ROLLOUTS = 128  # the paper's smaller P
+
 
 @dataclass(frozen=True)
 class GRPOSettings:
@@ -86,21 +88,24 @@ class Recipe:
         return asdict(self)
 
     def start_states(self, task: Task) -> dict[str, list[int]]:
-        """Disjoint train start states for demonstrations, rollouts and play, drawn by the seed.
+        """Disjoint train start states for demonstrations, play and rollouts, drawn by the seed.
+
+        Play does not depend on P: more rollouts than :data:`FIRST_ROLLOUTS` come from behind it.
 
         Raises:
             ValueError: If the train split is too small for all of them.
         """
         train = np.array(task.split_ids("train"))
-        counts = {"demos": self.demos, "rollouts": self.rollouts, "play": self.play}
-        if sum(counts.values()) > len(train):
+        needed = self.demos + self.play + max(self.rollouts, FIRST_ROLLOUTS)
+        if needed > len(train):
             raise ValueError(
-                f"{sum(counts.values())} start states are needed, the train split of {task.name!r} has "
-                f"{len(train)}; ask for fewer demonstrations, rollouts or play episodes."
+                f"{needed} start states are needed, the train split of {task.name!r} has {len(train)}; ask "
+                "for fewer demonstrations, rollouts or play episodes."
             )
         order = np.random.default_rng([self.seed, 17]).permutation(train)
-        ends = np.cumsum(list(counts.values()))
-        return {name: part.tolist() for name, part in zip(counts, np.split(order, ends)[:3], strict=True)}
+        demos, first, play, further = np.split(order, np.cumsum([self.demos, FIRST_ROLLOUTS, self.play]))
+        rollouts = np.concatenate([first, further])[: self.rollouts]
+        return {"demos": demos.tolist(), "rollouts": rollouts.tolist(), "play": play.tolist()}
 
     def seeded(self) -> Recipe:
         """The recipe with the seeds of its trainings derived from its own."""

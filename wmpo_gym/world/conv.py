@@ -41,6 +41,11 @@ class ConvContext:
     sigma: Tensor
 
 
+def _pixelwise(x: Tensor) -> Tensor:
+    """The same pictures ``(N, C, h, w)``, a pixel's channels side by side: convolutions are faster so."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class FiLMBlock(nn.Module):
     """Residual block of two 3x3 convolutions, modulated by the conditioning vector."""
 
@@ -215,7 +220,8 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         # Scaled down where there is only noise to see, so that it does not drown the context.
         scaled = noisy * (1 - 0.9 * sigma)[:, None, None, None, None]
         frames = torch.cat([scaled, shifted], dim=1).transpose(1, 2).flatten(0, 1)  # (B K, 2 C, h, w)
-        x = self.frame_stem(F.pixel_unshuffle(frames, self.patch)) + self._per_frame(self._stem(cache.frames))
+        x = self.frame_stem(_pixelwise(F.pixel_unshuffle(frames, self.patch)))
+        x = x + self._per_frame(self._stem(cache.frames))
         features = F.pixel_shuffle(self._unet(x, self._condition(sigma, actions, cache)), self.patch)
         sharp = torch.cat([features, self._per_frame(last), shifted.transpose(1, 2).flatten(0, 1)], dim=1)
         out = self.head(F.silu(self.sharpen(sharp)))
@@ -233,7 +239,9 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         """First convolution of the context, which the chunk's frames share."""
         batch, _, _, height, width = context.shape
         frames = F.pixel_unshuffle(context.transpose(1, 2).flatten(1, 2), self.patch)
-        return self.context_stem(torch.cat([frames, self._coordinates(batch, height, width)], dim=1))
+        return self.context_stem(
+            _pixelwise(torch.cat([frames, self._coordinates(batch, height, width)], dim=1))
+        )
 
     def _per_frame(self, x: Tensor) -> Tensor:
         """Repeat rows ``(B, ...)`` for each of the chunk's frames: ``(B K, ...)``."""

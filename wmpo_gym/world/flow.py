@@ -12,8 +12,10 @@ the loss and only the latter move while sampling.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -197,22 +199,13 @@ class RectifiedFlow:
             float32 ``(B, C, K, h, w)``.
         """
         velocity = self._velocity_function(network, context, actions, prev_action, cached)
-        scheduler = self._scheduler(steps, noise.device)
+        scheduler = copy.copy(_prepared_scheduler(self, steps, noise.device))
         z = noise.float()
         for t in scheduler.timesteps:
             v = velocity(z, self._told(t).expand(z.shape[0]))
             # The scheduler's velocity points from data to noise, ours from noise to data.
             (z,) = scheduler.step(-v.float(), t, z, return_dict=False)
         return z
-
-    def _scheduler(self, steps: int, device: torch.device) -> Any:
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.n_train_timesteps)
-        grid = self.timesteps(steps)
-        scheduler.set_timesteps(sigmas=(grid / self.n_train_timesteps).tolist(), device=device)
-        scheduler.set_begin_index(0)  # spares a search, which would wait for the GPU
-        return scheduler
 
     def _velocity_function(
         self, network: Any, context: Tensor, actions: Tensor, prev_action: Tensor | None, cached: bool
@@ -262,3 +255,14 @@ def shift_timestep(timestep: Tensor, shift: float, n_train_timesteps: int = 1000
     """
     u = timestep / n_train_timesteps
     return (shift * u / (1 + (shift - 1) * u) * n_train_timesteps).clamp(max=n_train_timesteps)
+
+
+@lru_cache(maxsize=8)
+def _prepared_scheduler(flow: RectifiedFlow, steps: int, device: torch.device) -> Any:
+    """Diffusers' Euler scheduler before its first step; a copy of it counts its own steps."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=flow.n_train_timesteps)
+    scheduler.set_timesteps(sigmas=(flow.timesteps(steps) / flow.n_train_timesteps).tolist(), device=device)
+    scheduler.set_begin_index(0)  # spares a search, which would wait for the GPU
+    return scheduler

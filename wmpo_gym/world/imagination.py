@@ -39,7 +39,7 @@ class ImaginationState:
 
     def rows(self, index: Index) -> ImaginationState:
         """A copy of some rows; ``index`` as for a tensor: integers, a bool mask or a slice."""
-        return ImaginationState(**{name: _take(value, index).clone() for name, value in self._items()})
+        return ImaginationState(**{name: _take(value, index) for name, value in self._items()})
 
     def assign(self, index: Index, other: ImaginationState) -> None:
         """Overwrite some rows in place with those of ``other``, in order."""
@@ -174,8 +174,8 @@ class Imagination:
         # see. A lossy autoencoder is left out of the loop instead: encoding anew each chunk would add its
         # losses up (the published loop keeps the generated latents for that reason).
         latents = self.autoencoder.encode(frames) if self.autoencoder.lossless else latents
-        context = torch.cat([state.context, latents], dim=2)[:, :, -self.context_frames :]
-        return frames, ImaginationState(context.contiguous(), actions[:, -1].clone())
+        known = [state.context[:, :, self.chunk :], latents[:, :, -self.context_frames :]]
+        return frames, ImaginationState(torch.cat(known, dim=2), actions[:, -1].clone())
 
     def _sample(self, noise: Tensor, context: Tensor, actions: Tensor, prev_action: Tensor) -> Tensor:
         n, wanted = len(noise), getattr(self.network, "min_rows", 1)
@@ -198,4 +198,5 @@ def _index(index: Index) -> Any:
 
 
 def _take(value: Tensor, index: Index) -> Tensor:
-    return value[_index(index)]
+    taken = value[_index(index)]
+    return taken.clone() if isinstance(index, slice) else taken  # a slice would share its memory
