@@ -57,6 +57,7 @@ class MoveBlockSim:
         self.data = mujoco.MjData(self.model)
         self.task_id = 0
         self.start_state_id = -1
+        self._reaching = False  # whether the last step had the magnet on
         model = self.model
         self._qpos = {n: int(model.joint(f"{n}_x").qposadr[0]) for n in (*BLOCKS, "tool")}
         self._eq = {n: int(model.equality(n).id) for n in BLOCKS}
@@ -79,6 +80,7 @@ class MoveBlockSim:
         self.task.split_of(start_state_id)
         rng = np.random.default_rng([self.task.start_states.seed, start_state_id])
         mujoco.mj_resetData(self.model, self.data)
+        self._reaching = False
         self.task_id = int(rng.integers(len(BLOCKS)))
         tool = (rng.uniform(-0.73, -0.62), rng.uniform(-0.6, 0.6))
         first = np.array([rng.uniform(-0.45, 0.0), rng.uniform(-0.55, 0.55)])
@@ -117,6 +119,7 @@ class MoveBlockSim:
             before + STEP_LENGTH * np.asarray(action[:2], dtype=np.float64), -WORKSPACE, WORKSPACE
         )
         magnet = action[2] > 0
+        self._reaching = bool(magnet)
         if not magnet:
             data.eq_active[:] = 0
         for i in range(1, SUBSTEPS + 1):
@@ -155,6 +158,13 @@ class MoveBlockSim:
         return bool(self.data.eq_active.any())
 
     @property
+    def contact(self) -> str | None:
+        """``"held"`` with the named block on the magnet, ``"missed"`` with the magnet on without it."""
+        if self.data.eq_active[self._eq[self.target]]:
+            return "held"
+        return "missed" if self._reaching else None
+
+    @property
     def success(self) -> bool:
         """The named block lies within :data:`TOLERANCE` of the disc's centre and the magnet holds nothing."""
         distance = np.linalg.norm(self.position(self.target) - self._goal_xy)
@@ -175,6 +185,7 @@ class MoveBlockSim:
         expected = mujoco.mj_stateSize(self.model, STATE_SIG) + 2
         if np.shape(state) != (expected,):
             raise ValueError(f"A move-block state has shape ({expected},), got {np.shape(state)}.")
+        self._reaching = False
         mujoco.mj_setState(self.model, self.data, np.ascontiguousarray(state[:-2]), STATE_SIG)
         self.start_state_id, self.task_id = int(state[-2]), int(state[-1])
         mujoco.mj_forward(self.model, self.data)

@@ -24,6 +24,10 @@ from wmpo_gym.comparison.summary import (
     summarise,
     write_summary,
 )
+from wmpo_gym.data.store import EpisodeStore
+from wmpo_gym.envs.simulated import make_simulator
+from wmpo_gym.envs.simulated.scripted import ExpertConfig, record_expert
+from wmpo_gym.evaluation.self_correction import first_contact_failed
 from wmpo_gym.policies.sft import SFTSettings
 from wmpo_gym.recipe.settings import GRPOSettings, Recipe
 from wmpo_gym.world.training import WorldModelTraining
@@ -34,11 +38,13 @@ QUICK = Plan(
     budgets=(32,),
     seeds=(0,),
     variants=("nominal", "texture"),
+    self_correction=True,
     episodes=8,
     selection_episodes=4,
     bundled=True,
     recipe=Recipe(
         demos=8,
+        sft=SFTSettings(steps=2),
         play=4,
         align=FEW_STEPS,
         classifier_steps=4,
@@ -78,12 +84,12 @@ def test_every_cell_is_there_and_counted_by_its_environment(finished: tuple[Path
     ]
     spent = {c["method"]: c["ledger"] for c in results["cells"]}
     assert spent["base"]["real_episodes"] == 0
-    for method in ("sft", "dpo", "grpo", "wmpo", "dpo-imagined", "sac-imagined"):
+    for method in sorted(set(SAW) - {"base", "sac", "sac-demos"}):
         assert spent[method]["real_episodes"] == 32, method
     for method in ("sac", "sac-demos"):
         assert 32 <= spent[method]["real_episodes"] <= 32 + 16, method
     for method, ledger in spent.items():
-        imagines = method in ("wmpo", "dpo-imagined", "sac-imagined")
+        imagines = method.startswith("wmpo") or method.endswith("-imagined")
         assert (ledger["imagined_frames"] > 0) == imagines and (ledger["nfe"] > 0) == imagines, method
     for cell in results["cells"]:
         assert cell["n"] == 8 and cell["success"] == cell["outcomes"].count("1") / 8
@@ -158,3 +164,48 @@ def test_the_lead_is_taken_over_the_smallest_budget() -> None:
     leads = {(r["method"], r["budget"]): r.get("wmpo_lead", {}).get("points") for r in rows}
     assert leads == {("base", 0): 75.0, ("wmpo", 128): None, ("wmpo", 256): 25.0}
     assert "| base | 0 |" in markdown_table({"plan": plan, "cells": cells, "saw": {}})
+
+
+def test_first_contact_fails_when_it_ends_without_the_object() -> None:
+    missed, held = "missed", "held"
+    assert first_contact_failed([None, missed, missed, None, held, None])
+    assert first_contact_failed([None, missed])  # the episode ended it
+    assert not first_contact_failed([missed, missed, held, None, missed, None])
+    assert not first_contact_failed([None, None]) and not first_contact_failed([])
+
+
+def test_self_correction_is_counted_in_the_simulator(finished: tuple[Path, dict[str, Any]]) -> None:
+    """The expert without mistakes takes hold at once."""
+    _, results = finished
+    for cell in results["cells"]:
+        counted = cell["self_correction"]
+        assert 0 <= counted["recovered"] <= counted["failed_first_contacts"] <= counted["n"] == 8
+    assert "of these, recovered" in markdown_table(results)
+    actions = {
+        e.start_state_id: e.actions
+        for e in record_expert(range(6), seed=0, config=ExpertConfig(grasp_noise=0.0))
+    }
+    simulator = make_simulator("move-block", "nominal")
+    failed = []
+    for start, sequence in actions.items():
+        simulator.reset(start)
+        contacts = []
+        for action in sequence:
+            simulator.step(action)
+            contacts.append(simulator.contact)
+        assert "held" in contacts
+        failed.append(first_contact_failed(contacts))
+    assert not any(failed)
+
+
+def test_lifelong_rounds_build_on_each_other(tmp_path: Path) -> None:
+    plan = replace(QUICK, methods=("dpo-lifelong", "wmpo-lifelong"), budgets=(32, 64), variants=("nominal",))
+    cells = run_study(plan, tmp_path, progress=False)["cells"]
+    assert [(c["budget"], c["ledger"]["real_episodes"]) for c in cells] == [(32, 32), (64, 64)] * 2
+    shared = tmp_path / "shared" / "seed0-lifelong"
+    first, second = (set(EpisodeStore(d / "rollouts").ids()) for d in (shared, shared / "round-2"))
+    assert len(first) == len(second) == 32 and not first & second
+    frames = [c["ledger"]["imagined_frames"] for c in cells if c["method"] == "wmpo-lifelong"]
+    assert frames[1] > frames[0] > 0
+    with pytest.raises(ValueError, match="equal steps"):
+        replace(plan, budgets=(32, 128))

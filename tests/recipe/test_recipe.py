@@ -86,7 +86,7 @@ def test_the_report_shows_the_same_figures_and_needs_no_network(
     for name in ("base", "wmpo"):
         assert show_rate(results[name]) in text
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
-    assert text.count("data:video") + text.count("data:image") == 4
+    assert text.count("data:video") + text.count("data:image") == 8
 
 
 def test_a_finished_run_is_only_read(

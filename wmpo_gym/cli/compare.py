@@ -19,7 +19,8 @@ class Command:
     Writes results.json, table.md and plots. Interrupted, the same command goes on with the cell it was in.
 
     Attributes:
-        preset: The paper's question: table1 (sample efficiency and final success) or table2 (changed scenes).
+        preset: The paper's question: table1 (sample efficiency and final success), table2 (changed scenes),
+            behaviour (length and self-correction, figures 3 to 5) or lifelong (figure 6).
         task: Task.
         out: Directory; default runs/compare-PRESET-TASK.
         methods: Only these methods.

@@ -22,11 +22,12 @@ from wmpo_gym.algorithms.sac import add_demonstrations, make_sac
 from wmpo_gym.comparison.plan import Cell, Plan
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.envs.ledger import Ledger
+from wmpo_gym.envs.simulated.scripted import record_expert
 from wmpo_gym.evaluation.learning import grpo_from_policy
 from wmpo_gym.evaluation.rollouts import evaluate_policy_on, make_rollout_env
 from wmpo_gym.policies.sft import train_sft
 from wmpo_gym.policies.vla_policy import VLAPolicy
-from wmpo_gym.recipe.run import optimise
+from wmpo_gym.recipe.run import practise
 from wmpo_gym.recipe.stages import Run
 from wmpo_gym.tasks import Task
 from wmpo_gym.world.world import World
@@ -97,8 +98,20 @@ class Workshop:
     def world(self) -> World:
         """The world model and classifier learned from them."""
         real, demos, play = self.rollouts(), self.demonstrations, self.shared.play()
-        network = self.run.aligned_network(self.shared.pretrained_network(play), real, demos, play)
-        return self.run.world(network, self.run.classifier(network, real, demos), [*real, *demos, *play])
+        return self.run.imagined_world(self.shared.pretrained_network(play), real, demos, play)
+
+    @cached_property
+    def lifelong_run(self) -> Run:
+        """A run with a round per budget of the plan, which the cells of all budgets share."""
+        budgets = self.plan.budgets
+        recipe = replace(self.plan.recipe, seed=self.cell.seed, rollouts=max(budgets), rounds=len(budgets))
+        directory = self.out.parent.parent / "shared" / f"seed{self.cell.seed}-lifelong"
+        return Run(recipe, directory, bundled=self.plan.bundled, progress=self.progress)
+
+    @property
+    def round(self) -> int:
+        """Which of the lifelong rounds the cell's budget is."""
+        return self.plan.round_of(self.cell.budget)
 
     def simulated(self, rows: int) -> Any:
         """Simulated rows on training start states."""
@@ -152,7 +165,15 @@ def train_dpo_imagined(shop: Workshop) -> Trained:
     return _dpo(shop, shop.imagined, shop.plan.baselines.dpo_imagined_groups, shop.run.spent_on_rollouts())
 
 
-def _dpo(shop: Workshop, make_env: Callable[[int], Any], n_groups: int, spent: Ledger) -> Trained:
+def train_dpo_lifelong(shop: Workshop) -> Trained:
+    """DPO that collects anew with what it has become, round by round."""
+    n_groups = shop.cell.budget // shop.round // shop.plan.baselines.dpo_group_size
+    return _dpo(shop, shop.simulated, n_groups, Ledger(), rounds=shop.round)
+
+
+def _dpo(
+    shop: Workshop, make_env: Callable[[int], Any], n_groups: int, spent: Ledger, *, rounds: int = 1
+) -> Trained:
     settings, size = shop.plan.baselines, shop.plan.baselines.dpo_group_size
     with closing(make_env(min(n_groups * size, 128))) as env:
         model = grpo_from_policy(
@@ -161,7 +182,7 @@ def _dpo(shop: Workshop, make_env: Callable[[int], Any], n_groups: int, spent: L
             validation_share=0.0, seed=shop.cell.seed,
         )  # fmt: skip
         model.chooser = chooser = Chooser(shop)
-        model.learn(max_iterations=1)
+        model.learn(max_iterations=rounds)
         return Trained(model.policy, model.budget + spent, chooser.spent)
 
 
@@ -188,8 +209,23 @@ def train_sac(shop: Workshop, *, demonstrations: bool = False, imagined: bool = 
 
 def train_wmpo(shop: Workshop) -> Trained:
     """GRPO in imagination."""
-    policy, log = optimise(shop.run, shop.world(), shop.base())
-    return Trained(policy, shop.run.spent_on_rollouts() + Ledger(**log["budget"]), Ledger())
+    practised = practise(shop.run, shop.shared, shop.base())
+    return Trained(practised.policy, practised.real + practised.imagined, Ledger())
+
+
+def train_wmpo_lifelong(shop: Workshop) -> Trained:
+    """GRPO in a world that is refreshed every round by what the policy has become."""
+    practised = practise(shop.lifelong_run, shop.shared, shop.base(), rounds=shop.round)
+    return Trained(practised.policy, practised.real + practised.imagined, Ledger())
+
+
+def train_on_demonstrations(shop: Workshop) -> Trained:
+    """Imitate P demonstrations more, of the same expert."""
+    recipe, seed = shop.run.recipe, shop.cell.seed
+    more = list(record_expert(shop.run.starts["rollouts"], seed=seed + 1, config=recipe.expert))
+    policy = train_sft([*shop.demonstrations, *more], shop.task, settings=recipe.sft, seed=seed)
+    spent = Ledger(real_episodes=len(more), real_steps=sum(e.n_steps for e in more))
+    return Trained(policy, spent, Ledger())
 
 
 METHODS: dict[str, Callable[[Workshop], Trained]] = {
@@ -202,6 +238,9 @@ METHODS: dict[str, Callable[[Workshop], Trained]] = {
     "sac-demos": lambda shop: train_sac(shop, demonstrations=True),
     "sac-imagined": lambda shop: train_sac(shop, demonstrations=True, imagined=True),
     "wmpo": train_wmpo,
+    "demonstrations": train_on_demonstrations,
+    "dpo-lifelong": train_dpo_lifelong,
+    "wmpo-lifelong": train_wmpo_lifelong,
 }
 
 

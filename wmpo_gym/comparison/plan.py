@@ -19,6 +19,9 @@ SAW = {
     "sac-demos": "demonstrations in its replay buffer, and P episodes of its own",
     "sac-imagined": "as wmpo, and imagined episodes of its own; demonstrations in its replay buffer",
     "wmpo": "demonstrations, unlabelled play, P rollouts of the base policy, and imagined rollouts",
+    "demonstrations": "demonstrations, and P more of the same expert",
+    "dpo-lifelong": "as dpo, the P rollouts collected in equal rounds by the policy as it was then",
+    "wmpo-lifelong": "as wmpo, the P rollouts collected in equal rounds by the policy as it was then",
 }
 """What every method learned from, by its name."""
 
@@ -44,9 +47,9 @@ class Baselines:
 
     grpo_groups: int = 4
     grpo_learning_rate: float = 5e-4
-    dpo_learning_rate: float = 1e-5
+    dpo_learning_rate: float = 1e-4
     dpo_beta: float = 0.1
-    dpo_sft_weight: float = 0.0
+    dpo_sft_weight: float = 1.0
     dpo_group_size: int = 8
     dpo_imagined_groups: int = 256
     sft: SFTSettings = SFTSettings(steps=200, lr=5e-4, symmetries=("swap colours",))
@@ -87,6 +90,7 @@ class Plan:
         episodes: Test start states per variant.
         selection_episodes: Validation start states by which GRPO's checkpoint on real episodes is chosen; 0
             takes the last. The other methods have one checkpoint.
+        self_correction: Also count failed first contacts and what came of them.
         bundled: Start from the bundled base policy and play-trained world instead of training them per seed.
         recipe: WMPO's settings, and those of what all methods share.
         baselines: Settings of the others.
@@ -99,6 +103,7 @@ class Plan:
     variants: tuple[str, ...] = ("nominal",)
     episodes: int = 512
     selection_episodes: int = 128
+    self_correction: bool = False
     bundled: bool = False
     recipe: Recipe = field(default_factory=Recipe)
     baselines: Baselines = field(default_factory=Baselines)
@@ -108,6 +113,16 @@ class Plan:
             raise ValueError(f"Unknown method {', '.join(unknown)}; choose from {', '.join(SAW)}.")
         if bad := [b for b in self.budgets if b < 32 or b % 32]:
             raise ValueError(f"Budgets are multiples of 32 real episodes, got {bad}.")
+        if any(m.endswith("-lifelong") for m in self.methods):
+            share = max(self.budgets) // len(self.budgets)
+            if sorted(self.budgets) != [share * (i + 1) for i in range(len(self.budgets))]:
+                raise ValueError(
+                    f"Lifelong methods take budgets in equal steps, such as 128 256 384, got {self.budgets}."
+                )
+
+    def round_of(self, budget: int) -> int:
+        """Which lifelong round a budget belongs to, from 1."""
+        return sorted(self.budgets).index(budget) + 1
 
     def cells(self) -> Iterator[Cell]:
         """Seed by seed, so that an interrupted comparison has whole rows."""
@@ -128,8 +143,14 @@ PRESETS: dict[str, Plan] = {
         budgets=(128,),
         variants=("nominal", "moved-goal", "background", "texture"),
     ),
+    "behaviour": Plan(methods=("base", "dpo", "grpo", "wmpo"), budgets=(128,), self_correction=True),
+    "lifelong": Plan(
+        methods=("base", "demonstrations", "dpo-lifelong", "wmpo-lifelong"), budgets=(128, 256, 384)
+    ),
 }
-"""The paper's questions: ``table1`` sample efficiency and final success, ``table2`` changed scenes."""
+"""The paper's questions: ``table1`` sample efficiency and final success, ``table2`` changed scenes,
+``behaviour`` length of successful episodes and self-correction (Figures 3 to 5), ``lifelong`` round after
+round (Figure 6)."""
 
 
 def preset(name: str, task: str) -> Plan:

@@ -14,7 +14,9 @@ from wmpo_gym.comparison.plan import SAW, Cell, Plan
 from wmpo_gym.data.atomic import plain, read_json, write_json_atomic
 from wmpo_gym.evaluation.protocol import EvalProtocol
 from wmpo_gym.evaluation.rollouts import evaluate_policy_on
+from wmpo_gym.evaluation.self_correction import measure_self_correction
 from wmpo_gym.progress import progress_bar
+from wmpo_gym.tasks import get_task
 
 
 def run_study(plan: Plan, out: str | Path, *, progress: bool = True) -> dict[str, Any]:
@@ -98,7 +100,14 @@ def _tested(plan: Plan, cell: Cell, policy: Any, variant: str) -> dict[str, Any]
         for deterministic in (False, True)
     )  # fmt: skip
     length = sampled.mean_length_of_successes
+    more = {}
+    if plan.self_correction:
+        ids = get_task(plan.task).split_ids("test")[: plan.episodes]
+        more["self_correction"] = measure_self_correction(
+            plan.task, policy, ids, seed=cell.seed, variant=variant
+        )
     return {
+        **more,
         **sampled.rate.to_dict(),
         "outcomes": _bits(sampled.success),
         "greedy": {**greedy.rate.to_dict(), "outcomes": _bits(greedy.success)},

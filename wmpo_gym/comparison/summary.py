@@ -11,7 +11,8 @@ from scipy.stats import trim_mean
 
 from wmpo_gym.comparison.plan import WITHOUT_BUDGET
 from wmpo_gym.data.atomic import write_file_atomic
-from wmpo_gym.evaluation.results import show_points
+from wmpo_gym.evaluation.results import show_points, show_rate
+from wmpo_gym.evaluation.statistics import success_rate
 
 RESAMPLES = 2000
 Scores = list[np.ndarray]  # per seed, bool outcomes (N,) on the same start states
@@ -131,9 +132,36 @@ def markdown_table(results: Mapping[str, Any]) -> str:
         f"{first['n']} test start states per seed, {first['seeds']} seed(s); intervals by resampling start "
         "states within seeds. *WMPO better*: probability of improvement over all pairs of seeds.",
         "",
+        *_behaviour(results),
         *(f"- `{method}` saw: {what}." for method, what in results["saw"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _behaviour(results: Mapping[str, Any]) -> list[str]:
+    """Lines on length and self-correction, where they were measured."""
+    if not results["plan"].get("self_correction"):
+        return []
+    lines = [
+        "| method | real episodes | steps to success | first contact failed | of these, recovered |",
+        "|---|---|---|---|---|",
+    ]
+    plan = results["plan"]
+    for method in plan["methods"]:
+        for budget in (0,) if method in WITHOUT_BUDGET else plan["budgets"]:
+            cells = [c for c in results["cells"] if (c["method"], c["budget"]) == (method, budget)]
+            n, failed, recovered = (
+                sum(c["self_correction"][key] for c in cells)
+                for key in ("n", "failed_first_contacts", "recovered")
+            )
+            lengths = [c["length_of_successes"] for c in cells if c["length_of_successes"] is not None]
+            steps = f"{np.mean(lengths):.1f}" if lengths else "–"
+            rates = " | ".join(
+                show_rate(success_rate(np.arange(of) < k).to_dict())
+                for k, of in ((failed, n), (recovered, failed))
+            )
+            lines.append(f"| {method} | {budget} | {steps} | {rates} |")
+    return [*lines, ""]
 
 
 def _percent(rate: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ twin's outcome is its first success, each at whatever step it comes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,6 +199,7 @@ def simulate_full_horizon(
     deterministic: bool = False,
     variant: str = "nominal",
     batch_size: int = 64,
+    watch: Callable[[int, Any], None] | None = None,
 ) -> tuple[np.ndarray, Replay]:
     """Let a policy act in the simulator up to the horizon, also after a success.
 
@@ -210,6 +211,7 @@ def simulate_full_horizon(
         deterministic: Greedy actions.
         variant: Scene variant.
         batch_size: Simulators that run side by side.
+        watch: Called after every control step with the episode's index and its simulator.
 
     Returns:
         Its actions float32 (N, T, D) and what they led to.
@@ -232,6 +234,8 @@ def simulate_full_horizon(
                         simulator.step(action)
                         if first[row] == NEVER and simulator.success:
                             first[row] = chunk * task.chunk + k
+                        if watch is not None:
+                            watch(i + row, simulator)
             actions.append(np.concatenate(chosen, axis=1))
             steps.append(first)
     return np.concatenate(actions), Replay(np.concatenate(steps), None)

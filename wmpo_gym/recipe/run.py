@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from wmpo_gym.algorithms.common.trajectories import Trajectories
 from wmpo_gym.algorithms.grpo import GRPO
 from wmpo_gym.data.atomic import read_json, write_json_atomic
+from wmpo_gym.data.episode import Episode
 from wmpo_gym.envs.ledger import Ledger
 from wmpo_gym.evaluation.gates import gates_text
 from wmpo_gym.evaluation.learning import grpo_from_policy
@@ -44,28 +45,71 @@ def run_recipe(
         The contents of ``results.json``.
     """
     run = Run(recipe, out, bundled=bundled, progress=progress)
-    demos = run.demonstrations()
-    policy = run.base_policy(demos)
-    play = run.play()
-    network = run.pretrained_network(play)
-    real = run.rollouts(policy)
-    network = run.aligned_network(network, real, demos, play)
-    classifier = run.classifier(network, real, demos)
-    world = run.world(network, classifier, [*real, *demos, *play])
-    gates = run.gates(world, policy)
-    if progress:
-        print(gates_text(gates))
-    world.save_pretrained(run.out / "world")
-    improved, training = optimise(run, world, policy)
-    results, comparison, protocol = judge(run, world, policy, improved, training)
+    base = run.base_policy(run.demonstrations())
+    practised = practise(run, run, base, gates=True)
+    practised.world.save_pretrained(run.out / "world")
+    results, comparison, protocol = judge(run, base, practised)
     write_report(
-        run.out / "report.html", _report(run, results, training["curve"], comparison, protocol, command)
+        run.out / "report.html", _report(run, results, practised.curve, comparison, protocol, command)
     )
     if progress:
         print()
         print_table(results)
         print(f"\nThe report is {run.out / 'report.html'}")
     return results
+
+
+@dataclass
+class Practised:
+    """A policy after practice in imagination.
+
+    Attributes:
+        policy: The policy.
+        world: The last world it practised in.
+        real: What the rollouts of all rounds have cost.
+        imagined: What practice has cost.
+        curve: Learning curve over all rounds.
+    """
+
+    policy: VLAPolicy
+    world: World
+    real: Ledger
+    imagined: Ledger
+    curve: list[dict[str, Any]]
+
+
+def practise(
+    run: Run, shared: Run, policy: VLAPolicy, *, rounds: int | None = None, gates: bool = False
+) -> Practised:
+    """Act, build or refresh the world, optimise in it; as many times as the recipe has rounds.
+
+    Args:
+        run: Where the artefacts belong.
+        shared: The run that holds demonstrations, play and the play-pretrained network.
+        policy: To start from.
+        rounds: Stop after so many of the recipe's rounds.
+        gates: Measure the gates before the first optimisation.
+    """
+    demos, play = shared.demonstrations(), shared.play()
+    network, spent, imagined = shared.pretrained_network(play), Ledger(), Ledger()
+    real: list[Episode] = []
+    curve: list[dict[str, Any]] = []
+    measured: dict[str, Any] = {}
+    for number in range(1, (rounds or run.recipe.rounds) + 1):
+        part = run.round(number)
+        real += part.rollouts(policy)
+        world = part.imagined_world(network, real, demos, play)
+        if gates and number == 1:
+            measured = part.gates(world, policy)
+            if run.progress:
+                print(gates_text(measured))
+        world.card["gates"] = measured
+        policy, log = optimise(part, world, policy)
+        network = world.network
+        spent, imagined = spent + part.spent_on_rollouts(), imagined + Ledger(**log["budget"])
+        before = (number - 1) * run.recipe.grpo.iterations
+        curve += [{**point, "iteration": before + point["iteration"]} for point in log["curve"]]
+    return Practised(policy, world, spent, imagined, curve)
 
 
 # -- policy optimisation -------------------------------------------------------------------------------------
@@ -167,7 +211,7 @@ class ShuffledGRPO(GRPO):
 
 # -- figures -------------------------------------------------------------------------------------------------
 def judge(
-    run: Run, world: World, base: VLAPolicy, improved: VLAPolicy, training: dict[str, Any]
+    run: Run, base: VLAPolicy, practised: Practised
 ) -> tuple[dict[str, Any], TwinComparison, EvalProtocol]:
     """Figures on the test split: paired, and the imagined ones judged by their twin; and the protocol."""
     recipe, task = run.recipe, run.task
@@ -182,19 +226,21 @@ def judge(
                 seed=recipe.seed,
                 progress=run.progress,
             )
-            for name, policy in (("base", base), ("wmpo", improved))
+            for name, policy in (("base", base), ("wmpo", practised.policy))
             for greedy in (False, True)
         }
         ids = list(task.split_ids("test")[: recipe.test_episodes])
-        comparison = compare_with_twin(world, improved, ids, seed=recipe.seed + 2, progress=run.progress)
+        comparison = compare_with_twin(
+            practised.world, practised.policy, ids, seed=recipe.seed + 2, progress=run.progress
+        )
     results = build_results(
         base=tested["base", False].success,
         wmpo=tested["wmpo", False].success,
         agreement=comparison.agreement,
         greedy=(tested["base", True].success, tested["wmpo", True].success),
-        budget=_budget(run, training),
+        budget=_budget(run.recipe, practised),
         seconds=run.seconds,
-        gates=world.card.get("gates", {}),
+        gates=practised.world.card["gates"],
         length_of_successes={
             name: tested[name, False].mean_length_of_successes for name in ("base", "wmpo")
         },
@@ -206,17 +252,17 @@ def judge(
     return results, comparison, protocol
 
 
-def _budget(run: Run, training: dict[str, Any]) -> dict[str, Any]:
+def _budget(recipe: Recipe, practised: Practised) -> dict[str, Any]:
     """What the method used, real episodes apart from demonstrations and play, and measurement left out."""
-    real, spent = run.spent_on_rollouts(), Ledger(**training["budget"])
+    real, imagined = practised.real, practised.imagined
     return {
         "real_episodes": real.real_episodes,
         "real_steps": real.real_steps,
-        "demonstrations": run.recipe.demos,
-        "play_episodes": run.recipe.play,
-        "imagined_frames": spent.imagined_frames,
-        "nfe": spent.nfe,
-        "imagination_seconds": round(spent.seconds, 1),
+        "demonstrations": recipe.demos,
+        "play_episodes": recipe.play,
+        "imagined_frames": imagined.imagined_frames,
+        "nfe": imagined.nfe,
+        "imagination_seconds": round(imagined.seconds, 1),
     }
 
 

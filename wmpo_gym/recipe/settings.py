@@ -20,7 +20,7 @@ class GRPOSettings:
     """Policy optimisation in imagination.
 
     Attributes:
-        iterations: Updates; a fixed number, because early stopping would need real episodes.
+        iterations: Updates per round; a fixed number, because early stopping would need real episodes.
         n_groups: Groups per iteration.
         group_size: Rollouts from one start state.
         learning_rate: Constant.
@@ -51,6 +51,8 @@ class Recipe:
         play: Unlabelled play episodes for pre-training; 0 for none and no pre-training.
         pretrain: World-model training on play.
         rollouts: P, labelled real episodes of the base policy; the only ones after supervised fine-tuning.
+        rounds: Times that P / rounds episodes are collected, the world refreshed and the policy optimised in
+            it; the paper's main results have one, its lifelong learning (Figure 6) several.
         align: World-model training on rollouts, demonstrations and play.
         weights: How often an episode of (rollouts, demonstrations, play) is drawn while aligning.
         classifier_steps: Optimiser steps of the success classifier.
@@ -71,6 +73,7 @@ class Recipe:
     play: int = 2400
     pretrain: WorldModelTraining = WorldModelTraining(steps=5000, batch_size=24, learning_rate=1.2e-3)
     rollouts: int = 128
+    rounds: int = 1
     align: WorldModelTraining = WorldModelTraining(
         steps=1000, batch_size=24, learning_rate=6e-4, recorded=0.0
     )
@@ -82,6 +85,12 @@ class Recipe:
     curve_every: int = 4
     curve_episodes: int = 128
     test_episodes: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.rollouts % self.rounds:
+            raise ValueError(
+                f"rounds must divide the {self.rollouts} rollouts into equal shares, got {self.rounds}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +55,21 @@ class Run:
                 "another directory."
             )
         write_json_atomic(file, settings)
+        self._times = self.out / "seconds.json"
         self.seconds: dict[str, float] = read_json(self._times) if self._times.exists() else {}
 
-    @property
-    def _times(self) -> Path:
-        return self.out / "seconds.json"
+    def round(self, number: int) -> Run:
+        """The part of the run that collects, refreshes and optimises for the ``number``-th time, from 1.
+
+        The first keeps its artefacts beside those of the run, further ones in ``round-<number>``; times are
+        those of the whole run.
+        """
+        part, share = copy.copy(self), self.recipe.rollouts // self.recipe.rounds
+        part.starts = {**self.starts, "rollouts": self.starts["rollouts"][(number - 1) * share :][:share]}
+        if number > 1:
+            part.out = self.out / f"round-{number}"
+            part.recipe = replace(self.recipe, seed=self.recipe.seed + 1000 * (number - 1)).seeded()
+        return part
 
     @contextmanager
     def stage(self, name: str, what: str) -> Iterator[None]:
@@ -242,6 +254,14 @@ class Run:
         }
         frames = StartFrames.from_episodes(episodes)
         return World(self.task, network, PixelAutoencoder(), classifier, frames, WorldConfig(), card)
+
+    def imagined_world(
+        self, network: ConvWorldModel, real: list[Episode], demos: list[Episode], play: list[Episode]
+    ) -> World:
+        """The network aligned with all real episodes so far, and the classifier learned with it."""
+        network = self.aligned_network(network, real, demos, play)
+        classifier = self.classifier(network, real, demos)
+        return self.world(network, classifier, [*real, *demos, *play])
 
     def gates(self, world: World, policy: VLAPolicy) -> dict[str, dict[str, Any]]:
         """The four gates, measured on validation start states and written into the world's card."""
