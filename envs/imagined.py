@@ -10,6 +10,7 @@ from gymnasium.utils import EzPickle
 
 from wmpo_gym.data.atomic import read_json
 from wmpo_gym.envs.chunk_env import Chunk, ChunkEnv, ChunkVectorEnv, Starts, State
+from wmpo_gym.envs.claims import SoFar, in_a_row
 from wmpo_gym.envs.heap import keep_freed_memory
 from wmpo_gym.envs.rows import take_prefixed
 from wmpo_gym.tasks import Task, get_task
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # What must agree between the task of the spaces and the task a world was trained for.
 SHARED_FIELDS = ("name", "instructions", "chunk", "action_dim", "image_size")
+OTHER_NOISE = 0x5DEECE66D  # turns a noise seed into that of the second opinion
 CPU_BATCH = 32  # rows at once: more overflow the caches, fewer spend the time between the networks
 
 
@@ -74,6 +76,10 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         max_batch: Rows put through the networks at once, which changes no number; None is all on an
             accelerator and 32 on a CPU, whose caches hold no more.
         threshold: Success probability that counts; None is the classifier's calibrated one.
+        consecutive_windows: Frames in a row that must reach the threshold before success counts. The bundled
+            classifier learned success from last frames, where nothing follows; leave it at 1 there.
+        dual_noise: Imagine an episode again under other noise when success is claimed, and let the claim
+            count only if it is repeated; else the episode goes on. Costs up to as many frames again.
         **kwargs: See :class:`~wmpo_gym.envs.chunk_env.ChunkVectorEnv`.
 
     Raises:
@@ -89,6 +95,8 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         device: str = "cpu",
         max_batch: int | None = None,
         threshold: float | None = None,
+        consecutive_windows: int = 1,
+        dual_noise: bool = False,
         **kwargs: Any,
     ) -> None:
         EzPickle.__init__(
@@ -99,6 +107,8 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             device=device,
             max_batch=max_batch,
             threshold=threshold,
+            consecutive_windows=consecutive_windows,
+            dual_noise=dual_noise,
             **kwargs,
         )
         super().__init__(num_envs, _task_of(task, world), **kwargs)
@@ -106,11 +116,20 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             raise ValueError(f"max_batch must be at least 1 or None, got {max_batch}.")
         if threshold is not None and not 0.0 < threshold <= 1.0:
             raise ValueError(f"threshold is a probability in (0, 1], got {threshold}.")
+        if consecutive_windows < 1:
+            raise ValueError(f"consecutive_windows must be at least 1, got {consecutive_windows}.")
         self._source = self.task if world is None else world
         self._world: World | None = None
         self._device = device
         self._max_batch = max_batch or (CPU_BATCH if device == "cpu" else num_envs)
         self._threshold = threshold
+        self._consecutive, self._dual_noise = consecutive_windows, dual_noise
+        self._streak = np.zeros(num_envs, np.int64)
+        self._so_far = SoFar.empty(
+            num_envs if dual_noise else 0,
+            self._episode.pixels.shape[1:],
+            (self.max_episode_steps, self.task_spec.chunk, self.task_spec.action_dim),
+        )
         self._noise: list[torch.Generator] = []
         self._dream: Any = None  # ImaginationState of all rows
         self._judge: Any = None  # StreamState of all rows
@@ -217,16 +236,23 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             self._judge.assign(starts.rows, judge)
         for row, seed in zip(starts.rows, starts.noise_seeds, strict=True):
             self._noise[row].manual_seed(int(seed))
+        self._streak[starts.rows] = 0
+        if self._dual_noise:
+            self._so_far.begin(starts.rows, frames, starts.noise_seeds)
         return frames, task_ids
 
     def _advance(self, rows: np.ndarray, actions: np.ndarray) -> Chunk:
-        parts = [slice(i, i + self._max_batch) for i in range(0, len(rows), self._max_batch)]
-        imagined = [self._imagine(rows[part], actions[part]) for part in parts]
-        frames, probs = (np.concatenate(pieces) for pieces in zip(*imagined, strict=True))
-        nfe = self._imagination.nfe_per_chunk
-        self.ledger.imagined_frames += frames.shape[0] * frames.shape[1]
-        self.ledger.nfe += frames.shape[0] * nfe
-        reached = probs >= self.threshold  # False where the window is not full (NaN)
+        noise = [self._noise[row] for row in rows]
+        states, task_ids = (self._dream, self._judge), self._episode.task_id[rows]
+        frames, probs = self._imagine(states, rows, task_ids, actions, noise)
+        nfe = np.full(len(rows), self._imagination.nfe_per_chunk)
+        # NaN, where the window is not full, compares as not reached.
+        reached, self._streak[rows] = in_a_row(probs >= self.threshold, self._streak[rows], self._consecutive)
+        if self._dual_noise:
+            self._so_far.add(rows, actions)
+            claimed = np.flatnonzero(reached.any(axis=1))
+            reached[claimed] &= self._claimed_again(rows[claimed])[:, None]
+            nfe[claimed] *= 1 + self._so_far.age[rows[claimed]]
         success = np.any(reached, axis=1)
         last = np.where(success, reached.argmax(axis=1), frames.shape[1] - 1)
         each = np.arange(len(rows))
@@ -242,23 +268,78 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             frames=clips,
         )
 
-    def _imagine(self, rows: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Frames uint8 (n, K, H, W, 3) and success probabilities (n, K) of the next chunk."""
+    def _claimed_again(self, rows: np.ndarray) -> np.ndarray:
+        """Whether success is claimed under other noise too, bool (n,); counted in the ledger."""
         import torch
 
-        shape, n = self._imagination.noise_shape, len(rows)
+        claimed = np.zeros(len(rows), np.bool_)
+        for age in np.unique(self._so_far.age[rows]):
+            some = np.flatnonzero(self._so_far.age[rows] == age)
+            chosen = rows[some]
+            pictures = torch.tensor(self._so_far.first[chosen], device=self._device)
+            states = self._imagination.start(pictures), self.classifier.start(pictures)
+            noise = [
+                torch.Generator("cpu").manual_seed(OTHER_NOISE ^ int(s)) for s in self._so_far.seed[chosen]
+            ]
+            streak, task_ids = np.zeros(len(chosen), np.int64), self._episode.task_id[chosen]
+            for chunk in range(age):
+                actions = self._so_far.actions[chosen, chunk]
+                _, probs = self._imagine(states, np.arange(len(chosen)), task_ids, actions, noise)
+                reached, streak = in_a_row(probs >= self.threshold, streak, self._consecutive)
+                claimed[some] |= reached.any(axis=1)
+        return claimed
+
+    def _imagine(
+        self,
+        states: tuple[Any, Any],
+        rows: np.ndarray,
+        task_ids: np.ndarray,
+        actions: np.ndarray,
+        generators: list[torch.Generator],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Frames uint8 (n, K, H, W, 3) and success probabilities (n, K) of the next chunk.
+
+        Args:
+            states: Of the imagination and of the classifier; go on in place.
+            rows: Which rows of the states (n,).
+            task_ids: Their instructions (n,).
+            actions: Float (n, K, D).
+            generators: Of their noise.
+        """
+        made = [
+            self._imagine_part(states, rows[part], task_ids[part], actions[part], generators[part])
+            for part in (slice(i, i + self._max_batch) for i in range(0, len(rows), self._max_batch))
+        ]
+        self.ledger.imagined_frames += len(rows) * actions.shape[1]
+        self.ledger.nfe += len(rows) * self._imagination.nfe_per_chunk
+        frames, probs = (np.concatenate(pieces) for pieces in zip(*made, strict=True))
+        return frames, probs
+
+    def _imagine_part(
+        self,
+        states: tuple[Any, Any],
+        rows: np.ndarray,
+        task_ids: np.ndarray,
+        actions: np.ndarray,
+        generators: list[torch.Generator],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`_imagine`, in one batch."""
+        import torch
+
+        (dream, judge), shape, n = states, self._imagination.noise_shape, len(rows)
         noise = torch.empty(n, *shape)
-        for part, row in zip(noise, rows, strict=True):
-            torch.randn(shape, generator=self._noise[row], out=part)
+        for part, generator in zip(noise, generators, strict=True):
+            torch.randn(shape, generator=generator, out=part)
         if n == 1 and self._device == "cpu":
             # PyTorch has other kernels for a batch of one, whose sums differ in the last bit.
-            rows, actions, noise = rows.repeat(2), actions.repeat(2, axis=0), noise.repeat(2, 1, 1, 1, 1)
+            rows, task_ids = rows.repeat(2), task_ids.repeat(2)
+            actions, noise = actions.repeat(2, axis=0), noise.repeat(2, 1, 1, 1, 1)
         with torch.no_grad():
-            frames, dream = self._imagination.step(self._dream.rows(rows), actions, noise)
-            task_ids = torch.as_tensor(self._episode.task_id[rows], device=frames.device)
-            probs, judge = self.classifier.update(self._judge.rows(rows), frames, task_ids)
-        self._dream.assign(rows, dream)
-        self._judge.assign(rows, judge)
+            frames, dreamt = self._imagination.step(dream.rows(rows), actions, noise)
+            ids = torch.as_tensor(task_ids, device=frames.device)
+            probs, judged = self.classifier.update(judge.rows(rows), frames, ids)
+        dream.assign(rows, dreamt)
+        judge.assign(rows, judged)
         return frames[:n].cpu().numpy(), probs[:n].cpu().numpy()
 
     # -- state -----------------------------------------------------------------------------------------------
@@ -266,6 +347,9 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         state = {"noise": np.stack([self._noise[row].get_state().numpy() for row in rows])}
         for name, held in (("dream", self._dream), ("judge", self._judge)):
             state |= {f"{name}.{key}": value for key, value in held.rows(rows).to_dict().items()}
+        state["streak"] = self._streak[rows].copy()
+        if self._dual_noise:
+            state |= {f"so_far.{key}": value for key, value in self._so_far.to_dict(rows).items()}
         return state
 
     def _load_rows(self, rows: np.ndarray, state: State) -> None:
@@ -275,6 +359,9 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             self._noise[row].set_state(torch.from_numpy(packed.copy()))
         for name, held in (("dream", self._dream), ("judge", self._judge)):
             held.assign(rows, type(held).from_dict(take_prefixed(state, f"{name}.")))
+        self._streak[rows] = state["streak"]
+        if self._dual_noise:
+            self._so_far.load(rows, take_prefixed(state, "so_far."))
 
 
 def _task_of(task: str | Task | None, world: World | str | Path | None) -> Task:

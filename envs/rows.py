@@ -31,7 +31,7 @@ class Chunk:
     n_frames: np.ndarray  # int64 (n,), control steps executed, 1..K
     is_success: np.ndarray  # bool (n,)
     success_prob: np.ndarray  # float64 (n,), of the last frame
-    nfe: int = 0  # network evaluations per row
+    nfe: int | np.ndarray = 0  # network evaluations, for all rows or per row
     frames: np.ndarray | None = None  # uint8 (n, K, H, W, 3), the last one repeated after an early stop
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,9 +14,13 @@ import pytest
 import torch
 from env_toys import TOY, WORLD, assert_same, tiny_world
 
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.envs.claims import in_a_row
 from wmpo_gym.envs.imagined import ImaginedEnv, ImaginedVectorEnv
+from wmpo_gym.reward.classifier import SuccessClassifier
 from wmpo_gym.reward.conv import ConvSuccessClassifier
-from wmpo_gym.world.world import World
+from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.world.world import FIRST_KEYFRAME_ID, World
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +187,7 @@ def test_freed_memory_is_kept_for_the_next_chunk() -> None:
         "from wmpo_gym.envs.heap import keep_freed_memory\n"
         "torch.set_num_threads(1)\n"
         "if sys.argv[1] == 'kept': assert keep_freed_memory()\n"
-        "def use():\n    a, b = torch.ones(4_000_000), torch.ones(4_000_000)\n"
+        "def use():\n    held = [torch.ones(6_000_000) for _ in range(5)]\n"
         "for _ in range(3): use()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(20): use()\n"
@@ -193,3 +198,96 @@ def test_freed_memory_is_kept_for_the_next_chunk() -> None:
         for mode in ("plain", "kept")
     }
     assert faults["kept"] < 0.1 * faults["plain"]
+
+
+def test_frames_in_a_row_count_across_chunks() -> None:
+    reached = np.array([[False, True], [True, True], [True, False]])
+    counted, streak = in_a_row(reached, np.array([5, 0, 1]), 2)
+    assert counted.tolist() == [[False, False], [False, True], [True, False]]
+    assert streak.tolist() == [1, 2, 0]
+    once, _ = in_a_row(reached, np.zeros(3, np.int64), 1)
+    assert (once == reached).all()
+
+
+def lottery(real: SuccessClassifier) -> SuccessClassifier:
+    """A classifier whose verdict hangs on the first pixel alone."""
+    judge = copy.deepcopy(real)
+    judge.probabilities = lambda clips, ids: (clips[:, -1, 0, 0, 0] > 0).float()  # type: ignore[method-assign]
+    return judge
+
+
+class NoiseWorld(ConvWorldModel):
+    """Its frames are the noise it was given."""
+
+    def predict(self, noisy, sigma, actions, cache):
+        return noisy
+
+
+def test_dual_noise_asks_for_a_second_opinion(real_world: World) -> None:
+    """What only the noise decides is confirmed in about the cases in which other noise decides alike."""
+    network = NoiseWorld.for_task(TOY, 0)
+    world = replace(real_world, network=network, classifier=lottery(real_world.classifier))
+    seeds, actions = list(range(256)), chunks(256, 1)[0]
+    first, checked = (
+        ImaginedVectorEnv(256, world=world, threshold=0.5, dual_noise=dual, autoreset_mode="DISABLED")
+        for dual in (False, True)
+    )
+    outcomes = []
+    for env in (first, checked):
+        env.reset(seed=seeds)
+        outcomes.append(env.step(actions))
+    claimed, confirmed = (o[2] for o in outcomes)
+    n_frames = actions.shape[1]
+    # Each of the frames whose window is full is a fair coin.
+    assert 0.6 < claimed.mean() < 1.0
+    assert not (confirmed & ~claimed).any() and 0.5 < confirmed[claimed].mean() < 0.97
+    spent = checked.ledger.imagined_frames - first.ledger.imagined_frames
+    assert spent == claimed.sum() * n_frames
+    nfe = outcomes[1][4]["nfe"]
+    assert (nfe[claimed] == 2 * nfe[~claimed][0]).all() and nfe.sum() == checked.ledger.nfe
+
+
+def test_dual_noise_goes_on_from_a_saved_state(real_world: World) -> None:
+    settings = {"world": real_world, "dual_noise": True, "consecutive_windows": 2, "threshold": 0.4}
+    env = ImaginedVectorEnv(4, **settings, autoreset_mode="DISABLED", skip_finished=True)
+    env.reset(seed=3)
+    actions = chunks(4)
+    env.step(actions[0])
+    state = env.get_state()
+    expected = [env.step(a) for a in actions[1:]]
+    other = ImaginedVectorEnv(4, **settings, autoreset_mode="DISABLED", skip_finished=True)
+    other.reset(seed=99)
+    other.set_state(state)
+    for action, step in zip(actions[1:], expected, strict=True):
+        for mine, theirs in zip(other.step(action)[1:4], step[1:4], strict=True):
+            assert_same(mine, theirs)
+
+
+def test_bad_checks_are_refused(real_world: World) -> None:
+    with pytest.raises(ValueError, match="consecutive_windows"):
+        ImaginedVectorEnv(1, world=real_world, consecutive_windows=0)
+
+
+def test_keyframes_are_real_pictures_from_the_middle(real_world: World) -> None:
+    rng = np.random.default_rng(0)
+    episodes = [
+        Episode(
+            frames=rng.integers(0, 255, (7, 40, 40, 3)).astype(np.uint8),
+            actions=np.zeros((6, 2), np.float32), success=True, finish_step=6, start_state_id=i,
+            task_id=i % 2, instruction=TOY.instructions[i % 2],
+        )
+        for i in range(8)
+    ]  # fmt: skip
+    n = len(real_world.start_frames.ids)
+    world = real_world.with_keyframes(episodes, 0.5, seed=1)
+    keyframes = world.start_frames.frames[n:]
+    assert len(keyframes) == n and (world.start_frames.frames[:n] == real_world.start_frames.frames).all()
+    middle = np.concatenate([e.frames[1:-1] for e in episodes])
+    assert all((k == middle).all(axis=(1, 2, 3)).any() for k in keyframes)
+    env = ImaginedVectorEnv(64, world=world)
+    _, info = env.reset(seed=0)
+    assert (info["start_state_id"] >= FIRST_KEYFRAME_ID).any()
+    assert real_world.with_keyframes(episodes, 0.0) is real_world
+    for share, words in ((1.0, "lies in"), (0.9, "smaller share")):
+        with pytest.raises(ValueError, match=words):
+            real_world.with_keyframes(episodes, share)

@@ -35,6 +35,8 @@ class Command:
         clip_range_high: How far it may rise above 1.
         batch_size: Rollouts per update; all of them by default.
         temperature: Of the sampling; the policy's own by default.
+        dual_noise: Imagined success counts only if it is imagined again under other noise.
+        consecutive_windows: Frames in a row that must reach the classifier's threshold.
         seed: Decides everything random.
     """
 
@@ -52,6 +54,8 @@ class Command:
     clip_range_high: float = 0.28
     batch_size: int | None = None
     temperature: float | None = None
+    dual_noise: bool = False
+    consecutive_windows: int = 1
     seed: int = 0
 
     def run(self) -> None:
@@ -98,7 +102,14 @@ class Command:
             task = get_task(self.task)
             return make_rollout_env("WMPO-Simulated-v0", rows, task=task), list(task.split_ids("train"))
         world = load_world(self.world)
-        return make_rollout_env("WMPO-Imagined-v0", rows, world=world), world.start_frames.ids.tolist()
+        env = make_rollout_env(
+            "WMPO-Imagined-v0",
+            rows,
+            world=world,
+            dual_noise=self.dual_noise,
+            consecutive_windows=self.consecutive_windows,
+        )
+        return env, world.start_frames.ids.tolist()
 
     def _provenance(self, model: Any) -> dict[str, Any]:
         return {

@@ -104,7 +104,7 @@ def practise(
             if run.progress:
                 print(gates_text(measured))
         world.card["gates"] = measured
-        policy, log = optimise(part, world, policy)
+        policy, log = optimise(part, world, policy, real)
         network = world.network
         spent, imagined = spent + part.spent_on_rollouts(), imagined + Ledger(**log["budget"])
         before = (number - 1) * run.recipe.grpo.iterations
@@ -168,14 +168,28 @@ class Curve(BaseCallback):
         return figures
 
 
-def optimise(run: Run, world: World, policy: VLAPolicy) -> tuple[VLAPolicy, dict[str, Any]]:
-    """GRPO in imagination; returns the improved policy, and its curve, history and budget."""
+def optimise(
+    run: Run, world: World, policy: VLAPolicy, real: list[Episode]
+) -> tuple[VLAPolicy, dict[str, Any]]:
+    """GRPO in imagination; returns the improved policy, and its curve, history and budget.
+
+    Args:
+        run: Where the artefacts belong.
+        world: To imagine in.
+        policy: To start from.
+        real: Rollouts that keyframes are taken from.
+    """
     directory, log = run.out / "policy", run.out / "grpo.json"
     if not log.exists():
         settings = run.recipe.grpo
         with run.stage("grpo", f"GRPO in imagination: {settings.iterations} iterations"):
             env = make_rollout_env(
-                "WMPO-Imagined-v0", settings.n_groups * settings.group_size, task=run.task, world=world
+                "WMPO-Imagined-v0",
+                settings.n_groups * settings.group_size,
+                task=run.task,
+                world=world.with_keyframes(real, settings.keyframes, seed=run.recipe.seed),
+                dual_noise=settings.dual_noise,
+                consecutive_windows=settings.consecutive_windows,
             )
             model = grpo_from_policy(
                 ShuffledGRPO if settings.shuffle_rewards else GRPO,

@@ -25,6 +25,9 @@ class GRPOSettings:
         group_size: Rollouts from one start state.
         learning_rate: Constant.
         n_epochs: Passes over an iteration's rollouts.
+        dual_noise: Success counts only if it is imagined again under other noise.
+        consecutive_windows: Frames in a row that must reach the classifier's threshold.
+        keyframes: Share of the start states that are pictures from the middle of real rollouts.
         shuffle_rewards: Control experiment: deal the outcomes of each wave out again at random, so that there
             is nothing to learn.
     """
@@ -34,6 +37,9 @@ class GRPOSettings:
     group_size: int = 8
     learning_rate: float = 5e-4
     n_epochs: int = 2
+    dual_noise: bool = False
+    consecutive_windows: int = 1
+    keyframes: float = 0.0
     shuffle_rewards: bool = False
 
 

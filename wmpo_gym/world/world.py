@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.resources
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from wmpo_gym.world.imagination import Imagination
 
 FORMAT_VERSION = 1
+FIRST_KEYFRAME_ID = 10**9  # above all start states
 COMPONENTS = {
     "ConvWorldModel": "wmpo_gym.world.conv",
     "STDiT": "wmpo_gym.world.stdit",
@@ -106,6 +107,11 @@ class StartFrames:
             np.array([first[i].task_id for i in ids], dtype=np.int64),
         )
 
+    def joined(self, other: StartFrames) -> StartFrames:
+        """Both, these first."""
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return StartFrames(*(np.concatenate(pair) for pair in pairs))
+
 
 @dataclass
 class World:
@@ -134,6 +140,37 @@ class World:
         from wmpo_gym.world.imagination import Imagination
 
         return Imagination.from_world(self)
+
+    def with_keyframes(self, episodes: list, share: float, *, seed: int = 0) -> World:
+        """The same world, some of whose start frames are pictures from the middle of recorded episodes.
+
+        Args:
+            episodes: Recorded episodes; every frame after the first and before the last may be taken.
+            share: Share of the start frames that are such pictures, in [0, 1).
+            seed: Chooses them.
+
+        Raises:
+            ValueError: If the share is out of range, or the episodes have too few frames for it.
+        """
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"The share of keyframes lies in [0, 1), got {share}.")
+        if not share:
+            return self
+        places = [(i, t) for i, episode in enumerate(episodes) for t in range(1, episode.n_steps)]
+        wanted = round(len(self.start_frames.ids) * share / (1 - share))
+        if wanted > len(places):
+            raise ValueError(
+                f"A share of {share} takes {wanted} keyframes, the {len(episodes)} episodes have "
+                f"{len(places)}; give a smaller share or more episodes."
+            )
+        chosen = np.random.default_rng(seed).choice(len(places), wanted, replace=False)
+        taken = [places[k] for k in np.sort(chosen)]
+        keyframes = StartFrames(
+            np.stack([episodes[i].frames[t] for i, t in taken]),
+            FIRST_KEYFRAME_ID + np.arange(wanted),
+            np.array([episodes[i].task_id for i, _ in taken], np.int64),
+        )
+        return replace(self, start_frames=self.start_frames.joined(keyframes))
 
     def save_pretrained(self, directory: str | Path, *, dtype: str = "float32") -> None:
         """Write the world; the directory appears complete or not at all.
