@@ -141,12 +141,13 @@ def train_sft_filtered(shop: Workshop) -> Trained:
 
 def train_grpo_real(shop: Workshop) -> Trained:
     """GRPO whose every rollout is a real episode."""
-    settings, rows = shop.plan.baselines, shop.plan.baselines.grpo_groups * GROUP
-    iterations = max(1, shop.cell.budget // rows)
-    with closing(shop.simulated(min(rows, shop.cell.budget))) as env:
+    settings, groups = shop.plan.baselines, shop.cell.budget // GROUP
+    iterations = min(settings.grpo_iterations, groups)
+    with closing(shop.simulated(groups // iterations * GROUP)) as env:
         model = grpo_from_policy(
             GRPO, shop.base(), env, learning_rate=settings.grpo_learning_rate, group_size=GROUP,
-            max_extra_waves=0, seed=shop.cell.seed, checkpoint_dir=shop.out / "checkpoints",
+            n_epochs=settings.grpo_epochs, max_extra_waves=0, seed=shop.cell.seed,
+            checkpoint_dir=shop.out / "checkpoints",
         )  # fmt: skip
         chooser = Chooser(shop)
         best = BestCheckpoint(chooser, iterations)

@@ -33,7 +33,8 @@ class Baselines:
     """Settings of the methods that are not WMPO; found by the sweeps in ``docs/experiments.md``.
 
     Attributes:
-        grpo_groups: Start states per iteration of GRPO on real episodes.
+        grpo_iterations: Equal parts that GRPO on real episodes divides its budget into.
+        grpo_epochs: Its passes over each part.
         grpo_learning_rate: Its step size.
         dpo_learning_rate: DPO's step size.
         dpo_beta: DPO's hold on its reference.
@@ -45,7 +46,8 @@ class Baselines:
         sac_imagined_chunks: Imagined action chunks SAC trains on.
     """
 
-    grpo_groups: int = 4
+    grpo_iterations: int = 4
+    grpo_epochs: int = 2
     grpo_learning_rate: float = 5e-4
     dpo_learning_rate: float = 1e-4
     dpo_beta: float = 0.1
