@@ -166,6 +166,17 @@ def test_the_lead_is_taken_over_the_smallest_budget() -> None:
     assert "| base | 0 |" in markdown_table({"plan": plan, "cells": cells, "saw": {}})
 
 
+def test_seconds_include_the_shared_stages_whoever_ran_them(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, results = finished
+    seconds = {c["method"]: c["seconds"] for c in results["cells"]}
+    stages = json.loads((out / "shared" / "seed0-32" / "seconds.json").read_text())
+    world = stages["align"] + stages["reward"]
+    assert world > 0
+    for method in ("dpo-imagined", "sac-imagined", "wmpo"):  # only the first of them made the world
+        assert seconds[method] >= world
+    assert all(s > 0 for s in seconds.values())
+
+
 def test_first_contact_fails_when_it_ends_without_the_object() -> None:
     missed, held = "missed", "held"
     assert first_contact_failed([None, missed, missed, None, held, None])

@@ -113,6 +113,11 @@ class Workshop:
         """Which of the lifelong rounds the cell's budget is."""
         return self.plan.round_of(self.cell.budget)
 
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds of the shared stages as they stand on the disk, by name; all sittings together."""
+        own = self.lifelong_run if self.cell.method == "wmpo-lifelong" else self.run
+        return {**own.seconds, **self.shared.seconds}
+
     def simulated(self, rows: int) -> Any:
         """Simulated rows on training start states."""
         return make_rollout_env("WMPO-Simulated-v0", rows, task=self.task)
@@ -243,6 +248,19 @@ METHODS: dict[str, Callable[[Workshop], Trained]] = {
     "dpo-lifelong": train_dpo_lifelong,
     "wmpo-lifelong": train_wmpo_lifelong,
 }
+
+
+_BASE = ("demos", "sft")
+_WORLD = (*_BASE, "play", "pretrain", "rollouts", "align", "reward")
+STAGES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(METHODS, _BASE),
+    **dict.fromkeys(("sac", "demonstrations"), ()),
+    "sac-demos": ("demos",),
+    "sft": (*_BASE, "rollouts"),
+    **dict.fromkeys(("dpo-imagined", "sac-imagined"), _WORLD),
+    **dict.fromkeys(("wmpo", "wmpo-lifelong"), (*_WORLD, "grpo")),
+}
+"""Shared stages each method stands on, whichever cell happened to run them; their time is the method's."""
 
 
 # -- callbacks -----------------------------------------------------------------------------------------------

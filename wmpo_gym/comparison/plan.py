@@ -99,7 +99,17 @@ class Plan:
     """
 
     task: str = "move-block"
-    methods: tuple[str, ...] = ("base", "sft", "dpo", "grpo", "sac-demos", "wmpo")
+    methods: tuple[str, ...] = (
+        "base",
+        "sft",
+        "dpo",
+        "dpo-imagined",
+        "grpo",
+        "sac",
+        "sac-demos",
+        "sac-imagined",
+        "wmpo",
+    )
     budgets: tuple[int, ...] = (128, 1280)
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: tuple[str, ...] = ("nominal",)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from wmpo_gym.comparison.methods import METHODS, Workshop
+from wmpo_gym.comparison.methods import METHODS, STAGES, Workshop
 from wmpo_gym.comparison.plan import SAW, Cell, Plan
 from wmpo_gym.data.atomic import plain, read_json, write_json_atomic
 from wmpo_gym.evaluation.protocol import EvalProtocol
@@ -70,9 +70,12 @@ def _cell(plan: Plan, cell: Cell, out: Path, progress: bool) -> list[dict[str, A
     """Results of a cell, one per variant; trains and tests if they are not on the disk."""
     file = out / "cells" / cell.name / "results.json"
     if not file.exists():
-        began = time.perf_counter()
-        trained = METHODS[cell.method](Workshop(plan, cell, out, progress=progress))
-        seconds = time.perf_counter() - began
+        shop = Workshop(plan, cell, out, progress=progress)
+        began, before = time.perf_counter(), sum(shop.stage_seconds().values())
+        trained = METHODS[cell.method](shop)
+        stages = shop.stage_seconds()
+        seconds = time.perf_counter() - began - (sum(stages.values()) - before)
+        seconds += sum(stages.get(stage, 0.0) for stage in STAGES[cell.method])
         entries = [
             {
                 "method": cell.method,
