@@ -306,41 +306,29 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             actions: Float (n, K, D).
             generators: Of their noise.
         """
-        made = [
-            self._imagine_part(states, rows[part], task_ids[part], actions[part], generators[part])
-            for part in (slice(i, i + self._max_batch) for i in range(0, len(rows), self._max_batch))
-        ]
-        self.ledger.imagined_frames += len(rows) * actions.shape[1]
-        self.ledger.nfe += len(rows) * self._imagination.nfe_per_chunk
-        frames, probs = (np.concatenate(pieces) for pieces in zip(*made, strict=True))
-        return frames, probs
-
-    def _imagine_part(
-        self,
-        states: tuple[Any, Any],
-        rows: np.ndarray,
-        task_ids: np.ndarray,
-        actions: np.ndarray,
-        generators: list[torch.Generator],
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """As :meth:`_imagine`, in one batch."""
         import torch
 
-        (dream, judge), shape, n = states, self._imagination.noise_shape, len(rows)
-        noise = torch.empty(n, *shape)
-        for part, generator in zip(noise, generators, strict=True):
-            torch.randn(shape, generator=generator, out=part)
-        if n == 1 and self._device == "cpu":
-            # PyTorch has other kernels for a batch of one, whose sums differ in the last bit.
-            rows, task_ids = rows.repeat(2), task_ids.repeat(2)
-            actions, noise = actions.repeat(2, axis=0), noise.repeat(2, 1, 1, 1, 1)
-        with torch.no_grad():
-            frames, dreamt = self._imagination.step(dream.rows(rows), actions, noise)
-            ids = torch.as_tensor(task_ids, device=frames.device)
-            probs, judged = self.classifier.update(judge.rows(rows), frames, ids)
-        dream.assign(rows, dreamt)
-        judge.assign(rows, judged)
-        return frames[:n].cpu().numpy(), probs[:n].cpu().numpy()
+        (dream, judge), shape, made = states, self._imagination.noise_shape, []
+        for i in range(0, len(rows), self._max_batch):
+            part = slice(i, i + self._max_batch)
+            some, ids, chosen = rows[part], task_ids[part], actions[part]
+            n = len(some)
+            noise: Any = torch.empty(n, *shape)
+            for own, generator in zip(noise, generators[part], strict=True):
+                torch.randn(shape, generator=generator, out=own)
+            if n == 1 and self._device == "cpu":
+                # PyTorch has other kernels for a batch of one, whose sums differ in the last bit.
+                some, ids, chosen, noise = (x[[0, 0]] for x in (some, ids, chosen, noise))
+            with torch.no_grad():
+                frames, dreamt = self._imagination.step(dream.rows(some), chosen, noise)
+                probs, judged = self.classifier.update(judge.rows(some), frames, ids)
+            dream.assign(some, dreamt)
+            judge.assign(some, judged)
+            made.append((frames[:n].cpu().numpy(), probs[:n].cpu().numpy()))
+        self.ledger.imagined_frames += len(rows) * actions.shape[1]
+        self.ledger.nfe += len(rows) * self._imagination.nfe_per_chunk
+        all_frames, all_probs = (np.concatenate(pieces) for pieces in zip(*made, strict=True))
+        return all_frames, all_probs
 
     # -- state -----------------------------------------------------------------------------------------------
     def _dump_rows(self, rows: np.ndarray) -> State:
