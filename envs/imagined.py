@@ -321,7 +321,7 @@ class ImaginedVectorEnv(ChunkVectorEnv):
                 some, ids, chosen, noise = (x[[0, 0]] for x in (some, ids, chosen, noise))
             with torch.no_grad():
                 frames, dreamt = self._imagination.step(dream.rows(some), chosen, noise)
-                probs, judged = self.classifier.update(judge.rows(some), frames, ids)
+                probs, judged = self.classifier.update(judge.rows(some), frames, torch.as_tensor(ids))
             dream.assign(some, dreamt)
             judge.assign(some, judged)
             made.append((frames[:n].cpu().numpy(), probs[:n].cpu().numpy()))
