@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from wmpo_gym.cli.common import Flat, choose_start_states, keep_settings, load_policy
+from wmpo_gym.cli.common import Flat, choose_start_states, load_policy
+from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.envs.simulated.scripted import ExpertConfig, record_expert, record_play
 from wmpo_gym.tasks import Task, get_task

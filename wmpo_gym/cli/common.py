@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import numpy as np
 import tyro
 
-from wmpo_gym.data.atomic import ArtifactError, plain, read_json, write_json_atomic
+from wmpo_gym.data.atomic import ArtifactError
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.tasks import Task
@@ -84,26 +84,3 @@ def choose_start_states(task: Task, split: str, n: int, seed: int) -> list[int]:
             f"{len(ids)}."
         )
     return np.random.default_rng([seed, 0x57A7]).permutation(np.arange(ids.start, ids.stop))[:n].tolist()
-
-
-def keep_settings(file: Path, settings: dict[str, Any]) -> None:
-    """Remember what a directory was begun with, and refuse to go on with something else.
-
-    Args:
-        file: JSON file in that directory.
-        settings: What decides its content.
-
-    Raises:
-        ValueError: If the file holds other settings; the message names the first difference.
-    """
-    settings = plain(settings)
-    if not file.exists():
-        write_json_atomic(file, settings)
-        return
-    before = read_json(file)
-    for key, value in settings.items():
-        if before.get(key) != value:
-            raise ValueError(
-                f"{file.parent} was begun with {key} = {before.get(key)!r}, now it is {value!r}; use the "
-                "same options to go on there, or another --out."
-            )

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from wmpo_gym.cli.common import keep_settings, load_world
+from wmpo_gym.cli.common import load_world
 from wmpo_gym.data.atomic import write_json_atomic
+from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.progress import progress_wanted
 from wmpo_gym.tasks import get_task
 

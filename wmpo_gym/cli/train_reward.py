@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from wmpo_gym.cli.common import Flat, keep_settings, load_episodes, load_world
+from wmpo_gym.cli.common import Flat, load_episodes, load_world
+from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.reward.training import ClassifierTraining, train_classifier
 
 

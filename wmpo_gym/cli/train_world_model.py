@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from wmpo_gym.cli.common import Flat, keep_settings, load_episodes, load_world
+from wmpo_gym.cli.common import Flat, load_episodes, load_world
 from wmpo_gym.data.atomic import read_json, write_json_atomic
 from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.tasks import Task, get_task
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from wmpo_gym.comparison.methods import METHODS, STAGES, Workshop
 from wmpo_gym.comparison.plan import SAW, Cell, Plan
 from wmpo_gym.data.atomic import plain, read_json, write_json_atomic
+from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.evaluation.protocol import EvalProtocol
 from wmpo_gym.evaluation.rollouts import evaluate_policy_on
 from wmpo_gym.evaluation.self_correction import measure_self_correction
@@ -34,14 +34,7 @@ def run_study(plan: Plan, out: str | Path, *, progress: bool = True) -> dict[str
         ValueError: If the directory holds a comparison with another plan.
     """
     out = Path(out)
-    settings = json.loads(json.dumps(plain(plan.to_dict())))
-    file = out / "plan.json"
-    if file.exists() and read_json(file) != settings:
-        raise ValueError(
-            f"{out} holds a comparison with other settings; repeat them to go on with it, or choose another "
-            "directory."
-        )
-    write_json_atomic(file, settings)
+    keep_settings(out / "plan.json", plan.to_dict())
     cells, done = list(plan.cells()), []
     with progress_bar(total=len(cells), desc="cells", disable=not progress) as bar:
         for cell in cells:

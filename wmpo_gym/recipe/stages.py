@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 from wmpo_gym.data.atomic import read_json, write_json_atomic
 from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.envs.ledger import Ledger
 from wmpo_gym.envs.simulated.scripted import record_expert, record_play
@@ -47,14 +47,7 @@ class Run:
         self.recipe, self.out, self.bundled, self.progress = recipe.seeded(), Path(out), bundled, progress
         self.task = get_task(recipe.task)
         self.starts = recipe.start_states(self.task)
-        settings = json.loads(json.dumps({"bundled": bundled, **self.recipe.to_dict()}))
-        file = self.out / "recipe.json"
-        if file.exists() and read_json(file) != settings:
-            raise ValueError(
-                f"{self.out} holds a run with other settings; repeat them to go on with it, or choose "
-                "another directory."
-            )
-        write_json_atomic(file, settings)
+        keep_settings(self.out / "recipe.json", {"bundled": bundled, **self.recipe.to_dict()})
         self._times = self.out / "seconds.json"
         self.seconds: dict[str, float] = read_json(self._times) if self._times.exists() else {}
 
