@@ -166,6 +166,20 @@ def test_the_lead_is_taken_over_the_smallest_budget() -> None:
     assert "| base | 0 |" in markdown_table({"plan": plan, "cells": cells, "saw": {}})
 
 
+def test_an_unfinished_comparison_compares_equal_seeds_only() -> None:
+    cells = [
+        {"method": m, "budget": b, "seed": seed, "variant": "nominal", "outcomes": bits, "success": 0.5, "n": 4,
+         "greedy": {"outcomes": bits}, "ledger": {}, "seconds": 1.0}
+        for m, b, seed, bits in (
+            ("base", 0, 0, "0000"), ("base", 0, 1, "1000"), ("sft", 128, 2, "1111"), ("wmpo", 128, 1, "1110")
+        )
+    ]  # fmt: skip
+    plan = {"budgets": [128], "variants": ["nominal"], "methods": ["base", "sft", "wmpo"]}
+    base, sft, wmpo = summarise({"plan": plan, "cells": cells, "saw": {}})
+    assert base["seeds"] == [0, 1] and base["wmpo_lead"]["points"] == 50.0
+    assert "wmpo_lead" not in sft and wmpo["seeds"] == [1]
+
+
 def test_seconds_include_the_shared_stages_whoever_ran_them(finished: tuple[Path, dict[str, Any]]) -> None:
     out, results = finished
     seconds = {c["method"]: c["seconds"] for c in results["cells"]}

@@ -18,13 +18,17 @@ RESAMPLES = 2000
 Scores = list[np.ndarray]  # per seed, bool outcomes (N,) on the same start states
 
 
-def outcomes(results: Mapping[str, Any], method: str, budget: int, variant: str, greedy: bool) -> Scores:
+def outcomes(
+    results: Mapping[str, Any], method: str, budget: int, variant: str, greedy: bool
+) -> dict[int, np.ndarray]:
     """Outcomes of a method, one array per seed in order."""
     cells = [
         c for c in results["cells"] if (c["method"], c["budget"], c["variant"]) == (method, budget, variant)
     ]
-    parts = [c["greedy"] if greedy else c for c in sorted(cells, key=lambda c: c["seed"])]
-    return [np.array(list(p["outcomes"])) == "1" for p in parts]
+    return {
+        c["seed"]: np.array(list((c["greedy"] if greedy else c)["outcomes"])) == "1"
+        for c in sorted(cells, key=lambda c: c["seed"])
+    }
 
 
 def bootstrap(
@@ -78,8 +82,8 @@ def summarise(results: Mapping[str, Any], greedy: bool = False) -> list[dict[str
 
     Returns:
         Dictionaries with ``method``, ``budget``, ``variant``, ``seeds``, ``n`` (start states per seed),
-        ``success``, ``iqm`` (fractions with ``ci95``), and where WMPO was run ``wmpo_lead`` (points) and
-        ``wmpo_better`` (probability of improvement), both with ``ci95``.
+        ``success``, ``iqm`` (fractions with ``ci95``), and over the seeds WMPO was run with too ``wmpo_lead``
+        (points) and ``wmpo_better`` (probability of improvement), both with ``ci95``.
     """
     plan, rows = results["plan"], []
     smallest = min(plan["budgets"])
@@ -87,22 +91,25 @@ def summarise(results: Mapping[str, Any], greedy: bool = False) -> list[dict[str
         ours = outcomes(results, "wmpo", smallest, variant, greedy)
         for method in plan["methods"]:
             for budget in (0,) if method in WITHOUT_BUDGET else plan["budgets"]:
-                scores = outcomes(results, method, budget, variant, greedy)
-                if not scores:
+                by_seed = outcomes(results, method, budget, variant, greedy)
+                if not by_seed:
                     continue
+                scores = list(by_seed.values())
                 row = {
                     "method": method,
                     "budget": budget,
                     "variant": variant,
-                    "seeds": len(scores),
+                    "seeds": list(by_seed),
                     "n": len(scores[0]),
                     "success": _with_interval("success", bootstrap(mean_success, scores)),
                     "iqm": _with_interval("iqm", bootstrap(interquartile_mean, scores)),
                 }
-                if len(ours) == len(scores) and (method, budget) != ("wmpo", smallest):
-                    row["wmpo_lead"] = _with_interval("points", bootstrap(gain, scores, ours))
+                common = [seed for seed in by_seed if seed in ours]
+                if common and (method, budget) != ("wmpo", smallest):
+                    pair = [by_seed[s] for s in common], [ours[s] for s in common]
+                    row["wmpo_lead"] = _with_interval("points", bootstrap(gain, *pair))
                     row["wmpo_better"] = _with_interval(
-                        "probability", bootstrap(probability_of_improvement, scores, ours)
+                        "probability", bootstrap(probability_of_improvement, *pair)
                     )
                 rows.append(row)
     return rows
@@ -116,21 +123,24 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     """The table as Markdown, sampled and greedy, with what every method saw."""
     rows = summarise(results)
     lines = [
-        "| method | real episodes | scene | success, sampled | greedy | WMPO's lead, sampled | WMPO better |",
-        "|---|---|---|---|---|---|---|",
+        "| method | real episodes | scene | seeds | success, sampled | greedy "
+        "| WMPO's lead, sampled | greedy | WMPO better |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row, greedy in zip(rows, summarise(results, greedy=True), strict=True):
-        lead = show_points(row["wmpo_lead"]) if "wmpo_lead" in row else "–"
+        leads = " | ".join(show_points(r["wmpo_lead"]) if "wmpo_lead" in r else "–" for r in (row, greedy))
         better = f"{row['wmpo_better']['probability']:.2f}" if "wmpo_better" in row else "–"
         shown = " | ".join(_percent(r["success"]) for r in (row, greedy))
         lines.append(
-            f"| {row['method']} | {row['budget']} | {row['variant']} | {shown} | {lead} | {better} |"
+            f"| {row['method']} | {row['budget']} | {row['variant']} | {len(row['seeds'])} | {shown} "
+            f"| {leads} | {better} |"
         )
     first = rows[0]
     lines += [
         "",
-        f"{first['n']} test start states per seed, {first['seeds']} seed(s); intervals by resampling start "
-        "states within seeds. *WMPO better*: probability of improvement over all pairs of seeds.",
+        f"{first['n']} test start states per seed; intervals by resampling start states within seeds. "
+        f"*WMPO's lead*: of WMPO with {min(results['plan']['budgets'])} real episodes, on the same start "
+        "states and seeds. *WMPO better*: probability of improvement over all pairs of seeds, sampled.",
         "",
         *_behaviour(results),
         *(f"- `{method}` saw: {what}." for method, what in results["saw"].items()),
