@@ -168,8 +168,8 @@ def test_the_lead_is_taken_over_the_smallest_budget() -> None:
 
 def test_an_unfinished_comparison_compares_equal_seeds_only() -> None:
     cells = [
-        {"method": m, "budget": b, "seed": seed, "variant": "nominal", "outcomes": bits, "success": 0.5, "n": 4,
-         "greedy": {"outcomes": bits}, "ledger": {}, "seconds": 1.0}
+        {"method": m, "budget": b, "seed": seed, "variant": "nominal", "outcomes": bits,
+         "greedy": {"outcomes": bits}}
         for m, b, seed, bits in (
             ("base", 0, 0, "0000"), ("base", 0, 1, "1000"), ("sft", 128, 2, "1111"), ("wmpo", 128, 1, "1110")
         )
