@@ -47,7 +47,7 @@ class Args:
 
     episodes: int = 300
     """recorded episodes of the environment"""
-    world_steps: int = 3000
+    world_steps: int = 1500
     """training steps of the world model"""
     classifier_steps: int = 300
     """training steps of the success classifier"""
@@ -107,7 +107,7 @@ def run_episode(env, start_state: int, choose) -> Episode:
 def learn_world(episodes: list[Episode], args: Args) -> World:
     """World model and success classifier from recorded episodes."""
     network = ConvWorldModel.for_task(TASK, args.seed)
-    settings = WorldModelTraining(steps=args.world_steps, seed=args.seed)
+    settings = WorldModelTraining(steps=args.world_steps, batch_size=24, seed=args.seed)
     WorldModelTrainer(network, PixelAutoencoder(), TASK, episodes, settings).train()
     world = World(TASK, network, PixelAutoencoder(), None, StartFrames.from_episodes(episodes))
     world.classifier, figures = train_classifier(

@@ -33,7 +33,7 @@ class Args:
     """times to act, refresh and improve"""
     real_episodes: int = 128
     """real episodes per round"""
-    world_steps: int = 1000
+    world_steps: int = 500
     """steps of the world model's refresh"""
     classifier_steps: int = 500
     """steps of the classifier's training"""
@@ -75,7 +75,7 @@ def main(args: Args) -> None:
         real = store.load()
 
         settings = WorldModelTraining(
-            steps=args.world_steps, learning_rate=5e-4, recorded=0.0, seed=args.seed + number
+            steps=args.world_steps, batch_size=24, learning_rate=5e-4, recorded=0.0, seed=args.seed + number
         )
         WorldModelTrainer(network, autoencoder, task, real, settings).train()
         world = World(task, network, autoencoder, None, StartFrames.from_episodes(real))

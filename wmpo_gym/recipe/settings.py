@@ -77,10 +77,12 @@ class Recipe:
     # The colours' symmetry is no mistake of the expert's; the mirror's would undo the biased aim.
     sft: SFTSettings = SFTSettings(steps=500, symmetries=("swap colours",))
     play: int = 2400
-    pretrain: WorldModelTraining = WorldModelTraining()
+    pretrain: WorldModelTraining = WorldModelTraining(steps=5000, batch_size=24, learning_rate=1.2e-3)
     rollouts: int = 128
     rounds: int = 1
-    align: WorldModelTraining = WorldModelTraining(steps=2000, learning_rate=5e-4, recorded=0.0)
+    align: WorldModelTraining = WorldModelTraining(
+        steps=1000, batch_size=24, learning_rate=6e-4, recorded=0.0
+    )
     weights: tuple[float, float, float] = (2.5, 1.0, 1.0)
     classifier_steps: int = 700
     classifier_demos: bool = True
@@ -132,7 +134,7 @@ class Recipe:
 # From the bundled base policy and play-trained world model; the rest as in a full run, shorter.
 DEMO = Recipe(
     play=200,
-    align=WorldModelTraining(steps=1000, learning_rate=5e-4, recorded=0.0),
+    align=WorldModelTraining(steps=500, batch_size=24, learning_rate=5e-4, recorded=0.0),
     classifier_steps=500,
     grpo=GRPOSettings(iterations=12),
     gate_episodes=128,

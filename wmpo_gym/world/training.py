@@ -60,8 +60,8 @@ class WorldModelTraining:
         checkpoint_every: Steps between checkpoints.
     """
 
-    steps: int = 10000
-    batch_size: int = 12
+    steps: int = 4000
+    batch_size: int = 32
     learning_rate: float = 1e-3
     warmup: int = 50
     final_lr: float = 0.02
