@@ -58,6 +58,9 @@ QUICK = Plan(
 )
 
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A comparison that was stopped in its third cell and finished by a second call."""
@@ -234,3 +237,11 @@ def test_lifelong_rounds_build_on_each_other(tmp_path: Path) -> None:
     assert frames[1] > frames[0] > 0
     with pytest.raises(ValueError, match="equal steps"):
         replace(plan, budgets=(32, 128))
+
+
+@pytest.mark.parametrize("results", sorted(RESULTS.glob("*/*/results.json")), ids=str)
+def test_committed_tables_and_plots_are_those_of_the_committed_results(results: Path, tmp_path: Path) -> None:
+    write_summary(json.loads(results.read_text()), tmp_path)
+    written = sorted(f.name for f in tmp_path.iterdir())
+    assert written == sorted({f.name for f in results.parent.iterdir()} - {"results.json"})
+    assert (tmp_path / "table.md").read_text() == (results.parent / "table.md").read_text()
