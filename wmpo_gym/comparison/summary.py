@@ -215,6 +215,7 @@ def _plot(
             [cost(c) for c in cells], [c["success"] for c in cells], color=line.get_color(), s=8, alpha=0.5
         )
     axes.set(xlabel=label, ylabel=f"success in the twin ({variant})", ylim=(0, 1), xscale="symlog")
+    axes.set_xlim(0, 1.3 * max(axes.get_xlim()[1], 1.0))
     axes.legend(fontsize="small")
     with rc_context({"svg.hashsalt": label}):  # the same file from the same results
         figure.savefig(file, metadata={"Date": None})
