@@ -205,13 +205,13 @@ class DPO(GroupAlgorithm):
     def _update(self, rollouts: Trajectories, pairs: th.Tensor) -> dict[str, float]:
         """One optimizer step on a minibatch of pairs ``(P, 2)``."""
         self.policy.optimizer.zero_grad()
-        total = {"loss": 0.0, "pair_accuracy": 0.0, "margin": 0.0}
+        total, n_tokens = {"loss": 0.0, "pair_accuracy": 0.0, "margin": 0.0}, rollouts.token_counts()
         for part in pairs.split(self.micro_batch_size or len(pairs)):
             winner, loser = self._gains(rollouts, part)
             loss = preference_loss(winner, loser, self.beta).sum() / len(pairs)
             if self.sft_weight:
                 # The reference's share of the log-likelihood is constant and left out.
-                per_token = winner / rollouts.token_counts()[part[:, 0]].to(winner)
+                per_token = winner / n_tokens[part[:, 0]].to(winner)
                 loss = loss - self.sft_weight * per_token.sum() / len(pairs)
             loss.backward()
             margin = (winner - loser).detach()

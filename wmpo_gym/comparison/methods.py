@@ -64,12 +64,14 @@ class Workshop:
     def __init__(self, plan: Plan, cell: Cell, out: Path, *, progress: bool = False) -> None:
         self.progress = progress
         self.plan, self.cell, self.out = plan, cell, out / "cells" / cell.name
-        recipe = replace(plan.recipe, seed=cell.seed)
-        self.shared = Run(
-            recipe, out / "shared" / f"seed{cell.seed}", bundled=plan.bundled, progress=progress
-        )
-        own = replace(recipe, rollouts=cell.budget)
-        self._own = out / "shared" / f"seed{cell.seed}-{cell.budget}", own
+        self._runs = out / "shared"
+        self.shared = self._run("")
+
+    def _run(self, suffix: str, **changes: Any) -> Run:
+        """A run of the cell's seed in a directory that its cells share."""
+        recipe = replace(self.plan.recipe, seed=self.cell.seed, **changes)
+        directory = self._runs / f"seed{self.cell.seed}{suffix}"
+        return Run(recipe, directory, bundled=self.plan.bundled, progress=self.progress)
 
     @property
     def task(self) -> Task:
@@ -88,8 +90,7 @@ class Workshop:
     @cached_property
     def run(self) -> Run:
         """The seed's run with this cell's budget; methods of one budget share its rollouts and its world."""
-        directory, recipe = self._own
-        return Run(recipe, directory, bundled=self.plan.bundled, progress=self.progress)
+        return self._run(f"-{self.cell.budget}", rollouts=self.cell.budget)
 
     def rollouts(self) -> list[Episode]:
         """P labelled rollouts of the base policy."""
@@ -104,9 +105,7 @@ class Workshop:
     def lifelong_run(self) -> Run:
         """A run with a round per budget of the plan, which the cells of all budgets share."""
         budgets = self.plan.budgets
-        recipe = replace(self.plan.recipe, seed=self.cell.seed, rollouts=max(budgets), rounds=len(budgets))
-        directory = self.out.parent.parent / "shared" / f"seed{self.cell.seed}-lifelong"
-        return Run(recipe, directory, bundled=self.plan.bundled, progress=self.progress)
+        return self._run("-lifelong", rollouts=max(budgets), rounds=len(budgets))
 
     @property
     def round(self) -> int:
