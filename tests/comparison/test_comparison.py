@@ -104,6 +104,30 @@ def test_other_settings_are_refused(finished: tuple[Path, dict[str, Any]]) -> No
         run_study(replace(QUICK, episodes=4), out, progress=False)
 
 
+def test_policies_of_another_comparison_are_tested_again_without_training(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, results = finished
+    plan = replace(QUICK, methods=("base", "grpo", "wmpo"), variants=("background", "nominal"))
+
+    def untouched(shop: Any) -> Any:
+        raise AssertionError("trained again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for method in plan.methods:
+            patch.setitem(METHODS, method, untouched)
+        again = run_study(plan, tmp_path / "again", trained_in=out, progress=False)["cells"]
+    first = {c["method"]: c for c in results["cells"] if c["variant"] == "nominal"}
+    assert [c["variant"] for c in again] == ["background", "nominal"] * 3
+    for cell in again[1::2]:
+        for figure in ("outcomes", "greedy", "ledger", "seconds"):
+            assert cell[figure] == first[cell["method"]][figure], (cell["method"], figure)
+    with pytest.raises(ValueError, match="other settings .selection_episodes"):
+        run_study(replace(plan, selection_episodes=0), tmp_path / "other", trained_in=out, progress=False)
+    with pytest.raises(ValueError, match="holds no comparison"):
+        run_study(plan, tmp_path / "other", trained_in=tmp_path, progress=False)
+
+
 def test_table_and_plots_come_from_the_results_alone(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

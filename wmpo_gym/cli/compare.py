@@ -28,6 +28,8 @@ class Command:
         seeds: Other seeds.
         episodes: Other number of test start states.
         bundled: Start from the bundled base policy and play-trained world model for all seeds.
+        trained_in: Directory of another comparison: test its policies, as far as it has them, instead of
+            training new ones (for instance table2 and behaviour on those of table1).
         summary_only: Only write table and plots from the results.json in the directory.
     """
 
@@ -39,6 +41,7 @@ class Command:
     seeds: tuple[int, ...] = ()
     episodes: int | None = None
     bundled: bool = False
+    trained_in: Path | None = None
     summary_only: bool = False
 
     def run(self) -> None:
@@ -53,7 +56,10 @@ class Command:
         }
         plan = replace(plan, **{name: value for name, value in given.items() if value})
         out = self.out or Path("runs") / f"compare-{self.preset}-{self.task}"
-        results = read_json(out / "results.json") if self.summary_only else run_study(plan, out)
+        if self.summary_only:
+            results = read_json(out / "results.json")
+        else:
+            results = run_study(plan, out, trained_in=self.trained_in)
         write_summary(results, out)
         print(markdown_table(results))
         print(f"Table, plots and results.json are in {out}")
