@@ -59,7 +59,8 @@ class VLAConfig:
         n_bins: Action tokens per number.
         bin_layout: See :class:`ActionTokenizer`.
         text_vocabulary: Text tokens; the action tokens are the last ``n_bins`` of them.
-        tokenizer: ``"bytes"`` or a directory or hub id of a transformers tokenizer.
+        tokenizer: ``"bytes"`` or a directory or hub id of a transformers tokenizer; a saved policy keeps one
+            from a directory in its own folder ``tokenizer``.
         prompt: Template of the prompt.
         prompt_suffix: Token ids appended to the prompt (OpenVLA: 29871, a lone space).
         learned_placeholders: Give each placeholder its own embedding instead of zeros. A zero vector passes
@@ -222,6 +223,7 @@ class VLAConfig:
                 "num_attention_heads": 16,
                 "image_size": 224,
                 "patch_size": 14,
+                "hidden_act": "gelu",  # exact, as timm has it; transformers' default is an approximation
                 "vision_use_head": False,
             },
             feature_layer=-2,
