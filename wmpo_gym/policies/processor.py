@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
+from wmpo_gym.data.atomic import ArtifactError
 from wmpo_gym.policies.vla import VLAConfig
 
 PLACEHOLDER = -1
+LOCAL_TOKENIZER = "tokenizer"
+"""In a saved policy's configuration: the tokenizer lies in this folder beside it."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 class TextTokenizer(Protocol):
@@ -68,6 +81,22 @@ class PretrainedTokenizer:
     def encode(self, text: str) -> list[list[int]]:
         """Tokens of ``text`` without start and stop."""
         return [[i] for i in self._tokenizer.encode(text, add_special_tokens=False)]
+
+
+def copy_tokenizer(source: str | Path, target: Path) -> None:
+    """Copy the files of a transformers tokenizer, and nothing else, to a new folder.
+
+    Raises:
+        ArtifactError: If there are none.
+    """
+    found = [Path(source) / name for name in _TOKENIZER_FILES if (Path(source) / name).is_file()]
+    if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in found):
+        raise ArtifactError(
+            f"{source} holds no tokenizer (tokenizer.json or tokenizer.model); download these files too."
+        )
+    target.mkdir()
+    for file in found:
+        shutil.copyfile(file, target / file.name)
 
 
 def load_tokenizer(config: VLAConfig) -> TextTokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from wmpo_gym.data.atomic import (
     write_json_atomic,
 )
 from wmpo_gym.policies.base import GroupPolicy, Observation
-from wmpo_gym.policies.processor import InstructionTable, prepare_images
+from wmpo_gym.policies.processor import LOCAL_TOKENIZER, InstructionTable, copy_tokenizer, prepare_images
 from wmpo_gym.policies.vla import VLAConfig, VLANetwork
 
 FORMAT_VERSION = 1
@@ -176,6 +177,8 @@ class VLAPolicy(GroupPolicy):
     def save_pretrained(self, directory: str | Path, meta: Mapping[str, Any] | None = None) -> Path:
         """Write ``config.json``, ``policy.json`` and ``model.safetensors``, all or nothing.
 
+        A tokenizer that came from a directory goes along in ``tokenizer/``.
+
         Args:
             directory: Where to.
             meta: Anything JSON-able worth remembering (task, training, results).
@@ -184,17 +187,16 @@ class VLAPolicy(GroupPolicy):
             The directory.
         """
         directory = Path(directory)
-        card = {
-            "format_version": FORMAT_VERSION,
-            "instructions": list(self.instructions),
-            "temperature": self.temperature,
-            "pixels": list(_image_shape(self.observation_space)),
-            "lora": self.lora,
-            "meta": dict(meta or {}),
-        }
         with write_dir_atomic(directory) as temporary:
-            write_json_atomic(temporary / "config.json", self.config.to_dict())
-            write_json_atomic(temporary / "policy.json", card)
+            write_policy_card(
+                temporary,
+                self.config,
+                instructions=self.instructions,
+                temperature=self.temperature,
+                pixels=_image_shape(self.observation_space),
+                lora=self.lora,
+                meta=meta,
+            )
             save_safetensors(temporary / "model.safetensors", self.network.state_dict())
         return directory
 
@@ -225,6 +227,42 @@ class VLAPolicy(GroupPolicy):
         }
 
 
+def write_policy_card(
+    directory: Path,
+    config: VLAConfig,
+    *,
+    instructions: Sequence[str],
+    temperature: float,
+    pixels: Sequence[int],
+    lora: Mapping[str, Any] | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> None:
+    """Write all of a policy's directory but its weights.
+
+    Args:
+        directory: Where to; exists.
+        config: The network. A tokenizer in a directory is copied, so that the policy can be moved.
+        instructions: The task's sentences.
+        temperature: Divides the logits.
+        pixels: Shape of the observed image.
+        lora: Keyword arguments of ``peft.LoraConfig`` if the weights have adapters.
+        meta: Anything JSON-able worth remembering.
+    """
+    if config.tokenizer != "bytes" and Path(config.tokenizer).is_dir():
+        copy_tokenizer(config.tokenizer, directory / LOCAL_TOKENIZER)
+        config = replace(config, tokenizer=LOCAL_TOKENIZER)
+    card = {
+        "format_version": FORMAT_VERSION,
+        "instructions": list(instructions),
+        "temperature": temperature,
+        "pixels": list(pixels),
+        "lora": lora,
+        "meta": dict(meta or {}),
+    }
+    write_json_atomic(directory / "config.json", config.to_dict())
+    write_json_atomic(directory / "policy.json", card)
+
+
 def read_policy_card(directory: str | Path) -> dict[str, Any]:
     """``policy.json`` of a saved policy with its network configuration under ``"config"``.
 
@@ -244,6 +282,8 @@ def read_policy_card(directory: str | Path) -> dict[str, Any]:
         card["config"] = VLAConfig.from_dict(config)
     except (AttributeError, TypeError, ValueError) as error:
         raise ArtifactError(f"{directory / 'config.json'} does not describe a VLA: {error}") from error
+    if card["config"].tokenizer == LOCAL_TOKENIZER:
+        card["config"] = replace(card["config"], tokenizer=str(directory / LOCAL_TOKENIZER))
     return card
 
 
