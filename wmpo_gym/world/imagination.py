@@ -119,7 +119,9 @@ class Imagination:
             denoising_steps=world.config.denoising_steps,
             image_size=world.task.image_size,
             action_dim=world.task.action_dim,
-            flow=RectifiedFlow(context_noise=world.config.context_noise),
+            flow=RectifiedFlow(
+                context_noise=world.config.context_noise, round_timesteps=world.config.round_timesteps
+            ),
         )
 
     @property

@@ -56,11 +56,13 @@ class WorldConfig:
         denoising_steps: Euler steps per chunk; sample with as many as the network was trained for.
         context_noise: Noise level in [0, 1] that the network is told its context has (paper §3.2 trains with
             0.05, the release with 0.015).
+        round_timesteps: Tell the network timesteps rounded to bfloat16, as the release does.
     """
 
     context_frames: int = 2
     denoising_steps: int = 1
     context_noise: float = 0.0
+    round_timesteps: bool = False
 
 
 @dataclass
