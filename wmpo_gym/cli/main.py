@@ -33,6 +33,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "train reward": ("wmpo_gym.cli.train_reward", "train and calibrate the success classifier of a world"),
     "train grpo": ("wmpo_gym.cli.train_grpo", "optimise a policy in imagination, or in the simulator"),
+    "convert world": ("wmpo_gym.cli.convert_world", "released WMPO files as a world"),
+    "convert policy": ("wmpo_gym.cli.convert_policy", "a released OpenVLA-OFT checkpoint as a policy"),
     "validate": ("wmpo_gym.cli.validate", "say whether a world is fit to train in: the four gates"),
     "evaluate": ("wmpo_gym.cli.evaluate", "success in the twin, paired; imagination judged by twin replay"),
     "compare": ("wmpo_gym.cli.compare", "methods on identical environments, budgets and start states"),
