@@ -12,6 +12,12 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Let ``pytest -k golden`` find every test that reads a reference vector, whatever its name."""
+    if "golden" in getattr(item, "fixturenames", ()):
+        item.extra_keyword_matches.add("golden")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Tests run beside other work; one thread is as fast on tensors this small."""
