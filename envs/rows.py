@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from gymnasium.utils import seeding
 
+from wmpo_gym.data.images import resize_area
+
 _MASK_64 = (1 << 64) - 1
 
 
@@ -191,13 +193,4 @@ def resize(frames: np.ndarray, size: int) -> np.ndarray:
 
     Whole multiples repeat pixels, everything else averages areas.
     """
-    side = frames.shape[-2]
-    if size % side == 0:
-        return frames.repeat(size // side, axis=-3).repeat(size // side, axis=-2)
-    edges = np.arange(size + 1) * (side / size)
-    pixels = np.arange(side)
-    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    weights = np.clip(overlap, 0.0, None) * (size / side)  # share of each input pixel in each output pixel
-    lead = frames.shape[:-3]
-    lines = weights @ frames.reshape(*lead, side, side * 3).astype(np.float64)
-    return np.rint(weights @ lines.reshape(*lead, size, side, 3)).astype(np.uint8)
+    return resize_area(frames, size, size)

@@ -69,7 +69,8 @@ class Task:
         start_states: Start states per split.
         action_low: Physical value of action -1 per dimension (metres per step, or gripper command).
         action_high: Physical value of action +1 per dimension.
-        success_tolerance_px: Radius of the success region in observation pixels, for the *faithful* gate.
+        success_tolerance_px: Radius of the success region in observation pixels, for the *faithful* gate;
+            None where objects cannot be located, as in recordings.
         exclusive_instructions: Whether an episode can fulfil one instruction at most.
         motion_px: Observation pixels (columns, rows) that one step of action components 0 and 1 at value 1
             moves the tool by, where that is known; a starting point for the world model.
@@ -87,7 +88,7 @@ class Task:
     start_states: StartStates
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
-    success_tolerance_px: float
+    success_tolerance_px: float | None
     exclusive_instructions: bool = False
     motion_px: tuple[float, float] | None = None
     variants: tuple[str, ...] = ("nominal",)

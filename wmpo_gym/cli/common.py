@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -12,6 +12,7 @@ import tyro
 from wmpo_gym.data.atomic import ArtifactError
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.store import EpisodeStore
+from wmpo_gym.data.task_file import find_task, read_task
 from wmpo_gym.tasks import Task
 
 if TYPE_CHECKING:
@@ -48,25 +49,54 @@ def load_world(name_or_dir: str) -> World:
     return World.from_pretrained(name_or_dir)
 
 
-def load_episodes(directories: Sequence[Path], task: Task) -> list[Episode]:
-    """The episodes of several stores; broken ones are skipped with a warning.
+def task_of(name: str | None, directories: Sequence[Path]) -> Task:
+    """The task that is named, else that of imported episodes, else ``move-block``.
+
+    Args:
+        name: Name of a known task, or a directory, see :func:`~wmpo_gym.data.task_file.find_task`.
+        directories: Stores of episodes.
+
+    Raises:
+        ValueError: If there is no such task.
+        ArtifactError: If a description is damaged.
+    """
+    if name is not None:
+        return find_task(name)
+    found = (read_task(directory) for directory in directories)
+    return next((task for task in found if task is not None), find_task("move-block"))
+
+
+def iterate_episodes(directories: Sequence[Path], task: Task) -> Iterator[Episode]:
+    """The episodes of several stores one by one; broken ones are skipped with a warning.
 
     Raises:
         ArtifactError: If a directory does not exist or holds no whole episode.
-        ValueError: If an episode was recorded for another task.
+        ValueError: If an episode was recorded for another task, or its actions were scaled otherwise.
     """
-    episodes = []
     for directory in directories:
-        found = EpisodeStore(directory).load()
-        if not found:
-            raise ArtifactError(f"{directory} holds no whole episode; `wmpo collect` records some.")
-        for episode in found:
+        own, store, empty = read_task(directory), EpisodeStore(directory), True
+        if own is not None and own != task:
+            raise ValueError(
+                f"{directory} was imported as {own.name!r} with other limits or instructions than this "
+                f"{task.name!r}; import it for this one, `wmpo import --task` with the first directory."
+            )
+        store.check_exists()
+        for episode in store:
             if episode.meta.get("task", task.name) != task.name:
                 raise ValueError(
                     f"{directory} holds episodes of task {episode.meta['task']!r}, not {task.name!r}."
                 )
-        episodes += found
-    return episodes
+            yield episode
+            empty = False
+        if empty:
+            raise ArtifactError(
+                f"{directory} holds no whole episode; `wmpo collect` or `wmpo import` makes some."
+            )
+
+
+def load_episodes(directories: Sequence[Path], task: Task) -> list[Episode]:
+    """The episodes of several stores, see :func:`iterate_episodes`."""
+    return list(iterate_episodes(directories, task))
 
 
 def choose_start_states(task: Task, split: str, n: int, seed: int) -> list[int]:

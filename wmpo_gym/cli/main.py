@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("wmpo_gym.cli.demo", "the whole method before your eyes, in about ten minutes"),
     "reproduce": ("wmpo_gym.cli.reproduce", "the whole method at full length, from nothing"),
     "collect": ("wmpo_gym.cli.collect", "record episodes: the scripted expert, play, or a policy"),
+    "import": ("wmpo_gym.cli.import_", "recordings of others: robomimic, LeRobot, the WMPO release"),
+    "export": ("wmpo_gym.cli.export", "episodes, recorded or imagined, as a LeRobotDataset"),
     "train sft": ("wmpo_gym.cli.train_sft", "fine-tune a policy on recorded episodes"),
     "train world-model": (
         "wmpo_gym.cli.train_world_model",
@@ -38,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "validate": ("wmpo_gym.cli.validate", "say whether a world is fit to train in: the four gates"),
     "evaluate": ("wmpo_gym.cli.evaluate", "success in the twin, paired; imagination judged by twin replay"),
     "compare": ("wmpo_gym.cli.compare", "methods on identical environments, budgets and start states"),
+    "serve": ("wmpo_gym.cli.serve", "answer a robot's pictures with action chunks, over a local socket"),
     "bench": ("wmpo_gym.cli.bench", "frames per second and where the time goes"),
 }
 
@@ -53,6 +56,9 @@ EXTRAS = {
     "matplotlib": "train",
     "scipy": "train",
     "moviepy": "video",
+    "h5py": "data",
+    "pyarrow": "data",
+    "grpc": "serve",
 }
 
 

@@ -11,7 +11,7 @@ from wmpo_gym.cli.common import load_world
 from wmpo_gym.data.atomic import write_json_atomic
 from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.progress import progress_wanted
-from wmpo_gym.tasks import get_task
+from wmpo_gym.tasks import Task, get_task
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Command:
         finally:
             env.close()
         write_json_atomic(logs / "history.json", model.history)
-        model.policy.save_pretrained(self.out, self._provenance(model))
+        model.policy.save_pretrained(self.out, self._provenance(model, env.unwrapped.task_spec))
         budget = ", ".join(f"{v:,.0f} {k.replace('_', ' ')}" for k, v in model.budget.to_dict().items())
         print(f"{len(model.history)} iterations ({budget}); the policy is in {self.out}")
 
@@ -112,8 +112,10 @@ class Command:
         )
         return env, world.start_frames.ids.tolist()
 
-    def _provenance(self, model: Any) -> dict[str, Any]:
+    def _provenance(self, model: Any, task: Task) -> dict[str, Any]:
         return {
+            "task": task.name,
+            "task_spec": task.to_dict(),
             "command": " ".join(["wmpo", *sys.argv[1:]]),
             "settings": {k: v for k, v in asdict(self).items() if k != "out"},
             "iterations": len(model.history),

@@ -6,9 +6,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wmpo_gym.cli.common import Flat, load_episodes, load_policy
+from wmpo_gym.cli.common import Flat, load_episodes, load_policy, task_of
 from wmpo_gym.policies.sft import SFTSettings, train_sft
-from wmpo_gym.tasks import get_task
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Command:
         episodes: Directories of episodes.
         out: Directory of the policy; checkpoints and TensorBoard curves go to the same name with
             .training behind it.
-        task: Task.
+        task: Task, or the directory of an import or a world; that of imported episodes by default.
         policy: Go on from this policy (directory, hub id or task name); a new one by default.
         seed: Decides the initial weights and everything random.
         settings: How to train.
@@ -29,7 +28,7 @@ class Command:
 
     episodes: tuple[Path, ...]
     out: Path
-    task: str = "move-block"
+    task: str | None = None
     policy: str | None = None
     seed: int = 0
     settings: Flat[SFTSettings] = field(default_factory=SFTSettings)
@@ -38,7 +37,7 @@ class Command:
         """Train and save."""
         from wmpo_gym.progress import progress_bar
 
-        task = get_task(self.task)
+        task = task_of(self.task, self.episodes)
         episodes = load_episodes(self.episodes, task)
         start = load_policy(self.policy, seed=self.seed) if self.policy else None
         logs = self.out.with_name(self.out.name + ".training")
@@ -62,6 +61,7 @@ class Command:
             self.out,
             {
                 "task": task.name,
+                "task_spec": task.to_dict(),
                 "command": " ".join(["wmpo", *sys.argv[1:]]),
                 "episodes": len(episodes),
                 "seed": self.seed,

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from wmpo_gym.cli.common import Flat, load_episodes, load_world
+from wmpo_gym.cli.common import Flat, load_episodes, load_world, task_of
 from wmpo_gym.data.atomic import read_json, write_json_atomic
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.settings import keep_settings
-from wmpo_gym.tasks import Task, get_task
+from wmpo_gym.tasks import Task
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ class Command:
             same name with .training behind it.
         play: Directories of further episodes that count less.
         weight: How many times more often an episode of --episodes is drawn than one of --play.
-        task: Task.
-        init: World to go on from (directory, hub id or task name); its networks and settings are kept.
+        task: Task, or the directory of an import or a world; that of imported episodes by default.
+        init: World to go on from (directory, hub id or task name); its task, networks and settings are kept,
+            and imagination may start where the new episodes did, too.
         network: Convolutions on pixels (small, quick), or the published spatial-temporal transformer.
         network_config: JSON file with further arguments of the network.
         autoencoder: Directory of a diffusers AutoencoderKL; pixels by default.
@@ -53,7 +54,7 @@ class Command:
     out: Path
     play: tuple[Path, ...] = ()
     weight: float = 2.5
-    task: str = "move-block"
+    task: str | None = None
     init: str | None = None
     network: Literal["conv", "stdit"] = "conv"
     network_config: Path | None = None
@@ -65,9 +66,11 @@ class Command:
 
     def run(self) -> None:
         """Train, measure, save."""
-        task = get_task(self.task)
+        known = load_world(self.init) if self.init else None
+        task = known.task if known else task_of(self.task, self.episodes)
         episodes, play = load_episodes(self.episodes, task), load_episodes(self.play, task)
-        world = load_world(self.init) if self.init else self._new_world(task, episodes)
+        world = known or self._new_world(task, episodes)
+        world.start_frames = world.start_frames.with_episodes(episodes)
         logs = self.out.with_name(self.out.name + ".training")
         keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k != "out"})
         kept, held = _split(episodes, self.holdout, self.training.seed)

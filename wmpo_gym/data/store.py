@@ -183,14 +183,18 @@ class EpisodeStore:
                 "Skipped %d broken episode(s) in %s:\n  %s%s", len(broken), self.root, listed, more
             )
 
+    def check_exists(self) -> None:
+        """Raise an :class:`ArtifactError` if the directory does not exist."""
+        if not self.root.is_dir():
+            raise ArtifactError(f"No directory of episodes at {self.root}; `wmpo collect` makes one.")
+
     def load(self) -> list[Episode]:
         """Read all whole episodes.
 
         Raises:
             ArtifactError: If the directory does not exist.
         """
-        if not self.root.is_dir():
-            raise ArtifactError(f"No directory of episodes at {self.root}; `wmpo collect` makes one.")
+        self.check_exists()
         return list(self)
 
     def ids(self) -> list[int | None]:

@@ -1,12 +1,16 @@
-"""Lossless video in memory: RGB frames to FFV1 in Matroska and back, bit for bit."""
+"""Our own video, lossless (RGB to FFV1 in Matroska and back, bit for bit), and reading that of others."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
+
+_PICTURES = {b"\x89PNG": "png_pipe", b"\xff\xd8": "jpeg_pipe"}  # first bytes: FFmpeg's name
 
 
 def encode_lossless(frames: np.ndarray, fps: float = 10.0) -> bytes:
@@ -50,3 +54,59 @@ def decode_lossless(data: bytes) -> np.ndarray:
     if not frames:
         raise ValueError("a video without frames")
     return np.stack(frames)
+
+
+def read_frames(path: str | Path, fps: float, first: int, count: int) -> Iterator[np.ndarray]:
+    """Decode consecutive frames out of a video.
+
+    Args:
+        path: The video, an MP4.
+        fps: Frames per second; frame i is shown at i / fps.
+        first: Number of the first frame wanted.
+        count: How many; fewer come if the video ends before.
+
+    Yields:
+        uint8 (H, W, 3).
+
+    Raises:
+        ValueError: If it is not a readable video, or a frame in between is missing.
+    """
+    try:
+        # The format is fixed, so that no file that refers to others passes for a video.
+        with av.open(str(path), "r", format="mp4") as container:
+            stream = container.streams.video[0]
+            if stream.time_base is None:
+                raise ValueError(f"{Path(path).name} has no time base")
+            # Seeking stops at the key frame before.
+            container.seek(int(first / fps / stream.time_base), stream=stream)
+            due = first
+            for frame in container.decode(stream):
+                number = -1 if frame.pts is None else round(float(frame.pts * stream.time_base) * fps)
+                if number < due:
+                    continue
+                if number > due:
+                    raise ValueError(f"{Path(path).name} lacks frame {due}")
+                yield frame.to_ndarray(format="rgb24")
+                due += 1
+                if due == first + count:
+                    return
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"{Path(path).name} is not a readable video ({error})") from error
+
+
+def decode_picture(data: bytes) -> np.ndarray:
+    """Decode a PNG or JPEG to uint8 (H, W, 3).
+
+    Raises:
+        ValueError: If the data is no such picture.
+    """
+    kind = (
+        "png_pipe" if data.startswith(b"\x89PNG") else "jpeg_pipe" if data.startswith(b"\xff\xd8") else None
+    )
+    if kind is None:
+        raise ValueError("a picture that is neither PNG nor JPEG")
+    try:
+        with av.open(io.BytesIO(data), "r", format=kind) as container:
+            return next(container.decode(video=0)).to_ndarray(format="rgb24")
+    except (av.FFmpegError, IndexError, StopIteration) as error:
+        raise ValueError(f"not a readable picture ({error})") from error

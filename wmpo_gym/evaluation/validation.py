@@ -110,16 +110,24 @@ def _validate_on_recordings(
 ) -> dict[str, dict[str, Any]]:
     if not episodes:
         raise ValueError(
-            f"Task {world.task.name!r} has no simulator here; give real_episodes: labelled episodes that "
-            "neither the world model nor the classifier was trained on."
+            f"Task {world.task.name!r} has no simulator here; give real_episodes (`wmpo validate "
+            "--recordings`): labelled episodes that neither world model nor classifier was trained on."
         )
+    if any(e.meta.get("imagined") for e in episodes):
+        raise ValueError("Imagined episodes cannot judge a world; give recorded ones.")
     imagined, truth = imagine_episodes(world, episodes, seed=seed)
     few = slice(0, SENSITIVITY_EPISODES)
     sensitivity = action_sensitivity(
         world, imagined.actions[few], imagined.frames[few, 0], imagined.task_ids[few], seed=seed
     )
     errors = _errors_at_end(world.task, imagined, episodes)
-    faithful = faithful_gate(world.task, errors, sensitivity, psnr_db=_psnr(imagined, episodes))
+    faithful = faithful_gate(
+        world.task,
+        errors,
+        sensitivity,
+        explained_change=_explained_change(imagined, episodes),
+        psnr_db=_psnr(imagined, episodes),
+    )
     honest = honest_gate(precision_recall(imagined.claimed, truth), "the recorded outcomes")
     reason = "There is no simulator to perturb or to train in; only real episodes were available."
     unknown = (GateResult(name, None, {}, "", "a simulator", reason) for name in ("physics", "learnable"))
@@ -140,6 +148,19 @@ def _errors_at_end(task: Task, imagined: Imagined, episodes: Sequence[Episode]) 
             return None
         errors.append(float(error[0, 0]))
     return np.array([e for e in errors if np.isfinite(e)])
+
+
+def _explained_change(imagined: Imagined, episodes: Sequence[Episode]) -> float:
+    """Share of the recorded pictures' change since the first one that imagination explains.
+
+    Median over the episodes of 1 minus the squared error relative to that of a still picture; 1 is perfect.
+    """
+    shares = []
+    for i, episode in enumerate(episodes):
+        real = episode.frames.astype(np.float32)
+        missed = np.square(imagined.frames[i, 1 : episode.n_steps + 1] - real[1:]).sum()
+        shares.append(1 - missed / max(np.square(real[1:] - real[0]).sum(), 1.0))
+    return float(np.median(shares))
 
 
 def _psnr(imagined: Imagined, episodes: Sequence[Episode]) -> float:

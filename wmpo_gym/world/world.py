@@ -109,6 +109,11 @@ class StartFrames:
             np.array([first[i].task_id for i in ids], dtype=np.int64),
         )
 
+    def with_episodes(self, episodes: list) -> StartFrames:
+        """These and the first frames of recorded episodes that begin in other start states."""
+        new = [e for e in episodes if e.start_state_id is not None and e.start_state_id not in self.ids]
+        return self.joined(StartFrames.from_episodes(new)) if new else self
+
     def joined(self, other: StartFrames) -> StartFrames:
         """Both, these first."""
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))

@@ -1,0 +1,88 @@
+"""``wmpo export``: episodes as a LeRobotDataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from wmpo_gym.cli.common import iterate_episodes, load_policy, load_world, task_of
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.exporters import export_lerobot
+from wmpo_gym.data.store import EpisodeStore
+from wmpo_gym.tasks import Task
+
+
+@dataclass(frozen=True)
+class Command:
+    """Write a LeRobotDataset v3: recorded episodes, or (--imagine) new ones of a policy in a world.
+
+    Actions are in the robot's units. Imagined episodes are marked in the column "imagined", and their success
+    is what the world's classifier claims.
+
+    Attributes:
+        out: Directory of the data set.
+        episodes: Directories of episodes.
+        task: Task, or the directory of an import or a world; that of imported episodes by default.
+        imagine: Episodes to imagine instead.
+        world: World to imagine in (directory, hub id or task name).
+        policy: Policy that acts there (directory, hub id or task name).
+        greedy: Let it act greedily instead of sampling.
+        camera: Name of the pictures, behind observation.images.
+        codec: Video with small losses as LeRobot has it, or without any.
+        seed: Decides everything imagined.
+    """
+
+    out: Path
+    episodes: tuple[Path, ...] = ()
+    task: str | None = None
+    imagine: int = 0
+    world: str = "move-block"
+    policy: str = "move-block"
+    greedy: bool = False
+    camera: str = "main"
+    codec: Literal["h264", "lossless"] = "h264"
+    seed: int = 0
+
+    def run(self) -> None:
+        """Write and say how much."""
+        if bool(self.episodes) == bool(self.imagine):
+            raise ValueError("Give either --episodes, to export them, or --imagine with how many to make.")
+        found: Iterable[Episode]
+        if self.imagine:
+            task, found = self._imagined()
+            total = self.imagine
+        else:
+            task = task_of(self.task, self.episodes)
+            found = iterate_episodes(self.episodes, task)
+            total = sum(len(EpisodeStore(directory)) for directory in self.episodes)
+        report = export_lerobot(found, self.out, task, camera=self.camera, codec=self.codec, total=total)
+        print(
+            f"{report.episodes} episodes ({report.imagined} imagined), {report.frames:,} frames in {self.out}"
+        )
+
+    def _imagined(self) -> tuple[Task, Iterable[Episode]]:
+        from wmpo_gym.evaluation.rollouts import make_rollout_env, rollout
+
+        if self.imagine < 1:
+            raise ValueError(f"--imagine must be at least 1, got {self.imagine}.")
+        world = load_world(self.world)
+        policy = load_policy(self.policy, seed=self.seed)
+        rows = min(self.imagine, 64)
+        env = make_rollout_env("WMPO-Imagined-v0", rows, record_frames=True, world=world)
+        ids = world.start_frames.ids[[i % len(world.start_frames.ids) for i in range(self.imagine)]]
+        try:
+            made = rollout(
+                env,
+                policy,
+                ids,
+                deterministic=self.greedy,
+                seed=self.seed,
+                record_frames=True,
+                progress=True,
+                description="imagining",
+            )
+        finally:
+            env.close()
+        return world.task, made.episodes(world.task, imagined=True, actor=self.policy)

@@ -1,0 +1,22 @@
+"""Recordings of others as episodes: robomimic HDF5, LeRobotDataset, the WMPO release's shards."""
+
+from __future__ import annotations
+
+from wmpo_gym.data.importers.base import EpisodeFault, Outline, Source, SourceError
+from wmpo_gym.data.importers.replay import StateRenderer, register_state_renderer
+from wmpo_gym.data.importers.run import FORMATS, import_dataset, open_source
+from wmpo_gym.data.importers.settings import ImportReport, ImportSettings
+
+__all__ = [
+    "FORMATS",
+    "EpisodeFault",
+    "ImportReport",
+    "ImportSettings",
+    "Outline",
+    "Source",
+    "SourceError",
+    "StateRenderer",
+    "import_dataset",
+    "open_source",
+    "register_state_renderer",
+]
