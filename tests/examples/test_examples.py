@@ -24,6 +24,7 @@ OPTIONS = {
         *["--demonstrations", "4", "--clone-steps", "3", "--iterations", "1"],
         *["--n-groups", "2", "--episodes", "8"],
     ],
+    "robot_client.py": ["--episodes", "2"],
     "evaluate_in_sim.py": ["--episodes", "4"],
     "train_dpo.py": ["--n-groups", "2", "--group-size", "4", "--episodes", "8"],
     "train_sac.py": [

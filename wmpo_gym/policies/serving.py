@@ -37,7 +37,7 @@ def pack(tensors: dict[str, np.ndarray], **texts: str) -> bytes:
     """A message of arrays and texts."""
     from safetensors.numpy import save
 
-    return save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, texts)
+    return save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, texts or None)
 
 
 def unpack(message: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -54,7 +54,7 @@ def unpack(message: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         header = json.loads(message[8 : 8 + int.from_bytes(message[:8], "little")])
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"not a safetensors message ({error})") from error
-    return tensors, header.get("__metadata__", {})
+    return tensors, header.get("__metadata__") or {}
 
 
 def is_loopback(address: str) -> bool:
