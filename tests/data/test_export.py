@@ -23,8 +23,8 @@ def store(tmp_path_factory):
     """Five imported episodes."""
     root = tmp_path_factory.mktemp("recorded")
     settings = ImportSettings(chunk=4, image_size=32)
-    import_dataset(write_robomimic(root / "toy.hdf5", records(5)), root / "toy", settings, progress=False)
-    return root / "toy"
+    import_dataset(write_robomimic(root / "arm.hdf5", records(5)), root / "arm", settings, progress=False)
+    return root / "arm"
 
 
 def export(episodes, out, task, **options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from recordings import HORIZON, SENTENCE, record, records, write_lerobot_v21, write_robomimic, write_wmpo
 
-from wmpo_gym.data import EpisodeStore, WriteError, read_json
+from wmpo_gym.data import ArtifactError, EpisodeStore, WriteError, read_json
 from wmpo_gym.data.exporters import export_lerobot
 from wmpo_gym.data.images import resize_area
 from wmpo_gym.data.importers import (
@@ -34,12 +35,12 @@ SETTINGS = ImportSettings(chunk=4, image_size=32, instruction=SENTENCE, control_
 
 def write(kind: str, where: Path, episodes: list[dict]) -> Path:
     if kind == "robomimic":
-        return write_robomimic(where / "toy.hdf5", episodes)
+        return write_robomimic(where / "arm.hdf5", episodes)
     if kind == "lerobot-v2.1":
-        return write_lerobot_v21(where / "toy", episodes)
+        return write_lerobot_v21(where / "arm", episodes)
     if kind == "wmpo":
-        return write_wmpo(where / "toy.tar", episodes)
-    store, target = where / "store", where / "toy"
+        return write_wmpo(where / "arm.tar", episodes)
+    store, target = where / "store", where / "arm"
     import_dataset(write_robomimic(where / "first.hdf5", episodes), store, SETTINGS, progress=False)
     export_lerobot(EpisodeStore(store), target, find_task(store), codec="lossless", progress=False)
     return target
@@ -74,8 +75,8 @@ def test_episodes_arrive_whole(tmp_path, kind):
 
 def test_statistics_are_those_of_the_actions(tmp_path):
     real = records(6)
-    take(write_robomimic(tmp_path / "toy.hdf5", real), tmp_path / "out")
-    found = read_json(tmp_path / "out" / "statistics.json")["toy"]
+    take(write_robomimic(tmp_path / "arm.hdf5", real), tmp_path / "out")
+    found = read_json(tmp_path / "out" / "statistics.json")["arm"]
     steps = np.concatenate([e["actions"] for e in real]).astype(float)
     assert found["num_trajectories"] == 6 and found["num_transitions"] == len(steps)
     assert np.allclose(found["action"]["q01"], np.quantile(steps, 0.01, axis=0))
@@ -108,13 +109,13 @@ def test_a_joint_that_mostly_rests_is_scaled_by_its_extremes():
 @pytest.mark.parametrize("next_obs", [True, False])
 def test_robomimic_last_picture(tmp_path, next_obs):
     real = records(3)
-    take(write_robomimic(tmp_path / "toy.hdf5", real, next_obs=next_obs), tmp_path / "out")
+    take(write_robomimic(tmp_path / "arm.hdf5", real, next_obs=next_obs), tmp_path / "out")
     for episode, e in zip(EpisodeStore(tmp_path / "out"), real, strict=True):
         assert episode.n_steps == len(e["actions"]) - (not next_obs) and episode.success == e["success"]
 
 
 def test_camera_has_to_be_chosen_where_there_are_several(tmp_path):
-    source = write_robomimic(tmp_path / "toy.hdf5", records(3))
+    source = write_robomimic(tmp_path / "arm.hdf5", records(3))
     with pytest.raises(SourceError, match="agentview_image, wrist_image"):
         open_source(source, camera="front")
     with open_source(source) as opened:
@@ -126,7 +127,7 @@ def test_camera_has_to_be_chosen_where_there_are_several(tmp_path):
 
 def test_pictures_are_squashed_to_the_task(tmp_path):
     real = records(3, height=48, width=64)
-    take(write_robomimic(tmp_path / "toy.hdf5", real), tmp_path / "out")
+    take(write_robomimic(tmp_path / "arm.hdf5", real), tmp_path / "out")
     episode = next(iter(EpisodeStore(tmp_path / "out")))
     assert np.array_equal(episode.frames, resize_area(real[0]["frames"], 32, 32))
     assert episode.frames.mean() == pytest.approx(real[0]["frames"].mean(), abs=0.5)
@@ -134,13 +135,24 @@ def test_pictures_are_squashed_to_the_task(tmp_path):
 
 def test_pictures_stored_in_the_rows(tmp_path):
     real = records(2)
-    take(write_lerobot_v21(tmp_path / "toy", real, video=False), tmp_path / "out")
+    take(write_lerobot_v21(tmp_path / "arm", real, video=False), tmp_path / "out")
     for episode, e in zip(EpisodeStore(tmp_path / "out"), real, strict=True):
         assert np.array_equal(episode.frames, e["frames"])
 
 
+def test_the_sentence_of_libero(tmp_path):
+    import h5py
+
+    source = write_robomimic(tmp_path / "arm.hdf5", records(2))
+    with h5py.File(source, "a") as file:
+        file["data"].attrs["problem_info"] = json.dumps({"language_instruction": "open the drawer"})
+        del file["data/demo_0"].attrs["ep_meta"], file["data/demo_1"].attrs["ep_meta"]
+    take(source, tmp_path / "out", ImportSettings(chunk=4, image_size=32))
+    assert find_task(tmp_path / "out").instructions == ("open the drawer",)
+
+
 def test_outcomes_that_were_not_recorded(tmp_path):
-    source = write_robomimic(tmp_path / "toy.hdf5", records(3), rewards=False)
+    source = write_robomimic(tmp_path / "arm.hdf5", records(3), rewards=False)
     assert take(source, tmp_path / "plain").outcomes == {"unlabelled": 3}
     assumed = ImportSettings(chunk=4, image_size=32, assume_success=True)
     assert take(source, tmp_path / "assumed", assumed).outcomes == {"success": 3}
@@ -202,6 +214,9 @@ def test_import_for_a_known_task_takes_its_limits(tmp_path):
     episode = EpisodeStore(tmp_path / "b").load()[0]
     assert np.allclose(from_unit(episode.actions, task.action_low, task.action_high), more[0]["actions"])
     assert np.abs(episode.actions).max() > 1.5  # beyond the quantiles, and kept
+    slower = dataclasses.replace(task, control_hz=5.0)
+    slow = take(tmp_path / "b.hdf5", tmp_path / "slow", task=slower)
+    assert slow.notes == ["recorded at 10 Hz, the task has 5 Hz"]
     other = ImportSettings(instruction="juggle")
     with pytest.raises(SourceError, match="instruction 'juggle' is none of"):
         take(tmp_path / "b.hdf5", tmp_path / "c", other, task=task)
@@ -209,7 +224,7 @@ def test_import_for_a_known_task_takes_its_limits(tmp_path):
 
 def test_held_out_episodes_begin_elsewhere(tmp_path):
     ids = [0, 0, 1, 1, 2, 2, 3, 3]
-    source = write_wmpo(tmp_path / "toy.tar", records(8), state_ids=ids)
+    source = write_wmpo(tmp_path / "arm.tar", records(8), state_ids=ids)
     settings = ImportSettings(chunk=4, image_size=32, instruction=SENTENCE, control_hz=10, holdout=0.25)
     report = take(source, tmp_path / "out", settings)
     kept, held = EpisodeStore(tmp_path / "out").load(), EpisodeStore(tmp_path / "out" / "held-out").load()
@@ -221,7 +236,7 @@ def test_held_out_episodes_begin_elsewhere(tmp_path):
 def test_faulty_episodes_are_skipped_with_their_reason(tmp_path):
     import h5py
 
-    source = write_robomimic(tmp_path / "toy.hdf5", records(7))
+    source = write_robomimic(tmp_path / "arm.hdf5", records(7))
     with h5py.File(source, "a") as file:
         data = file["data"]
         data["demo_0/actions"][2, 1] = np.nan
@@ -240,7 +255,7 @@ def test_faulty_episodes_are_skipped_with_their_reason(tmp_path):
 
 
 def test_interrupted_import_goes_on(tmp_path, monkeypatch):
-    source = write_robomimic(tmp_path / "toy.hdf5", records(5))
+    source = write_robomimic(tmp_path / "arm.hdf5", records(5))
     append, left = EpisodeStore.append, [3]
 
     def interrupted(store, episode):
@@ -254,6 +269,15 @@ def test_interrupted_import_goes_on(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             take(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+    def interrupted_at_once(store, episode=None):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpisodeStore, "append", interrupted_at_once)
+        with pytest.raises(KeyboardInterrupt):
+            take(source, tmp_path / "out")
+    assert len(EpisodeStore(tmp_path / ".out.importing")) == 3  # still there
     with pytest.raises(ValueError, match="other settings"):
         take(source, tmp_path / "out", ImportSettings(chunk=2, image_size=32))
     report = take(source, tmp_path / "out")
@@ -272,7 +296,7 @@ def test_full_disk_leaves_nothing_half_imported(tmp_path, monkeypatch):
 
     monkeypatch.setattr(EpisodeStore, "append", full)
     with pytest.raises(WriteError, match="No space"):
-        take(write_robomimic(tmp_path / "toy.hdf5", records(3)), tmp_path / "out")
+        take(write_robomimic(tmp_path / "arm.hdf5", records(3)), tmp_path / "out")
     assert_nothing_left(tmp_path / "out")
 
 
@@ -285,10 +309,9 @@ def test_random_bytes_in_place_of_every_file(tmp_path, kind):
     whole = write(kind, tmp_path, records(2))
     for i, file in enumerate(files_of(whole)):
         damaged = tmp_path / f"damaged-{i}" / whole.name
-        (shutil.copytree if whole.is_dir() else shutil.copy)(
-            whole, damaged if whole.is_dir() else damaged.parent.mkdir() or damaged
-        )
-        spoilt = damaged / file.relative_to(whole) if whole.is_dir() else damaged
+        damaged.parent.mkdir()
+        (shutil.copytree if whole.is_dir() else shutil.copy)(whole, damaged)
+        spoilt = damaged / file.relative_to(whole)
         spoilt.write_bytes(np.random.default_rng(i).bytes(10_000))
         out = tmp_path / f"out-{i}"
         if kind == "lerobot-v2.1" and "episode_" in file.name:  # one episode of several
@@ -298,7 +321,7 @@ def test_random_bytes_in_place_of_every_file(tmp_path, kind):
         if file.name in ("stats.json", "tasks.parquet"):  # not needed
             assert take(damaged, out).imported == 2
             continue
-        with pytest.raises(SourceError if "info.json" not in file.name else ValueError) as error:
+        with pytest.raises(ArtifactError) as error:
             take(damaged, out)
         assert whole.name in str(error.value)
         assert_nothing_left(out)
@@ -315,7 +338,7 @@ def test_truncated_files(tmp_path, kind, share):
     try:
         report = take(whole, out)
     except SourceError as error:
-        assert "toy" in str(error)
+        assert "arm" in str(error)
         assert_nothing_left(out)
     else:
         assert report.imported == len(EpisodeStore(out).load()) > 0
@@ -343,7 +366,7 @@ def test_random_damage_never_crashes(tmp_path):
 
 
 def test_paths_out_of_the_data_set_are_refused(tmp_path):
-    root = write_lerobot_v21(tmp_path / "toy", records(2))
+    root = write_lerobot_v21(tmp_path / "arm", records(2))
     info = read_json(root / "meta" / "info.json")
     info["data_path"] = "../../etc/passwd"
     (root / "meta" / "info.json").write_text(json.dumps(info))
@@ -363,7 +386,7 @@ def test_what_is_no_data_set(tmp_path, name, message):
 
 
 def test_versions_of_lerobot(tmp_path):
-    root = write_lerobot_v21(tmp_path / "toy", records(2))
+    root = write_lerobot_v21(tmp_path / "arm", records(2))
     info = read_json(root / "meta" / "info.json")
     (root / "meta" / "info.json").write_text(json.dumps({**info, "codebase_version": "v1.6"}))
     with pytest.raises(SourceError, match=r"'v1.6'.*v2.1, v3.0"):
@@ -385,7 +408,7 @@ def test_impossible_settings(settings, message):
 
 
 def test_what_the_data_does_not_say_has_to_be_given(tmp_path):
-    source = write_wmpo(tmp_path / "toy.tar", records(3))
+    source = write_wmpo(tmp_path / "arm.tar", records(3))
     with pytest.raises(ValueError, match="--instruction"):
         take(source, tmp_path / "out", ImportSettings(chunk=4, image_size=32))
     with pytest.raises(ValueError, match="--control-hz"):

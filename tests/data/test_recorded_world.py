@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from wmpo_gym.data import EpisodeStore, read_json
 from wmpo_gym.data.importers import ImportSettings, import_dataset
 from wmpo_gym.data.statistics import from_unit
 from wmpo_gym.data.task_file import find_task
-from wmpo_gym.policies.serving import PolicyClient
+from wmpo_gym.policies.serving import PolicyClient, PolicyServer
 from wmpo_gym.world.world import World
 
 pytest.importorskip("h5py")
@@ -37,10 +35,10 @@ def wmpo(*words: object) -> int:
 def made(tmp_path_factory) -> Path:
     """Everything that comes before practice, each made by its command, with no simulator of the task."""
     root = tmp_path_factory.mktemp("recorded")
-    write_robomimic(root / "toy-robot.hdf5", [record(seed) for seed in range(20)])
+    write_robomimic(root / "my-arm.hdf5", [record(seed) for seed in range(20)])
     (root / "network.json").write_text(json.dumps(NETWORK))
     options = ["--holdout", "0.3", "--chunk", "4", "--image-size", "32"]
-    assert wmpo("import", root / "toy-robot.hdf5", "--out", root / "robot", *options) == 0
+    assert wmpo("import", root / "my-arm.hdf5", "--out", root / "robot", *options) == 0
     episodes = ["--episodes", root / "robot"]
     assert wmpo("train", "sft", *episodes, "--out", root / "policy", "--steps", 3, "--batch", 8) == 0
     learn = ["train", "world-model", *episodes, "--network-config", root / "network.json", *STEPS]
@@ -50,11 +48,23 @@ def made(tmp_path_factory) -> Path:
     return root
 
 
+def test_what_cannot_be_read_is_one_line(tmp_path, capsys):
+    for name in ("noise.hdf5", "noise.tar", "noise/meta/info.json"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(np.random.default_rng(0).bytes(10_000))
+        source = tmp_path / name.split("/")[0]
+        assert wmpo("import", source, "--out", tmp_path / "out") == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and str(source) in err
+        assert not list(tmp_path.glob("*out*"))
+
+
 def test_the_data_defines_the_task(made):
     task = World.from_pretrained(made / "world").task
     assert task == find_task(made / "robot") == find_task(made / "world")
-    assert task.name == "toy-robot" and task.instructions == (SENTENCE,)
-    assert read_json(made / "policy" / "policy.json")["meta"]["task"] == "toy-robot"
+    assert task.name == "my-arm" and task.instructions == (SENTENCE,)
+    assert read_json(made / "policy" / "policy.json")["meta"]["task"] == "my-arm"
 
 
 def test_gates_are_measured_on_held_out_recordings(made, capsys):
@@ -71,28 +81,30 @@ def test_gates_are_measured_on_held_out_recordings(made, capsys):
     assert "the recorded outcomes" in gates["honest"]["explanation"] and status == 1
 
 
-def test_practice_and_service(made, tmp_path):
+def test_practice_and_service(made, tmp_path, monkeypatch, capsys):
     practise = ["train", "grpo", "--policy", made / "policy", "--world", made / "world", *GRPO]
     assert wmpo(*practise, "--out", tmp_path / "better") == 0
     budget = read_json(tmp_path / "better" / "policy.json")["meta"]["budget"]
     assert budget["imagined_frames"] > 0 and budget["real_steps"] == 0
-    address = f"unix:{tmp_path / 'policy.sock'}"
-    command = [sys.executable, "-m", "wmpo_gym.cli.main", "serve", "--address", address]
-    served = subprocess.Popen(
-        [*command, "--policy", str(tmp_path / "better")], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert served.stdout is not None and "'toy-robot' (4 actions of 3 numbers" in served.stdout.readline()
-        task, held = find_task(made / "robot"), EpisodeStore(made / "robot" / "held-out").load()
-        with PolicyClient(address) as client:
+    task, held = find_task(made / "robot"), EpisodeStore(made / "robot" / "held-out").load()
+    answers = []
+
+    def ask_then_interrupt(server):
+        with PolicyClient(server.address) as client:
             assert client.describe()["instructions"] == [SENTENCE]
-            actions = client.act(held[0].frames[0])
-        low, high = np.array(task.action_low), np.array(task.action_high)
-        assert actions.shape == (4, 3) and (actions >= low - 1e-6).all() and (actions <= high + 1e-6).all()
-    finally:
-        served.terminate()
-        served.wait(timeout=20)
-        served.stdout.close()
+            answers.append(client.act(held[0].frames[0]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PolicyServer, "wait", ask_then_interrupt)
+    assert wmpo("serve", "--policy", tmp_path / "better", "--address", f"unix:{tmp_path / 'socket'}") == 0
+    assert "'my-arm' (4 actions of 3 numbers at 10 Hz)" in capsys.readouterr().out
+    low, high = np.array(task.action_low), np.array(task.action_high)
+    assert answers[0].shape == (4, 3)
+    assert (answers[0] >= low - 1e-6).all() and (answers[0] <= high + 1e-6).all()
+    assert wmpo("serve", "--policy", tmp_path / "better", "--address", "0.0.0.0:0") == 0
+    assert "there is no password" in capsys.readouterr().err
+    assert wmpo("serve", "--policy", tmp_path / "better", "--task", "move-block") == 2
+    assert "give the task it was trained for" in capsys.readouterr().err
 
 
 def test_more_recordings_refresh_the_world(made, tmp_path):
@@ -110,7 +122,7 @@ def test_more_recordings_refresh_the_world(made, tmp_path):
 
 
 def test_actions_scaled_otherwise_are_not_mixed(made, tmp_path, capsys):
-    source = write_robomimic(tmp_path / "toy-robot.hdf5", [record(seed) for seed in range(40, 44)])
+    source = write_robomimic(tmp_path / "my-arm.hdf5", [record(seed) for seed in range(40, 44)])
     settings = ImportSettings(chunk=4, image_size=32)
     import_dataset(source, tmp_path / "other", settings, progress=False)
     command = ["train", "sft", "--episodes", made / "robot", tmp_path / "other", "--out", tmp_path / "p"]

@@ -163,9 +163,10 @@ def test_addresses(policy, tmp_path):
 
 
 def test_policy_and_task_belong_together(policy):
-    other = dataclasses.replace(TASK, name="other", chunk=5)
-    with pytest.raises(ValueError, match=r"shape \(4, 3\), task 'other' has \(5, 3\)"):
-        PolicyServer(policy, other)
+    for changes in ({"chunk": 5}, {"instructions": ("fold the towel",)}):
+        other = dataclasses.replace(TASK, name="other", **changes)
+        with pytest.raises(ValueError, match="'other' has .* give the task it was trained for"):
+            PolicyServer(policy, other)
 
 
 def test_sampling_draws(policy):

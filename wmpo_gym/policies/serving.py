@@ -102,13 +102,14 @@ class PolicyServer:
         *,
         deterministic: bool = True,
     ) -> None:
-        if policy.action_space.shape != (task.chunk, task.action_dim):
+        known = tuple(getattr(policy, "instructions", task.instructions))
+        if policy.action_space.shape != (task.chunk, task.action_dim) or known != task.instructions:
             raise ValueError(
-                f"The policy acts in chunks of shape {policy.action_space.shape}, task {task.name!r} has "
-                f"({task.chunk}, {task.action_dim}); give the task it was trained for."
+                f"The policy acts in chunks of shape {policy.action_space.shape} on {known}, task "
+                f"{task.name!r} has ({task.chunk}, {task.action_dim}) and {task.instructions}; give the task "
+                "it was trained for."
             )
         self.policy, self.task, self.deterministic = policy, task, deterministic
-        self.instructions = tuple(getattr(policy, "instructions", ())) or task.instructions
         self.image_size = int(policy.observation_space["pixels"].shape[1])
         grpc = _grpc()
         self._server = grpc.server(
@@ -147,7 +148,7 @@ class PolicyServer:
         described = {
             "protocol": PROTOCOL,
             "task": task.name,
-            "instructions": list(self.instructions),
+            "instructions": list(self.task.instructions),
             "chunk": task.chunk,
             "action_dim": task.action_dim,
             "action_low": list(task.action_low),
@@ -168,13 +169,15 @@ class PolicyServer:
             raise ValueError(f"pixels must be one picture uint8 (H, W, 3), got {found}")
         if 0 in pixels.shape:
             raise ValueError("the picture is empty")
-        instruction = texts.get("instruction", self.instructions[0] if len(self.instructions) == 1 else None)
-        if instruction not in self.instructions:
-            raise ValueError(f"instruction {instruction!r} is none of {list(self.instructions)}")
+        instruction = texts.get(
+            "instruction", self.task.instructions[0] if len(self.task.instructions) == 1 else None
+        )
+        if instruction not in self.task.instructions:
+            raise ValueError(f"instruction {instruction!r} is none of {list(self.task.instructions)}")
         picture = resize_area(pixels, self.image_size, self.image_size)
         observation = {
             "pixels": torch.from_numpy(picture[None]),
-            "task_id": torch.tensor([self.instructions.index(instruction)]),
+            "task_id": torch.tensor([self.task.instructions.index(instruction)]),
         }
         chunk = self.policy.sample(observation, self.deterministic)[0][0].cpu().numpy()
         return pack({"actions": from_unit(chunk.clip(-1, 1), self.task.action_low, self.task.action_high)})

@@ -113,7 +113,7 @@ def faults() -> Iterator[None]:
     """Turn whatever damaged data makes a reader raise into an :class:`EpisodeFault`."""
     try:
         yield
-    except EpisodeFault:
+    except (EpisodeFault, SourceError):
         raise
     except _COMPLAINTS as error:
         raise EpisodeFault(

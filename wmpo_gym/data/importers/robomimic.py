@@ -133,17 +133,16 @@ class RobomimicSource(Source):
         Raises:
             SourceError: If nothing here can draw the states.
         """
-        demo = self._data[key]
-        if not self._pictures(demo):
+        with faults():
+            demo = self._data[key]
+            if self._pictures(demo):
+                return shrink(self._blocks(demo, count), count, size)
             if self._renderer is None:
                 self._renderer = make_state_renderer(self.env_args, self.camera, size, str(self.path))
-            with faults():
-                xml = demo.attrs.get("model_file")
-                states = np.asarray(_read(demo, "states")[:count], np.float64)
-                drawn = self._renderer.render(states, None if xml is None else str(xml))
-                return shrink(iter([drawn]), count, size)
-        with faults():
-            return shrink(self._blocks(demo, count), count, size)
+            xml = demo.attrs.get("model_file")
+            states = np.asarray(_read(demo, "states")[:count], np.float64)
+            drawn = self._renderer.render(states, None if xml is None else str(xml))
+            return shrink(iter([drawn]), count, size)
 
     def _blocks(self, demo: Any, count: int) -> Iterator[np.ndarray]:
         first, *after = self._pictures(demo)

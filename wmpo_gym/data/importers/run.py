@@ -123,6 +123,8 @@ def import_dataset(
         outlines = list(_fitting(outlines, task, settings, report))
         _check_any(outlines, report)
         statistics = ActionStatistics.of([o.actions for o in outlines])
+        if task and source.control_hz not in (None, task.control_hz):
+            report.notes.append(f"recorded at {source.control_hz:g} Hz, the task has {task.control_hz:g} Hz")
         task = task or _new_task(source, outlines, statistics, settings, report)
         begun = asdict(settings) | {
             "source": f"{source.format}:{source.name}",
@@ -139,7 +141,7 @@ def import_dataset(
             _write_episodes(source, outlines, task, settings, partial, report, progress)
             _check_any([o.key for o in outlines] if report.imported else [], report)
         except BaseException:
-            if not report.imported:
+            if not any(EpisodeStore(d).directories() for d in (partial, partial / HELD_OUT)):
                 shutil.rmtree(partial)  # nothing to go on with
             raise
     for directory in (partial, partial / HELD_OUT) if report.held_out else (partial,):
