@@ -100,13 +100,11 @@ def decode_picture(data: bytes) -> np.ndarray:
     Raises:
         ValueError: If the data is no such picture.
     """
-    kind = (
-        "png_pipe" if data.startswith(b"\x89PNG") else "jpeg_pipe" if data.startswith(b"\xff\xd8") else None
-    )
-    if kind is None:
+    kinds = [kind for start, kind in _PICTURES.items() if data.startswith(start)]
+    if not kinds:
         raise ValueError("a picture that is neither PNG nor JPEG")
     try:
-        with av.open(io.BytesIO(data), "r", format=kind) as container:
+        with av.open(io.BytesIO(data), "r", format=kinds[0]) as container:
             return next(container.decode(video=0)).to_ndarray(format="rgb24")
     except (av.FFmpegError, IndexError, StopIteration) as error:
         raise ValueError(f"not a readable picture ({error})") from error
