@@ -29,6 +29,7 @@ from wmpo_gym.data.atomic import (
 )
 from wmpo_gym.data.optimizer_state import pack_optimizer, unpack_optimizer
 from wmpo_gym.envs.ledger import Ledger
+from wmpo_gym.policies.base import changing_weights, load_changing_weights
 
 if TYPE_CHECKING:
     from wmpo_gym.algorithms.common.group_algorithm import GroupAlgorithm
@@ -145,6 +146,8 @@ def unpack_rng(
 def _settings(model: GroupAlgorithm) -> dict[str, Any]:
     """What must be equal on resuming; schedules are functions and cannot be compared."""
     values = {name: getattr(model, name) for name in model.resume_settings}
+    if digest := model.policy.kept_elsewhere()[1]:
+        values["frozen weights"] = digest
     return plain({k: v for k, v in values.items() if not callable(v)})
 
 
@@ -157,7 +160,8 @@ def save_training(model: GroupAlgorithm, checkpoints: CheckpointDirectory) -> Pa
     optimizer, optimizer_state = pack_optimizer(model.policy.optimizer)
     rng, rng_state = pack_rng(model.policy, model.group_rng)
     names = [n for n in model._get_torch_save_params()[0] if n != "policy.optimizer"]
-    weights = {name: dict(getattr(model, name).state_dict()) for name in names}
+    kept, _ = model.policy.kept_elsewhere()
+    weights = {name: changing_weights(getattr(model, name).state_dict(), kept) for name in names}
     state = {
         "settings": _settings(model),
         "iteration": model._iteration,
@@ -188,9 +192,10 @@ def load_training(model: GroupAlgorithm, checkpoints: CheckpointDirectory) -> bo
             f"The checkpoints in {checkpoints.path} belong to a run with other settings: "
             f"{', '.join(changed)}. Use the same settings, or another checkpoint_dir."
         )
+    kept, _ = model.policy.kept_elsewhere()
     for name in model._get_torch_save_params()[0]:
         if name != "policy.optimizer":
-            getattr(model, name).load_state_dict(tensors[name])
+            load_changing_weights(getattr(model, name), tensors[name], kept)
     unpack_optimizer(model.policy.optimizer, tensors["optimizer"], state["optimizer"])
     unpack_rng(model.policy, model.group_rng, tensors["rng"], state["rng"])
     model._iteration, model.num_timesteps = state["iteration"], state["num_timesteps"]

@@ -8,9 +8,11 @@ log-probabilities again under changed weights.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Collection, Mapping
 
 import torch
 from stable_baselines3.common.policies import BasePolicy
+from torch import nn
 
 Observation = dict[str, torch.Tensor]
 
@@ -52,6 +54,34 @@ class GroupPolicy(BasePolicy):
             ``log_prob`` float32 (B,L) and ``entropy`` float32 (B,L), both in nats.
         """
 
+    def kept_elsewhere(self) -> tuple[set[str], str]:
+        """Parameters that a checkpoint of a training need not hold, because they never change.
+
+        Returns:
+            Their names, and what tells their values from others, for a resumed training to compare.
+        """
+        return set(), ""
+
     def _predict(self, observation: Observation, deterministic: bool = False) -> torch.Tensor:
         """Actions (B,K,D) for SB3's ``predict``."""
         return self.sample(observation, deterministic)[0]
+
+
+def changing_weights(state: Mapping[str, torch.Tensor], kept: Collection[str]) -> dict[str, torch.Tensor]:
+    """A state dict without the parameters ``kept`` elsewhere and what quantised ones store beside them."""
+    beside = tuple(f"{name}." for name in kept)
+    return {k: v for k, v in state.items() if k not in kept and not k.startswith(beside)}
+
+
+def load_changing_weights(
+    module: nn.Module, state: Mapping[str, torch.Tensor], kept: Collection[str]
+) -> None:
+    """Counterpart of :func:`changing_weights`, in place.
+
+    Raises:
+        RuntimeError: If other parameters than ``kept`` are missing, or there are too many.
+    """
+    expected = changing_weights(module.state_dict(), kept).keys()
+    if wrong := sorted(expected ^ state.keys()):
+        raise RuntimeError(f"The checkpoint does not hold the weights of this policy: {wrong[0]}.")
+    module.load_state_dict(state, strict=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from wmpo_gym.data.atomic import (
 )
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.optimizer_state import pack_optimizer, unpack_optimizer
+from wmpo_gym.policies.base import changing_weights, load_changing_weights
 from wmpo_gym.policies.vla import VLAConfig
 from wmpo_gym.policies.vla_policy import VLAPolicy, make_spaces
 from wmpo_gym.tasks import Symmetry, Task, get_task
@@ -78,6 +79,10 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def rows(self, index: Any) -> Windows:
+        """Some of the examples."""
+        return Windows(self.pixels[index], self.task_id[index], self.actions[index], self.mask[index])
 
 
 def make_windows(episodes: Sequence[Episode], chunk: int) -> Windows:
@@ -150,9 +155,7 @@ def _draw_batch(
     symmetries: Sequence[Symmetry],
     rng: np.random.Generator,
 ) -> Windows:
-    batch = Windows(
-        windows.pixels[index], windows.task_id[index], windows.actions[index], windows.mask[index]
-    )
+    batch = windows.rows(index)
     for symmetry in symmetries:
         batch = apply_symmetry(batch, symmetry, torch.from_numpy(rng.random(len(index)) < 0.5))
     if settings.shift:
@@ -167,6 +170,19 @@ def token_loss(policy: VLAPolicy, batch: Windows) -> tuple[torch.Tensor, float]:
     logits = policy.logits({"pixels": batch.pixels, "task_id": batch.task_id})[kept]
     targets = targets[kept].to(logits.device)
     return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean().item()
+
+
+def accumulate_gradient(policy: VLAPolicy, batch: Windows, micro_batch: int | None) -> tuple[float, float]:
+    """Add the gradient of :func:`token_loss` to ``.grad``, micro-batch by micro-batch; its two values."""
+    loss = accuracy = 0.0
+    total = batch.mask.sum()
+    for index in torch.arange(len(batch)).split(micro_batch or len(batch)):
+        part = batch.rows(index)
+        share = part.mask.sum() / total
+        part_loss, part_accuracy = token_loss(policy, part)
+        (part_loss * share).backward()
+        loss, accuracy = loss + part_loss.item() * share.item(), accuracy + part_accuracy * share.item()
+    return loss, accuracy
 
 
 def _find_symmetries(task: Task, names: Sequence[str]) -> list[Symmetry]:
@@ -184,6 +200,9 @@ def train_sft(
     settings: SFTSettings | None = None,
     seed: int = 0,
     policy: VLAPolicy | None = None,
+    policy_kwargs: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    micro_batch: int | None = None,
     progress: Progress | None = None,
     log_dir: str | Path | None = None,
     checkpoint_dir: str | Path | None = None,
@@ -200,6 +219,10 @@ def train_sft(
         settings: How to train.
         seed: Seeds the initial weights, the order of the examples and the augmentation.
         policy: Go on from this policy instead of a new one; ``config`` is then ignored.
+        policy_kwargs: Further arguments of the new policy, where there is none to go on from.
+        device: Where to train; None is where the policy is, or the CPU.
+        micro_batch: Windows per forward and backward pass, a bound on memory; None for the whole batch. The
+            gradient is the same up to rounding.
         progress: Called after each step with (steps done, steps, {"loss", "accuracy", "lr"}).
         log_dir: Directory for TensorBoard curves.
         checkpoint_dir: Where to keep checkpoints; a complete one of the same settings is gone on from and
@@ -219,14 +242,21 @@ def train_sft(
         size = task.image_size
         config = config or VLAConfig.tiny(chunk=task.chunk, action_dim=task.action_dim, image_size=size)
         spaces = make_spaces(config, (size, size, 3), len(task.instructions))
-        policy = VLAPolicy(*spaces, config=config, instructions=task.instructions, seed=seed)
+        policy = VLAPolicy(
+            *spaces, config=config, instructions=task.instructions, seed=seed, **(policy_kwargs or {})
+        )
+    if device is not None:
+        policy.to(device)
     rng = np.random.default_rng([seed, 3])
     trainable = [p for p in policy.network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.lr, total_steps=settings.steps, pct_start=settings.warmup
     )
-    kept = Checkpoint(checkpoint_dir, {**settings.to_dict(), "seed": seed, "windows": len(windows)})
+    same = {**settings.to_dict(), "seed": seed, "windows": len(windows)}
+    if digest := policy.kept_elsewhere()[1]:
+        same["frozen weights"] = digest
+    kept = Checkpoint(checkpoint_dir, same)
     done = kept.restore(policy, optimizer, schedule)
     writer = _writer(log_dir, done)
     policy.set_training_mode(True)
@@ -235,12 +265,11 @@ def train_sft(
         batch = _draw_batch(windows, index, settings, symmetries, rng)
         if step < done:
             continue  # drawn for the sake of the random numbers only
-        loss, accuracy = token_loss(policy, batch)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, accuracy = accumulate_gradient(policy, batch, micro_batch)
         torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
         optimizer.step()
-        metrics = {"loss": loss.item(), "accuracy": accuracy, "lr": optimizer.param_groups[0]["lr"]}
+        metrics = {"loss": loss, "accuracy": accuracy, "lr": optimizer.param_groups[0]["lr"]}
         schedule.step()
         if writer is not None:
             for key, value in metrics.items():
@@ -286,7 +315,8 @@ class Checkpoint:
             return
         tensors, numbers = pack_optimizer(optimizer)
         tensors = {f"optimizer.{k}": v for k, v in tensors.items()}
-        tensors |= {f"network.{k}": v for k, v in policy.network.state_dict().items()}
+        weights = {f"network.{k}": v for k, v in policy.network.state_dict().items()}
+        tensors |= changing_weights(weights, policy.kept_elsewhere()[0])
         # What a schedule keeps beside numbers are functions and its own settings, which are made anew.
         numbers["schedule"] = {"last_epoch": schedule.last_epoch, "_last_lr": schedule.get_last_lr()}
         with write_dir_atomic(self.directory) as temporary:
@@ -317,7 +347,8 @@ class Checkpoint:
         for key, value in load_safetensors(Path(self.directory) / "state.safetensors").items():
             part, _, name = key.partition(".")
             parts[part][name] = value
-        policy.network.load_state_dict(parts["network"])
+        kept = {name.removeprefix("network.") for name in policy.kept_elsewhere()[0]}
+        load_changing_weights(policy.network, parts["network"], kept)
         unpack_optimizer(optimizer, parts["optimizer"], state["optimizer"])
         schedule.load_state_dict(state["optimizer"]["schedule"])
         return int(state["step"])

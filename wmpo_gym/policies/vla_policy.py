@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,27 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from wmpo_gym.data.atomic import (
-    ArtifactError,
-    load_safetensors,
-    read_json,
-    save_safetensors,
-    write_dir_atomic,
-    write_json_atomic,
-)
+from wmpo_gym.data.atomic import plain, save_safetensors, write_dir_atomic
 from wmpo_gym.policies.base import GroupPolicy, Observation
-from wmpo_gym.policies.processor import LOCAL_TOKENIZER, InstructionTable, copy_tokenizer, prepare_images
-from wmpo_gym.policies.vla import VLAConfig, VLANetwork
+from wmpo_gym.policies.card import read_policy_card, write_policy_card
+from wmpo_gym.policies.processor import InstructionTable, prepare_images
+from wmpo_gym.policies.vla import VLAConfig
+from wmpo_gym.policies.weights import (
+    WEIGHTS,
+    Base,
+    add_lora,
+    agreed_lora,
+    checkpoint_activations,
+    find_base,
+    load_adapters,
+    load_network,
+    merged_state,
+    possible_precision,
+    save_adapters,
+    store_weights,
+)
 
-FORMAT_VERSION = 1
 NAMED_CONFIGS = {"tiny": VLAConfig.tiny, "openvla-oft-7b": VLAConfig.openvla_oft_7b}
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Layers whose output depends on chance or on the rest of the batch while training.
 _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
@@ -41,18 +48,28 @@ class VLAPolicy(GroupPolicy):
         action_space: ``Box(-1, 1, (K,D))``.
         lr_schedule: Learning-rate schedule of the optimizer; None builds it with rate 0 (sampling only).
         model: Directory written by :meth:`save_pretrained`; gives network, weights and instructions.
+        base: Where the base policy of saved adapters is now; None for where it was when they were trained.
         config: Without ``model``: ``"tiny"``, ``"openvla-oft-7b"``, a :class:`VLAConfig` or its dictionary.
         instructions: The task's sentences, indexed by ``task_id``; with ``model`` only needed to change them.
         temperature: Divides the logits, in :meth:`sample` and :meth:`log_prob` alike. None keeps that of
             ``model``, or 1.
-        lora: Keyword arguments of ``peft.LoraConfig``; the rest of the network is then frozen.
+        lora: Keyword arguments of ``peft.LoraConfig``, at least ``r``; adapters on the language model are
+            then trained and everything else is frozen. Saved adapters bring their own.
+        quantization: Keyword arguments of ``transformers.BitsAndBytesConfig`` with ``load_in_4bit=True``, for
+            the language model's frozen weights.
+        precision: ``"bf16"`` computes in bfloat16 on a GPU, where it is several times faster, and keeps
+            frozen weights in it; trained weights stay in float32. On a CPU it would be about a hundred times
+            slower: without a GPU it warns and computes in float32.
+        gradient_checkpointing: In training, compute the inside of every transformer layer twice instead of
+            keeping it: a third more computation, a fraction of the memory, the same gradient.
         optimizer_class: Optimizer of the trainable parameters.
         optimizer_kwargs: Its further keyword arguments.
         seed: Seeds the initial weights and the sampling generator.
 
     Raises:
         ValueError: If spaces, configuration and instructions do not fit together.
-        ImportError: If transformers (or peft, for ``lora``) is missing.
+        ArtifactError: If saved files are missing or damaged, or do not fit each other.
+        ImportError: If transformers (or peft for ``lora``, bitsandbytes for ``quantization``) is missing.
     """
 
     def __init__(
@@ -62,10 +79,14 @@ class VLAPolicy(GroupPolicy):
         lr_schedule: Schedule | None = None,
         *,
         model: str | Path | None = None,
+        base: str | Path | None = None,
         config: str | VLAConfig | Mapping[str, Any] | None = None,
         instructions: Sequence[str] | None = None,
         temperature: float | None = None,
         lora: Mapping[str, Any] | None = None,
+        quantization: Mapping[str, Any] | None = None,
+        precision: str = "float32",
+        gradient_checkpointing: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
@@ -83,18 +104,27 @@ class VLAPolicy(GroupPolicy):
         self.temperature = float(card.get("temperature", 1.0) if temperature is None else temperature)
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature must be positive, got {temperature}.")
-        self.lora = dict(lora) if lora else card.get("lora")
+        self.lora = agreed_lora(lora, card.get("lora"))
+        self.precision = possible_precision(precision)
+        self._quantised = bool(quantization)
         self._table = InstructionTable(self.instructions, self.config)
         self._tokenizer = self.config.action_tokenizer()
+        self._base: Base | None = None
+        if card.get("base"):
+            self._base = find_base(card, Path(model or ""), base)
+        elif self.lora and model is not None:
+            self._base = Base.of(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = VLANetwork(self.config)
-            if card.get("lora"):
-                _add_lora(self.network, card["lora"])
-            if model is not None:
-                _load_weights(self.network, Path(model) / "model.safetensors")
-            if lora and not card.get("lora"):
-                _add_lora(self.network, lora)
+            source = self._base.directory if self._base else model
+            self.network = load_network(self.config, source, quantization)
+            if self.lora:
+                add_lora(self.network, self.lora)
+        if card.get("base"):
+            load_adapters(self.network, Path(model or ""))
+        store_weights(self.network, torch.bfloat16 if self.precision == "bf16" else torch.float32)
+        if gradient_checkpointing:
+            checkpoint_activations(self.network)
         self._generator = torch.Generator().manual_seed(seed)
         self.set_training_mode(False)
         rate = lr_schedule(1.0) if lr_schedule is not None else 0.0
@@ -108,7 +138,14 @@ class VLAPolicy(GroupPolicy):
         pixels = obs["pixels"].to(self.device)
         if len(pixels) != len(text):
             raise ValueError(f"{len(pixels)} images came with {len(text)} task ids; give one per row.")
-        return self.network(prepare_images(pixels, self.config), text, length)
+        half = self.precision == "bf16"
+        if (half or self._quantised) and self.device.type != "cuda":
+            raise ValueError(
+                f"This policy computes in {'bf16' if half else '4-bit weights'} and lies on the "
+                f"{self.device.type}; move it to a GPU, or load it without `precision` and `quantization`."
+            )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            return self.network(prepare_images(pixels, self.config), text, length)
 
     def _log_probs(self, obs: Observation) -> torch.Tensor:
         return torch.log_softmax(self.logits(obs) / self.temperature, dim=-1)
@@ -175,7 +212,10 @@ class VLAPolicy(GroupPolicy):
 
     # -- files -----------------------------------------------------------------------------------------------
     def save_pretrained(self, directory: str | Path, meta: Mapping[str, Any] | None = None) -> Path:
-        """Write ``config.json``, ``policy.json`` and ``model.safetensors``, all or nothing.
+        """Write ``config.json``, ``policy.json`` and the weights, all or nothing.
+
+        With LoRA the weights are the adapters alone, a few megabytes, and the card says which base policy
+        they belong to; :meth:`from_pretrained` puts them together again.
 
         A tokenizer that came from a directory goes along in ``tokenizer/``.
 
@@ -185,8 +225,43 @@ class VLAPolicy(GroupPolicy):
 
         Returns:
             The directory.
+
+        Raises:
+            ValueError: If there are adapters on a base that was never saved, or weights in 4 bits.
         """
-        directory = Path(directory)
+        if self.lora and self._base is None:
+            raise ValueError(
+                "The base of these adapters was never saved, and without it they are worth nothing: export "
+                "the whole policy with save_merged, or train adapters on a saved policy (`model`)."
+            )
+        if self._quantised and not self.lora:
+            raise ValueError("Weights in 4 bits are not saved; the policy is the one they were loaded from.")
+        with self._written(directory, meta, self._base) as temporary:
+            if self.lora:
+                save_adapters(self.network, temporary)
+            else:
+                save_safetensors(temporary / WEIGHTS, self.network.state_dict())
+        return Path(directory)
+
+    def save_merged(self, directory: str | Path, meta: Mapping[str, Any] | None = None) -> Path:
+        """Write a whole policy with the adapters added to its weights; this policy stays as it is.
+
+        Arguments and return value as for :meth:`save_pretrained`.
+
+        Raises:
+            ValueError: If there are no adapters, or they cannot be added to the weights.
+        """
+        if not self.lora:
+            raise ValueError("This policy has no adapters to merge; save_pretrained writes all of it.")
+        with self._written(directory, meta, None) as temporary:
+            save_safetensors(temporary / WEIGHTS, merged_state(self.network))
+        return Path(directory)
+
+    @contextmanager
+    def _written(
+        self, directory: str | Path, meta: Mapping[str, Any] | None, base: Base | None
+    ) -> Iterator[Path]:
+        """A directory with configuration and card, which appears once the weights are in it too."""
         with write_dir_atomic(directory) as temporary:
             write_policy_card(
                 temporary,
@@ -194,18 +269,25 @@ class VLAPolicy(GroupPolicy):
                 instructions=self.instructions,
                 temperature=self.temperature,
                 pixels=_image_shape(self.observation_space),
-                lora=self.lora,
+                lora=self.lora if base else None,
+                base=base.to_dict() if base else None,
                 meta=meta,
             )
-            save_safetensors(temporary / "model.safetensors", self.network.state_dict())
-        return directory
+            yield temporary
+
+    def kept_elsewhere(self) -> tuple[set[str], str]:
+        """See :meth:`GroupPolicy.kept_elsewhere`: what LoRA froze, if it comes from a saved policy."""
+        if self._base is None:
+            return set(), ""
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        return frozen, f"{self._base.digest} with {json.dumps(plain(self.lora), sort_keys=True)}"
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> VLAPolicy:
         """Load a policy for sampling or training, with the spaces it was saved with.
 
         Args:
-            directory: Written by :meth:`save_pretrained`.
+            directory: Written by :meth:`save_pretrained` or :meth:`save_merged`.
             **kwargs: Further arguments of the constructor.
 
         Raises:
@@ -225,66 +307,6 @@ class VLAPolicy(GroupPolicy):
             "temperature": self.temperature,
             "lora": self.lora,
         }
-
-
-def write_policy_card(
-    directory: Path,
-    config: VLAConfig,
-    *,
-    instructions: Sequence[str],
-    temperature: float,
-    pixels: Sequence[int],
-    lora: Mapping[str, Any] | None = None,
-    meta: Mapping[str, Any] | None = None,
-) -> None:
-    """Write all of a policy's directory but its weights.
-
-    Args:
-        directory: Where to; exists.
-        config: The network. A tokenizer in a directory is copied, so that the policy can be moved.
-        instructions: The task's sentences.
-        temperature: Divides the logits.
-        pixels: Shape of the observed image.
-        lora: Keyword arguments of ``peft.LoraConfig`` if the weights have adapters.
-        meta: Anything JSON-able worth remembering.
-    """
-    if config.tokenizer != "bytes" and Path(config.tokenizer).is_dir():
-        copy_tokenizer(config.tokenizer, directory / LOCAL_TOKENIZER)
-        config = replace(config, tokenizer=LOCAL_TOKENIZER)
-    card = {
-        "format_version": FORMAT_VERSION,
-        "instructions": list(instructions),
-        "temperature": temperature,
-        "pixels": list(pixels),
-        "lora": lora,
-        "meta": dict(meta or {}),
-    }
-    write_json_atomic(directory / "config.json", config.to_dict())
-    write_json_atomic(directory / "policy.json", card)
-
-
-def read_policy_card(directory: str | Path) -> dict[str, Any]:
-    """``policy.json`` of a saved policy with its network configuration under ``"config"``.
-
-    Raises:
-        ArtifactError: If the directory holds no readable policy.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ArtifactError(f"No policy directory {directory}; give one that save_pretrained wrote.")
-    card, config = read_json(directory / "policy.json"), read_json(directory / "config.json")
-    if not isinstance(card, dict) or card.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{directory / 'policy.json'} is not a policy card of format {FORMAT_VERSION}; "
-            "it was edited or written by another version. Save the policy again."
-        )
-    try:
-        card["config"] = VLAConfig.from_dict(config)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{directory / 'config.json'} does not describe a VLA: {error}") from error
-    if card["config"].tokenizer == LOCAL_TOKENIZER:
-        card["config"] = replace(card["config"], tokenizer=str(directory / LOCAL_TOKENIZER))
-    return card
 
 
 def make_spaces(
@@ -332,22 +354,3 @@ def _check_spaces(config: VLAConfig, observation_space: spaces.Space, action_spa
             f"The policy acts in chunks of shape ({config.chunk}, {config.action_dim}), the environment "
             f"wants {action_space}; build the policy for this task or choose another one."
         )
-
-
-def _load_weights(network: nn.Module, path: Path) -> None:
-    try:
-        network.load_state_dict(load_safetensors(path))
-    except RuntimeError as error:
-        raise ArtifactError(
-            f"The weights in {path} do not fit config.json beside it ({str(error).splitlines()[1].strip()}); "
-            "one of the two was edited. Restore it or train the policy again."
-        ) from error
-
-
-def _add_lora(network: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Put low-rank adapters on the language model's linear layers and freeze everything else."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError('LoRA needs peft: pip install "wmpo-gym[vla]"') from error
-    inject_adapter_in_model(LoraConfig(**{"target_modules": LORA_TARGETS, **settings}), network)
