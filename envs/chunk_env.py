@@ -207,6 +207,9 @@ class ChunkVectorEnv(TaskVectorEnv):
         self.ledger.seconds += time.perf_counter() - began
         return self._observation(), rewards, terminations, truncations, infos
 
+    def rest(self) -> None:
+        """Nothing will be imagined for a while: give back what the next reset or step can fetch again."""
+
     def _execute(self, rows: np.ndarray, actions: np.ndarray) -> None:
         chunk = self._advance(rows, actions)
         for name, values in self._reward_terms(rows, chunk).items():

@@ -73,6 +73,9 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             world of the task.
         device: Where the networks run. On CPU equal seeds give equal pixels; on a GPU kernels may differ by
             one grey level.
+        offload: Make room on the device while nobody imagines: :meth:`rest`, which algorithms call before
+            they update the policy, moves the world's networks to the CPU, and the next reset or step moves
+            them back. Changes no number.
         max_batch: Rows put through the networks at once, which changes no number; None is all on an
             accelerator and 32 on a CPU, whose caches hold no more.
         threshold: Success probability that counts; None is the classifier's calibrated one.
@@ -93,6 +96,7 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         *,
         world: World | str | Path | None = None,
         device: str = "cpu",
+        offload: bool = False,
         max_batch: int | None = None,
         threshold: float | None = None,
         consecutive_windows: int = 1,
@@ -105,6 +109,7 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             task,
             world=world,
             device=device,
+            offload=offload,
             max_batch=max_batch,
             threshold=threshold,
             consecutive_windows=consecutive_windows,
@@ -120,7 +125,8 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             raise ValueError(f"consecutive_windows must be at least 1, got {consecutive_windows}.")
         self._source = self.task if world is None else world
         self._world: World | None = None
-        self._device = device
+        self._device, self._offload = device, offload
+        self._place: str | None = None  # where the networks are, once they are loaded
         self._max_batch = max_batch or (CPU_BATCH if device == "cpu" else num_envs)
         self._threshold = threshold
         self._consecutive, self._dual_noise = consecutive_windows, dual_noise
@@ -207,19 +213,43 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         import torch
 
         world = self.world
-        for network in (world.network, getattr(world.autoencoder, "vae", None), world.classifier):
-            if network is not None:
-                network.to(self._device).eval()
+        for network in self._networks():
+            network.eval()
+        self._move_to(self._device)
         if self._device == "cpu":
             keep_freed_memory()
         self._imagination = world.imagination()
         self._index_of_id = {int(start_id): i for i, start_id in enumerate(world.start_frames.ids)}
         self._noise = [torch.Generator("cpu") for _ in range(self.num_envs)]
 
+    def rest(self) -> None:
+        """See :meth:`ChunkVectorEnv.rest`: with ``offload`` the networks move to the CPU."""
+        if self._offload and self._place is not None:
+            self._move_to("cpu")
+
+    def _networks(self) -> list[torch.nn.Module]:
+        parts = (self.world.network, getattr(self.world.autoencoder, "vae", None), self.world.classifier)
+        return [network for network in parts if network is not None]
+
+    def _move_to(self, place: str) -> None:
+        """Have the networks, and what the rows' episodes depend on, on a device."""
+        import torch
+
+        if place == self._place:
+            return
+        for network in self._networks():
+            network.to(place)
+        if self._dream is not None:
+            self._dream, self._judge = self._dream.to(place), self._judge.to(place)
+        if self._place is not None and self._place.startswith("cuda"):
+            torch.cuda.empty_cache()  # others cannot use what this process merely keeps
+        self._place = place
+
     # -- episodes --------------------------------------------------------------------------------------------
     def _begin(self, starts: Starts) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
+        self._move_to(self._device)
         frames, task_ids = starts.frames, starts.task_ids
         if frames is None or task_ids is None:
             known = self.world.start_frames
@@ -242,6 +272,7 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         return frames, task_ids
 
     def _advance(self, rows: np.ndarray, actions: np.ndarray) -> Chunk:
+        self._move_to(self._device)
         noise = [self._noise[row] for row in rows]
         states, task_ids = (self._dream, self._judge), self._episode.task_id[rows]
         frames, probs = self._imagine(states, rows, task_ids, actions, noise)

@@ -51,8 +51,8 @@ def finished_rows_wait(env: VecEnv) -> Iterator[None]:
     env resets finished rows as Stable-Baselines3 expects, so that ``evaluate_policy`` works on a training
     env.
     """
-    batch = getattr(getattr(env.unwrapped, "env", None), "unwrapped", None)
-    if not isinstance(batch, ChunkVectorEnv):
+    batch = _own_batch(env)
+    if batch is None:
         yield
         return
     mode, skip_finished = batch.autoreset_mode, batch.skip_finished
@@ -61,6 +61,18 @@ def finished_rows_wait(env: VecEnv) -> Iterator[None]:
         yield
     finally:
         batch.set_autoreset(mode, skip_finished=skip_finished)
+
+
+def rest(env: VecEnv) -> None:
+    """Let one of this package's envs give back what it does not need while the policy is updated."""
+    batch = _own_batch(env)
+    if batch is not None:
+        batch.rest()
+
+
+def _own_batch(env: VecEnv) -> ChunkVectorEnv | None:
+    batch = getattr(getattr(env.unwrapped, "env", None), "unwrapped", None)
+    return batch if isinstance(batch, ChunkVectorEnv) else None
 
 
 def env_attribute(env: VecEnv, name: str) -> list[Any]:

@@ -32,6 +32,7 @@ from wmpo_gym.algorithms.common.env_util import (
     finished_rows_wait,
     read_ledger,
     reset_groups,
+    rest,
     take_rows,
     world_fitness,
 )
@@ -350,6 +351,7 @@ class GroupAlgorithm(BaseAlgorithm):
             left = (last_iteration - self._iteration) / max_iterations
             self._current_progress_remaining = min(1 - self.num_timesteps / total_timesteps, left)
             if len(rollouts):
+                rest(self.env)
                 self.train(rollouts)
             else:
                 logger.warning("Iteration %d: no informative group, the update is skipped.", self._iteration)

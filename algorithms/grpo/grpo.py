@@ -179,15 +179,17 @@ class GRPO(GroupAlgorithm):
         """Update the policy on the rollouts of one iteration."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        if self.recompute_log_probs:
-            rollouts.log_probs = self._evaluate(rollouts)
+        minibatches = th.arange(len(rollouts)).split(self.batch_size or max(len(rollouts), 1))
+        if self.recompute_log_probs:  # in the very batches of the update: others may round differently
+            rollouts.log_probs = th.cat([self._evaluate(rollouts.select(index)) for index in minibatches])
         advantages = group_advantages(rollouts.returns, rollouts.group_ids, self.normalize_advantage)
         scored = ~rollouts.returns.isnan()
         rollouts.token_mask = rollouts.token_mask & scored[rollouts.rows].unsqueeze(1)
         history: list[dict[str, float]] = []
         for _ in range(self.n_epochs):
-            for index in th.arange(len(rollouts)).split(self.batch_size or max(len(rollouts), 1)):
+            for index in minibatches:
                 history.append(self._update(rollouts.select(index), advantages[index]))
+        self.policy.optimizer.zero_grad()  # the gradient's memory, for the next rollouts
         self.policy.set_training_mode(False)
         self._log_update(history)
 

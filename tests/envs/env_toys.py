@@ -86,6 +86,9 @@ class Seen:
         index = torch.as_tensor(index)
         self.last[index], self.count[index] = other.last, other.count
 
+    def to(self, device: str) -> Seen:
+        return Seen(self.last.to(device), self.count.to(device))
+
     def to_dict(self) -> dict[str, np.ndarray]:
         return {"last": self.last.numpy().copy(), "count": self.count.numpy().copy()}
 

@@ -58,6 +58,10 @@ class StreamState:
         self.pixels[index] = other.pixels.to(self.pixels)
         self.count[index] = other.count.to(self.count)
 
+    def to(self, device: torch.device | str) -> StreamState:
+        """The same state on a device."""
+        return StreamState(self.pixels.to(device), self.count.to(device))
+
     def to_dict(self) -> dict[str, np.ndarray]:
         """Copies as numpy arrays, to be stored; :meth:`from_dict` restores the same numbers."""
         return {f.name: getattr(self, f.name).cpu().numpy().copy() for f in fields(self)}
