@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 import tyro
@@ -24,8 +24,22 @@ T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.OmitArgPrefixes]
 
 
-def load_policy(name_or_dir: str, *, seed: int = 0) -> VLAPolicy:
+def choose_device(device: str) -> str:
+    """The device asked for; ``"auto"`` is the GPU if there is one, else the CPU."""
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_policy(name_or_dir: str, *, seed: int = 0, **kwargs: Any) -> VLAPolicy:
     """A policy from a directory, a hub id or the name of a task with a bundled one.
+
+    Args:
+        name_or_dir: Which.
+        seed: Seeds its sampling.
+        **kwargs: Further arguments of :class:`~wmpo_gym.policies.VLAPolicy`.
 
     Raises:
         ValueError: If there is none.
@@ -34,7 +48,7 @@ def load_policy(name_or_dir: str, *, seed: int = 0) -> VLAPolicy:
     from wmpo_gym.policies.vla_policy import VLAPolicy
     from wmpo_gym.world.world import find_pretrained
 
-    return VLAPolicy.from_pretrained(find_pretrained(name_or_dir, "policy"), seed=seed)
+    return VLAPolicy.from_pretrained(find_pretrained(name_or_dir, "policy"), seed=seed, **kwargs)
 
 
 def load_world(name_or_dir: str) -> World:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from wmpo_gym.cli.common import load_world
+from wmpo_gym.cli.common import Flat, choose_device, load_world
 from wmpo_gym.data.atomic import write_json_atomic
 from wmpo_gym.data.settings import keep_settings
+from wmpo_gym.policies.memory import PolicyMemory
 from wmpo_gym.progress import progress_wanted
 from wmpo_gym.tasks import Task, get_task
+
+MICRO_BATCH = 128  # decisions at once, where nothing is said
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,12 @@ class Command:
         temperature: Of the sampling; the policy's own by default.
         dual_noise: Imagined success counts only if it is imagined again under other noise.
         consecutive_windows: Frames in a row that must reach the classifier's threshold.
+        device: Where policy and world compute; auto is the GPU if there is one.
+        rows_at_once: Rollouts imagined at once, which changes no number; on a GPU all by default.
+        merge: With --lora-rank, write a whole policy instead of the adapters.
+        offload: Keep the world on the CPU while the policy is updated.
         seed: Decides everything random.
+        memory: How the policy is kept.
     """
 
     out: Path
@@ -57,7 +65,12 @@ class Command:
     temperature: float | None = None
     dual_noise: bool = False
     consecutive_windows: int = 1
+    device: str = "auto"
+    rows_at_once: int | None = None
+    merge: bool = False
+    offload: bool = False
     seed: int = 0
+    memory: Flat[PolicyMemory] = field(default_factory=PolicyMemory)
 
     def run(self) -> None:
         """Train and save."""
@@ -66,9 +79,7 @@ class Command:
 
         logs = self.out.with_name(self.out.name + ".training")
         # A longer training is the same one continued.
-        keep_settings(
-            logs / "command.json", {k: v for k, v in asdict(self).items() if k not in ("out", "iterations")}
-        )
+        keep_settings(logs / "command.json", {k: v for k, v in self._settings().items() if k != "iterations"})
         env, start_state_ids = self._make_env()
         model = GRPO(
             "VLAPolicy",
@@ -77,21 +88,30 @@ class Command:
             group_size=self.group_size,
             n_groups=self.n_groups,
             batch_size=self.batch_size,
+            micro_batch_size=self.memory.micro_batch or MICRO_BATCH,
+            recompute_log_probs=self.memory.precision == "bf16",
             n_epochs=self.n_epochs,
             clip_range=self.clip_range,
             clip_range_high=self.clip_range_high,
             start_state_ids=start_state_ids,
             checkpoint_dir=logs / "checkpoints",
             tensorboard_log=str(logs),
-            policy_kwargs={"model": find_pretrained(self.policy, "policy"), "temperature": self.temperature},
+            policy_kwargs={
+                "model": find_pretrained(self.policy, "policy"),
+                "temperature": self.temperature,
+                **self.memory.policy_kwargs(),
+            },
             seed=self.seed,
+            device=choose_device(self.device),
         )
         try:
             model.learn(max_iterations=self.iterations, progress_bar=progress_wanted(), resume=True)
         finally:
             env.close()
         write_json_atomic(logs / "history.json", model.history)
-        model.policy.save_pretrained(self.out, self._provenance(model, env.unwrapped.task_spec))
+        merged = self.merge and model.policy.lora
+        save = model.policy.save_merged if merged else model.policy.save_pretrained
+        save(self.out, self._provenance(model, env.unwrapped.task_spec))
         budget = ", ".join(f"{v:,.0f} {k.replace('_', ' ')}" for k, v in model.budget.to_dict().items())
         print(f"{len(model.history)} iterations ({budget}); the policy is in {self.out}")
 
@@ -107,17 +127,25 @@ class Command:
             "WMPO-Imagined-v0",
             rows,
             world=world,
+            device=choose_device(self.device),
+            max_batch=self.rows_at_once,
+            offload=self.offload,
             dual_noise=self.dual_noise,
             consecutive_windows=self.consecutive_windows,
         )
         return env, world.start_frames.ids.tolist()
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides the numbers."""
+        skipped = ("out", "device", "rows_at_once", "merge", "offload", "memory")
+        return {k: v for k, v in asdict(self).items() if k not in skipped} | self.memory.changes()
 
     def _provenance(self, model: Any, task: Task) -> dict[str, Any]:
         return {
             "task": task.name,
             "task_spec": task.to_dict(),
             "command": " ".join(["wmpo", *sys.argv[1:]]),
-            "settings": {k: v for k, v in asdict(self).items() if k != "out"},
+            "settings": self._settings(),
             "iterations": len(model.history),
             "budget": model.budget.to_dict(),
             "world_fitness": model.world_fitness,

@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wmpo_gym.cli.common import Flat, load_episodes, load_policy, task_of
+from wmpo_gym.cli.common import Flat, choose_device, load_episodes, load_policy, task_of
+from wmpo_gym.policies.memory import PolicyMemory
 from wmpo_gym.policies.sft import SFTSettings, train_sft
 
 
@@ -22,16 +23,22 @@ class Command:
             .training behind it.
         task: Task, or the directory of an import or a world; that of imported episodes by default.
         policy: Go on from this policy (directory, hub id or task name); a new one by default.
+        device: Where to compute; auto is the GPU if there is one.
+        merge: With --lora-rank, write a whole policy instead of the adapters.
         seed: Decides the initial weights and everything random.
         settings: How to train.
+        memory: How the policy is kept.
     """
 
     episodes: tuple[Path, ...]
     out: Path
     task: str | None = None
     policy: str | None = None
+    device: str = "auto"
+    merge: bool = False
     seed: int = 0
     settings: Flat[SFTSettings] = field(default_factory=SFTSettings)
+    memory: Flat[PolicyMemory] = field(default_factory=PolicyMemory)
 
     def run(self) -> None:
         """Train and save."""
@@ -39,7 +46,10 @@ class Command:
 
         task = task_of(self.task, self.episodes)
         episodes = load_episodes(self.episodes, task)
-        start = load_policy(self.policy, seed=self.seed) if self.policy else None
+        kwargs = self.memory.policy_kwargs()
+        if self.policy is None and self.memory.lora_rank is not None:
+            raise ValueError("Adapters belong to a policy that is there already; name it with --policy.")
+        start = load_policy(self.policy, seed=self.seed, **kwargs) if self.policy else None
         logs = self.out.with_name(self.out.name + ".training")
         with progress_bar(total=self.settings.steps, desc="fine-tuning", unit="step") as bar:
 
@@ -53,11 +63,15 @@ class Command:
                 settings=self.settings,
                 seed=self.seed,
                 policy=start,
+                policy_kwargs=kwargs,
+                device=choose_device(self.device),
+                micro_batch=self.memory.micro_batch,
                 progress=show,
                 log_dir=logs,
                 checkpoint_dir=logs / "checkpoint",
             )
-        policy.save_pretrained(
+        save = policy.save_merged if self.merge and policy.lora else policy.save_pretrained
+        save(
             self.out,
             {
                 "task": task.name,
@@ -65,7 +79,7 @@ class Command:
                 "command": " ".join(["wmpo", *sys.argv[1:]]),
                 "episodes": len(episodes),
                 "seed": self.seed,
-                "settings": self.settings.to_dict(),
+                "settings": {**self.settings.to_dict(), **self.memory.changes()},
             },
         )
         print(f"fine-tuned on {len(episodes)} episodes; the policy is in {self.out}")
