@@ -191,6 +191,20 @@ def test_grpo_in_imagination_goes_on(made, tmp_path, capsys):
     assert wmpo(*command, "--iterations", 3, "--seed", 1) == 2
 
 
+def test_adapters_are_trained_saved_and_merged(made, tmp_path, capsys):
+    tuning = ["train", "sft", "--episodes", made / "demos", "--steps", 2, "--batch", 8, "--lora-rank", 2]
+    assert wmpo(*tuning, "--out", tmp_path / "sft") == 2
+    assert "name it with --policy" in capsys.readouterr().err
+    assert wmpo(*tuning, "--policy", made / "policy", "--micro-batch", 3, "--out", tmp_path / "sft") == 0
+    command = ["train", "grpo", "--policy", tmp_path / "sft", "--world", made / "full", *TINY_GRPO]
+    command += ["--iterations", 1, "--offload", "--gradient-checkpointing", "--rows-at-once", 2]
+    assert wmpo(*command, "--out", tmp_path / "rl") == 0
+    assert wmpo(*command, "--merge", "--out", tmp_path / "merged") == 0
+    for name, weights in (("sft", "adapters"), ("rl", "adapters"), ("merged", "model")):
+        assert [f.stem for f in (tmp_path / name).glob("*.safetensors")] == [weights]
+    assert wmpo("evaluate", "--policy", tmp_path / "rl", "--base", tmp_path / "merged", "--episodes", 4) == 0
+
+
 def test_grpo_in_the_simulator(made, tmp_path):
     command = [
         "train",

@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("wmpo_gym.cli.evaluate", "success in the twin, paired; imagination judged by twin replay"),
     "compare": ("wmpo_gym.cli.compare", "methods on identical environments, budgets and start states"),
     "serve": ("wmpo_gym.cli.serve", "answer a robot's pictures with action chunks, over a local socket"),
+    "estimate": ("wmpo_gym.cli.estimate", "parameters, memory and computation of a run, before it begins"),
     "bench": ("wmpo_gym.cli.bench", "frames per second and where the time goes"),
 }
 

@@ -17,6 +17,13 @@ from wmpo_gym.tasks import Task, get_task
 MICRO_BATCH = 128  # decisions at once, where nothing is said
 
 
+def usual_rows(device: str) -> int | None:
+    """Rollouts imagined at once, where nothing is said; None is all of them."""
+    from wmpo_gym.envs.imagined import CPU_BATCH
+
+    return CPU_BATCH if device == "cpu" else None
+
+
 @dataclass(frozen=True)
 class Command:
     """Optimise a policy with Group Relative Policy Optimization.
@@ -77,6 +84,7 @@ class Command:
         from wmpo_gym.algorithms.grpo import GRPO
         from wmpo_gym.world.world import find_pretrained
 
+        self._require_room()
         logs = self.out.with_name(self.out.name + ".training")
         # A longer training is the same one continued.
         keep_settings(logs / "command.json", {k: v for k, v in self._settings().items() if k != "iterations"})
@@ -114,6 +122,24 @@ class Command:
         save(self.out, self._provenance(model, env.unwrapped.task_spec))
         budget = ", ".join(f"{v:,.0f} {k.replace('_', ' ')}" for k, v in model.budget.to_dict().items())
         print(f"{len(model.history)} iterations ({budget}); the policy is in {self.out}")
+
+    def _require_room(self) -> None:
+        from wmpo_gym.evaluation.capacity import require_room
+        from wmpo_gym.evaluation.estimate import Option
+        from wmpo_gym.evaluation.workload import saved_workload
+
+        device, real = choose_device(self.device), self.env == "simulated"
+        workload = saved_workload(
+            None if real else self.world,
+            self.policy,
+            n_groups=self.n_groups,
+            group_size=self.group_size,
+            n_epochs=self.n_epochs,
+            micro_batch=self.memory.micro_batch or MICRO_BATCH,
+            rows_at_once=self.rows_at_once or usual_rows(device),
+            **({"horizon": get_task(self.task).horizon} if real else {}),
+        )
+        require_room(workload, Option(self.memory, self.offload), device)
 
     def _make_env(self) -> tuple[Any, list[int]]:
         from wmpo_gym.evaluation.rollouts import make_rollout_env

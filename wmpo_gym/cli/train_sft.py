@@ -5,10 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from wmpo_gym.cli.common import Flat, choose_device, load_episodes, load_policy, task_of
 from wmpo_gym.policies.memory import PolicyMemory
 from wmpo_gym.policies.sft import SFTSettings, train_sft
+
+if TYPE_CHECKING:
+    from wmpo_gym.policies.vla_policy import VLAPolicy
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Command:
         kwargs = self.memory.policy_kwargs()
         if self.policy is None and self.memory.lora_rank is not None:
             raise ValueError("Adapters belong to a policy that is there already; name it with --policy.")
-        start = load_policy(self.policy, seed=self.seed, **kwargs) if self.policy else None
+        start = self._start(kwargs) if self.policy else None
         logs = self.out.with_name(self.out.name + ".training")
         with progress_bar(total=self.settings.steps, desc="fine-tuning", unit="step") as bar:
 
@@ -83,3 +87,17 @@ class Command:
             },
         )
         print(f"fine-tuned on {len(episodes)} episodes; the policy is in {self.out}")
+
+    def _start(self, kwargs: dict[str, Any]) -> VLAPolicy:
+        """The policy to go on from, if the device has room to train it."""
+        from wmpo_gym.evaluation.capacity import require_room
+        from wmpo_gym.evaluation.estimate import Option
+        from wmpo_gym.evaluation.workload import saved_workload
+
+        assert self.policy is not None
+        at_once = self.memory.micro_batch or self.settings.batch
+        workload = saved_workload(
+            None, self.policy, n_groups=1, group_size=1, n_epochs=1, micro_batch=at_once
+        )
+        require_room(workload, Option(self.memory), choose_device(self.device))
+        return load_policy(self.policy, seed=self.seed, **kwargs)

@@ -82,7 +82,7 @@ def load_network(
 
     Args:
         config: The network.
-        directory: Holds its weights; they are never in memory twice.
+        directory: Holds its weights; no others are made before.
         quantization: Keyword arguments of ``transformers.BitsAndBytesConfig`` for the language model's linear
             layers, which become quantised when the network is moved to the GPU; None keeps them as they are.
 
@@ -102,7 +102,8 @@ def load_network(
     with init_empty_weights(include_buffers=False):
         network = VLANetwork(config)
     path = Path(directory) / WEIGHTS
-    state = load_safetensors(path)
+    # Copied out of the file: where a tensor begins in memory decides how its products are rounded.
+    state = {name: tensor.clone() for name, tensor in load_safetensors(path).items()}
     if quantization:
         _quantise(network, state, quantization)
     try:
