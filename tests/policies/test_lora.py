@@ -202,6 +202,11 @@ def test_half_precision_is_for_gpus(base, monkeypatch):
     policy = VLAPolicy.from_pretrained(base, precision="bf16", lora=RANK_4)
     types = {p.requires_grad: p.dtype for p in policy.network.parameters()}
     assert types == {True: torch.float32, False: torch.bfloat16}
+    text = policy._table(observe()["task_id"])
+    with torch.autocast("cpu", torch.bfloat16):
+        half = policy.network(prepare_images(observe()["pixels"], policy.config), *text)
+    error = (half - reference.logits(observe())).norm() / half.norm()
+    assert half.dtype == torch.float32 and 1e-4 < error < 0.05
     with pytest.raises(ValueError, match="lies on the cpu; move it to a GPU"):
         policy.sample(observe())
     with pytest.raises(ValueError, match="fp8.*bf16"):
