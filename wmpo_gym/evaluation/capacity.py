@@ -213,7 +213,7 @@ def _plan_lines(estimator: Estimator, plan: Plan) -> list[str]:
         *lines,
         f"  memory: {parts}",
         f"  trained: {size.trained:,} parameters, {_size(FLOAT32 * size.trained)} to save",
-        f"  one iteration, at most: {_flops(total)} ({flops})",
+        f"  one iteration without extra waves, at most: {_flops(total)} ({flops})",
         f"  rollouts in host memory: {_size(plan.host_bytes)} per device",
     ]
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from wmpo_gym.evaluation.meter import Cost, measure
 from wmpo_gym.evaluation.workload import Workload
@@ -165,19 +166,15 @@ class Estimator:
         with torch.device("meta"):
             context = torch.empty(*shape, world.sampling.context_frames, side, side)
             latents = torch.empty(*shape, policy.chunk, side, side)
-            actions, previous = (
-                torch.empty(rows, policy.chunk, policy.action_dim),
-                torch.empty(rows, policy.action_dim),
-            )
-            time = torch.empty(rows)
+            actions = torch.empty(rows, policy.chunk, policy.action_dim)
+            previous, time = torch.empty(rows, policy.action_dim), torch.empty(rows)
             frames = torch.empty(rows, policy.chunk, *[self.workload.image_size] * 2, 3, dtype=torch.uint8)
         known = [context, latents, actions, previous, time, frames]
         known += [t for part in self._parts.values() for t in _tensors(getattr(part, "vae", part))]
         with torch.no_grad():
             encode = measure(lambda: network.encode_context(context, previous, time), known)
             cache = network.encode_context(context, previous, time)
-            leaves = torch.utils._pytree.tree_leaves(cache)
-            known += [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            known += [leaf for leaf in tree_leaves(cache) if isinstance(leaf, Tensor)]
             denoise = measure(lambda: network.denoise(latents, time, actions, cache), known)
             start = measure(lambda: autoencoder.encode(frames[:, :1]), known)
             decode = measure(lambda: autoencoder.decode(latents), known)
@@ -213,13 +210,11 @@ class Estimator:
         if memory.gradient_checkpointing:
             checkpoint_activations(network)  # type: ignore[arg-type]
         if memory.precision == "bf16":
-            layers = (nn.Linear, nn.Conv2d)  # whose trained weights autocast copies
-            cast = [
-                p for m in network.modules() if isinstance(m, layers) for p in m.parameters(recurse=False)
-            ]
-            cast += [p for p in network.parameters() if sharded or not p.requires_grad]
-            for parameter in cast:
-                parameter.data = parameter.data.to(torch.bfloat16)
+            for module in network.modules():
+                copied = isinstance(module, (nn.Linear, nn.Conv2d))  # by autocast, where they are trained
+                for parameter in module.parameters(recurse=False):
+                    if copied or sharded or not parameter.requires_grad:
+                        parameter.data = parameter.data.to(torch.bfloat16)
         for parameter in network.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         return network.train()
@@ -308,8 +303,8 @@ class Estimator:
         }
         kept = parts["policy"] + parts["optimizer"]
         updating = kept + parts["gradients"] + (0 if option.offload else parts["world"])
-        # The optimizer's step has a number per parameter under way.
-        updating = max(updating, updating + FLOAT32 * size.trained // spread - copies)
+        # The optimizer's step has a number per parameter under way, when autocast's copies are gone.
+        updating += max(0, FLOAT32 * size.trained // spread - copies)
         imagining = kept + parts["world"]
         if limit is None or max(updating, imagining) <= limit:
             sample = self._sampling(option, rows).peak
