@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from kills import disk_states
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.policies.sft import (
@@ -17,6 +18,7 @@ from wmpo_gym.policies.sft import (
     token_loss,
     train_sft,
 )
+from wmpo_gym.policies.vla import VLAConfig
 from wmpo_gym.tasks import MOVE_BLOCK
 
 
@@ -149,6 +151,35 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
     with pytest.raises(ValueError, match="other settings"):
         train(lr=0.5)
+
+
+def test_killed_between_any_two_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+    monkeypatch.setattr("wmpo_gym.policies.sft.CHECKPOINT_EVERY", 1)
+    settings = SFTSettings(steps=2, batch=2, symmetries=("mirror",))
+    config = VLAConfig.tiny()
+    config = replace(config, language={**config.language, "hidden_size": 16, "intermediate_size": 16})
+    begun_at = []
+
+    def run(directory):
+        steps = []
+        policy = train_sft(
+            [episode(6)],
+            MOVE_BLOCK,
+            config=config,
+            settings=settings,
+            checkpoint_dir=directory / "checkpoint",
+            progress=lambda step, *_: steps.append(step - 1),
+        )
+        begun_at.append(steps[0] if steps else settings.steps)
+        return policy.network.state_dict()
+
+    whole = run(tmp_path / "whole")
+    begun_at.clear()
+    for state in disk_states(run, tmp_path / "killed"):
+        resumed = run(state)
+        assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert begun_at == sorted(begun_at) and set(begun_at) == {0, 1, 2}  # nothing once complete is lost
 
 
 def test_unfit_episodes_are_named():

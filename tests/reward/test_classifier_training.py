@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from kills import disk_states
 from square_toys import square_episode
 
 from wmpo_gym.reward import training
@@ -73,6 +74,29 @@ def test_interrupted_training_resumes_to_the_same_numbers(episodes, task, tmp_pa
     assert steps[0] == 25 and weights_equal(whole, resumed) and whole.threshold == resumed.threshold
     with pytest.raises(ValueError, match="other settings"):
         train_classifier(episodes, task, **{**arguments, "seed": 6})
+
+
+def test_killed_between_any_two_writes(episodes, task, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+    config = dataclasses.replace(QUICK, steps=4, checkpoint_every=2)
+    step, steps, begun_at = training._Trainer._train_step, [], []
+    monkeypatch.setattr(training._Trainer, "_train_step", lambda self: steps.append(self.step) or step(self))
+
+    def run(directory):
+        steps.clear()
+        made = train_classifier(
+            episodes, task, seed=5, config=config, checkpoint_dir=directory / "c", progress=False
+        )
+        begun_at.append(steps[0] if steps else config.steps)
+        return made
+
+    whole, figures = run(tmp_path / "whole")
+    begun_at.clear()
+    for state in disk_states(run, tmp_path / "killed"):
+        resumed, same = run(state)
+        assert weights_equal(whole, resumed) and whole.threshold == resumed.threshold
+        assert same["loss"] == figures["loss"]
+    assert begun_at == sorted(begun_at) and set(begun_at) == {0, 2, 4}  # nothing once complete is lost
 
 
 @pytest.mark.parametrize("kept", [True, False])

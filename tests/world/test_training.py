@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from kills import disk_states
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import MOVE_BLOCK
@@ -139,6 +141,29 @@ def test_a_killed_training_goes_on_to_the_same_numbers(tmp_path, adversarial: fl
     for a, b in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
         assert torch.equal(a, b)
     assert [h["loss"] for h in whole.history] == [h["loss"] for h in resumed.history]
+
+
+def test_killed_between_any_two_writes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+    begun_at = []
+
+    def run(directory: Path) -> WorldModelTrainer:
+        made = trainer(replace(SHORT, steps=4, adversarial=0.05), checkpoint_dir=directory / "c")
+        step, firsts = made._train_step, []
+        made._train_step = lambda: firsts.append(made.step) or step()
+        made.train(progress=False)
+        begun_at.append(firsts[0] if firsts else made.step)
+        return made
+
+    whole = run(tmp_path / "whole")
+    begun_at.clear()
+    for state in disk_states(run, tmp_path / "killed"):
+        resumed = run(state)
+        for a, b in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert [h["loss"] for h in whole.history] == [h["loss"] for h in resumed.history]
+    # What was written in full once is never lost, not even between the renames that replace it.
+    assert begun_at == sorted(begun_at) and set(begun_at) == {0, 2, 4}
 
 
 def test_other_settings_are_refused(tmp_path) -> None:

@@ -103,6 +103,23 @@ def write_file_atomic(path: str | Path, *, durable: bool = True) -> Iterator[Pat
         temporary.unlink(missing_ok=True)
 
 
+def mend_dir(path: str | Path) -> Path:
+    """Put a directory back that a process was killed in the middle of replacing; call it before reading one.
+
+    Returns:
+        The path, where there is now the earlier version if the process did not come to rename the later.
+    """
+    path = Path(path)
+    if not path.exists() and _set_aside(path).exists():
+        os.replace(_set_aside(path), path)
+    return path
+
+
+def _set_aside(path: Path) -> Path:
+    """Where :func:`write_dir_atomic` keeps the earlier version for a moment."""
+    return path.parent / f".{path.name}.old"
+
+
 @contextmanager
 def write_dir_atomic(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Give a temporary directory to fill; it takes the name ``path`` when the block ends well.
@@ -119,11 +136,11 @@ def write_dir_atomic(path: str | Path, *, durable: bool = True) -> Iterator[Path
             new directory lacks; ``path`` is then as before.
     """
     path = Path(path)
-    temporary, old = path.parent / f".{path.name}.tmp", path.parent / f".{path.name}.old"
+    temporary, old = path.parent / f".{path.name}.tmp", _set_aside(path)
     try:
         with _explained(path):
-            if old.exists():  # a process was killed between the two renames below
-                shutil.rmtree(old) if path.exists() else os.replace(old, path)
+            if mend_dir(path).exists() and old.exists():  # a process was killed after the renames below
+                shutil.rmtree(old)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         with _explained(path):

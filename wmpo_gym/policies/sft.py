@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from wmpo_gym.data.atomic import (
     load_safetensors,
+    mend_dir,
     plain,
     read_json,
     save_safetensors,
@@ -335,7 +336,7 @@ class Checkpoint:
             ValueError: If the checkpoint belongs to other settings or episodes.
             ArtifactError: If it is damaged.
         """
-        if self.directory is None or not (Path(self.directory) / "state.json").exists():
+        if self.directory is None or not (mend_dir(self.directory) / "state.json").exists():
             return 0
         state = read_json(Path(self.directory) / "state.json")
         if state["settings"] != plain(self.settings):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from wmpo_gym.data.atomic import (
     load_safetensors,
+    mend_dir,
     read_json,
     save_safetensors,
     write_dir_atomic,
@@ -370,7 +371,7 @@ class _Trainer:
             write_json_atomic(tmp / "state.json", {**progress, "settings": self._meta()})
 
     def _resume(self) -> None:
-        if self.checkpoint_dir is None or not (self.checkpoint_dir / "state.json").exists():
+        if self.checkpoint_dir is None or not (mend_dir(self.checkpoint_dir) / "state.json").exists():
             return
         meta = read_json(self.checkpoint_dir / "state.json")
         if meta.get("settings") != self._meta():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wmpo_gym.data.atomic import (
     load_safetensors,
+    mend_dir,
     read_json,
     save_safetensors,
     write_dir_atomic,
@@ -266,7 +267,7 @@ class WorldModelTrainer:
             )  # fmt: skip
 
     def _resume(self) -> None:
-        if self.checkpoint_dir is None or not (self.checkpoint_dir / "state.json").exists():
+        if self.checkpoint_dir is None or not (mend_dir(self.checkpoint_dir) / "state.json").exists():
             return
         meta, tensors = (
             read_json(self.checkpoint_dir / "state.json"),
