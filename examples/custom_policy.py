@@ -80,7 +80,8 @@ class ConvPolicy(GroupPolicy):
     def sample(self, obs, deterministic=False):
         """Chunks, log-probability of each number, and what `log_prob` needs to know of the choice."""
         normal = self._distribution(obs)
-        noise = torch.randn(normal.mean.shape, generator=self._generator)
+        size = self.n_numbers
+        noise = self.draw(lambda n: torch.randn(n, size, generator=self._generator), len(normal.mean))
         numbers = normal.mean if deterministic else normal.mean + normal.stddev * noise
         actions = numbers.clamp(-1, 1).view(-1, *self.action_space.shape)
         return actions, normal.log_prob(numbers), numbers

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch as th
 
+from wmpo_gym.algorithms.common.distributed import Ranks
+from wmpo_gym.algorithms.common.sharding import spread_slots, spread_state, whole_state
 from wmpo_gym.data.atomic import (
     ArtifactError,
     WriteError,
@@ -29,7 +31,7 @@ from wmpo_gym.data.atomic import (
 )
 from wmpo_gym.data.optimizer_state import pack_optimizer, unpack_optimizer
 from wmpo_gym.envs.ledger import Ledger
-from wmpo_gym.policies.base import changing_weights, load_changing_weights
+from wmpo_gym.policies.base import changing_weights, load_changing_weights, policy_generators
 
 if TYPE_CHECKING:
     from wmpo_gym.algorithms.common.group_algorithm import GroupAlgorithm
@@ -107,16 +109,19 @@ class CheckpointDirectory:
         return None
 
 
-def policy_generators(policy: th.nn.Module) -> dict[str, th.Generator]:
-    """The torch generators a policy samples from, by attribute name."""
-    return {name: value for name, value in vars(policy).items() if isinstance(value, th.Generator)}
+def _cuda_devices(ranks: Ranks) -> list[int]:
+    """The devices this process draws random numbers on: with several processes each has its own."""
+    if not th.cuda.is_available():
+        return []
+    return list(range(th.cuda.device_count())) if ranks.size == 1 else [th.cuda.current_device()]
 
 
-def pack_rng(policy: th.nn.Module, generator: np.random.Generator) -> tuple[Tensors, dict[str, Any]]:
+def pack_rng(
+    policy: th.nn.Module, generator: np.random.Generator, ranks: Ranks
+) -> tuple[Tensors, dict[str, Any]]:
     """All random states: python, numpy, torch (CPU and CUDA), the policy's, and the algorithm's own."""
     tensors = {"torch": th.get_rng_state()}
-    if th.cuda.is_available():
-        tensors |= {f"cuda.{i}": s for i, s in enumerate(th.cuda.get_rng_state_all())}
+    tensors |= {f"cuda.{i}": th.cuda.get_rng_state(i) for i in _cuda_devices(ranks)}
     tensors |= {f"policy.{name}": g.get_state() for name, g in policy_generators(policy).items()}
     kind, keys, *rest = np.random.get_state()
     return tensors, {
@@ -127,11 +132,15 @@ def pack_rng(policy: th.nn.Module, generator: np.random.Generator) -> tuple[Tens
 
 
 def unpack_rng(
-    policy: th.nn.Module, generator: np.random.Generator, tensors: Tensors, state: Mapping[str, Any]
+    policy: th.nn.Module,
+    generator: np.random.Generator,
+    ranks: Ranks,
+    tensors: Tensors,
+    state: Mapping[str, Any],
 ) -> None:
     """Put :func:`pack_rng`'s result back, in place."""
     th.set_rng_state(tensors["torch"])
-    for i in range(th.cuda.device_count() if th.cuda.is_available() else 0):
+    for i in _cuda_devices(ranks):
         if f"cuda.{i}" in tensors:
             th.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
     for name, policy_generator in policy_generators(policy).items():
@@ -148,20 +157,23 @@ def _settings(model: GroupAlgorithm) -> dict[str, Any]:
     values = {name: getattr(model, name) for name in model.resume_settings}
     if digest := model.policy.kept_elsewhere()[1]:
         values["frozen weights"] = digest
+    values["n_envs"] = model.n_envs * model.ranks.size  # the number of processes may be another
     return plain({k: v for k, v in values.items() if not callable(v)})
 
 
 def save_training(model: GroupAlgorithm, checkpoints: CheckpointDirectory) -> Path:
-    """Write a checkpoint of a run between two iterations.
+    """Write a checkpoint of a run between two iterations; every rank calls it, the main one writes.
 
     Raises:
         WriteError: If the disk is full; the model and earlier checkpoints are untouched.
     """
     optimizer, optimizer_state = pack_optimizer(model.policy.optimizer)
-    rng, rng_state = pack_rng(model.policy, model.group_rng)
-    names = [n for n in model._get_torch_save_params()[0] if n != "policy.optimizer"]
     kept, _ = model.policy.kept_elsewhere()
-    weights = {name: changing_weights(getattr(model, name).state_dict(), kept) for name in names}
+    states = {name: changing_weights(getattr(model, name).state_dict(), kept) for name in model._modules()}
+    tensors = {name: whole_state(state, model.ranks) for name, state in states.items()}
+    tensors["optimizer"] = whole_state(optimizer, model.ranks)
+    random_states = model.ranks.gather(pack_rng(model.policy, model.group_rng, model.ranks))
+    tensors |= {_rng_name(rank): found for rank, (found, _) in enumerate(random_states)}
     state = {
         "settings": _settings(model),
         "iteration": model._iteration,
@@ -170,18 +182,29 @@ def save_training(model: GroupAlgorithm, checkpoints: CheckpointDirectory) -> Pa
         "budget": model.budget.to_dict(),
         "history": model.history,
         "optimizer": optimizer_state,
-        "rng": rng_state,
+        **{_rng_name(rank): found for rank, (_, found) in enumerate(random_states)},
     }
-    return checkpoints.save(model._iteration, {**weights, "optimizer": optimizer, "rng": rng}, state)
+    return model.ranks.on_main(lambda: checkpoints.save(model._iteration, tensors, state))
+
+
+def _rng_name(rank: int) -> str:
+    """Where the random states of a process stand in a checkpoint."""
+    return f"rng-{rank}" if rank else "rng"
 
 
 def load_training(model: GroupAlgorithm, checkpoints: CheckpointDirectory) -> bool:
     """Put a model back to the newest checkpoint, in place; False if there is none.
 
     Raises:
-        ValueError: If the checkpoint was written under other settings.
+        ValueError: If the checkpoint was written under other settings, or not every rank sees it.
     """
     found = checkpoints.load_newest()
+    seen = model.ranks.gather(found and found[1]["iteration"])
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"The processes see different checkpoints in {checkpoints.path}, of iterations {seen}; "
+            "checkpoint_dir must be on a file system that all machines share."
+        )
     if found is None:
         return False
     tensors, state = found
@@ -193,11 +216,14 @@ def load_training(model: GroupAlgorithm, checkpoints: CheckpointDirectory) -> bo
             f"{', '.join(changed)}. Use the same settings, or another checkpoint_dir."
         )
     kept, _ = model.policy.kept_elsewhere()
-    for name in model._get_torch_save_params()[0]:
-        if name != "policy.optimizer":
-            load_changing_weights(getattr(model, name), tensors[name], kept)
-    unpack_optimizer(model.policy.optimizer, tensors["optimizer"], state["optimizer"])
-    unpack_rng(model.policy, model.group_rng, tensors["rng"], state["rng"])
+    for name in model._modules():
+        module = getattr(model, name)
+        load_changing_weights(module, spread_state(module, tensors[name]), kept)
+    slots = spread_slots(model.policy.optimizer, tensors["optimizer"])
+    unpack_optimizer(model.policy.optimizer, slots, state["optimizer"])
+    own = _rng_name(model.ranks.index)
+    own = own if own in tensors else "rng"  # written by fewer processes
+    unpack_rng(model.policy, model.group_rng, model.ranks, tensors[own], state[own])
     model._iteration, model.num_timesteps = state["iteration"], state["num_timesteps"]
     model._n_updates, model.history = state["n_updates"], state["history"]
     model.budget = Ledger(**state["budget"])

@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
+from wmpo_gym.algorithms.common.distributed import Ranks
 from wmpo_gym.envs.chunk_env import ChunkVectorEnv
 from wmpo_gym.envs.ledger import Ledger
 from wmpo_gym.tasks import SPLITS
@@ -111,7 +112,11 @@ def training_start_states(env: VecEnv) -> np.ndarray | None:
 
 
 def reset_groups(
-    env: VecEnv, group_size: int, rng: np.random.Generator, start_state_ids: np.ndarray | None
+    env: VecEnv,
+    group_size: int,
+    rng: np.random.Generator,
+    start_state_ids: np.ndarray | None,
+    ranks: Ranks | None = None,
 ) -> tuple[VecObs, np.ndarray | None]:
     """Reset all rows, neighbours in groups to a common start state.
 
@@ -124,18 +129,24 @@ def reset_groups(
         group_size: Rows per group.
         rng: Draws start states and seeds.
         start_state_ids: Ids to draw from, without repeats where there are enough; None takes the env's own.
+        ranks: Processes whose envs make up the wave; None is this one alone.
 
     Returns:
         The first observations, and the id of each row (int64) or None.
     """
-    n_groups = env.num_envs // group_size
-    seed = int(rng.integers(2**31 - env.num_envs))
+    ranks = ranks or Ranks()
+    n_rows = env.num_envs * ranks.size
+    n_groups = n_rows // group_size
+    groups = ranks.own(np.arange(n_groups)).repeat(group_size)
+    seed = int(rng.integers(2**31 - n_rows))
     env.seed(seed)
     available = training_start_states(env) if start_state_ids is None else start_state_ids
     if available is None:
-        env.unwrapped._seeds = [seed + row // group_size for row in range(env.num_envs)]
+        env.unwrapped._seeds = (seed + groups).tolist()
         return env.reset(), None
-    ids = rng.choice(available, n_groups, replace=len(available) < n_groups).repeat(group_size)
+    members = np.arange(env.num_envs) % group_size
+    env.unwrapped._seeds = (seed + groups * group_size + members).tolist()
+    ids = rng.choice(available, n_groups, replace=len(available) < n_groups)[groups]
     env.set_options([{"start_state_id": int(i)} for i in ids])
     return env.reset(), ids
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -17,50 +16,35 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
-from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from wmpo_gym.algorithms.common.callbacks import GroupProgressBar
-from wmpo_gym.algorithms.common.checkpoint import (
-    CheckpointDirectory,
-    policy_generators,
-    resume_or_refuse,
-    save_training,
-)
-from wmpo_gym.algorithms.common.env_util import (
-    as_vec_env,
-    finished_rows_wait,
-    read_ledger,
-    reset_groups,
-    rest,
-    take_rows,
-    world_fitness,
-)
-from wmpo_gym.algorithms.common.objective import action_mask, informative_groups
+from wmpo_gym.algorithms.common.checkpoint import CheckpointDirectory, resume_or_refuse, save_training
+from wmpo_gym.algorithms.common.distributed import Ranks
+from wmpo_gym.algorithms.common.env_util import as_vec_env, read_ledger, rest, world_fitness
+from wmpo_gym.algorithms.common.group_rollouts import GroupRollouts
 from wmpo_gym.algorithms.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
-from wmpo_gym.algorithms.common.trajectories import (
-    RolloutStatistics,
-    Trajectories,
-    TrajectoryRecorder,
-    obs_to,
-)
+from wmpo_gym.algorithms.common.sharding import line_up, whole, whole_state
+from wmpo_gym.algorithms.common.trajectories import Obs, Trajectories, blank_obs, obs_to
 from wmpo_gym.envs.ledger import Ledger
-from wmpo_gym.policies.base import GroupPolicy
+from wmpo_gym.policies.base import GroupPolicy, policy_generators
 
 logger = logging.getLogger(__name__)
 
 SelfGroupAlgorithm = TypeVar("SelfGroupAlgorithm", bound="GroupAlgorithm")
 
-# An episode that is still running after so many decisions has no time limit; a wave would never end.
-MAX_DECISIONS = 10_000
 NO_LIMIT = 10**12
 
 
-class GroupAlgorithm(BaseAlgorithm):
+class GroupAlgorithm(GroupRollouts):
     """Base of algorithms that learn from groups of rollouts with a common start state.
 
     A *wave* resets every row of the env, ``group_size`` neighbouring rows to one start state, and runs them
     to the end of their first episode. ``num_timesteps`` counts decisions of rows that are still running.
+
+    Started by ``torchrun`` as several processes, each runs its share of the groups in its own env, gradients
+    are summed, and the main process writes logs and files; every number below, but the rows of an ``env``
+    that is no id, is of all processes together (``docs/distributed.md``).
 
     Args:
         policy: ``"VLAPolicy"``, another alias, or a :class:`~wmpo_gym.policies.GroupPolicy` class.
@@ -91,7 +75,6 @@ class GroupAlgorithm(BaseAlgorithm):
         TypeError: If the policy class cannot evaluate token log-probabilities.
     """
 
-    policy: GroupPolicy
     policy_aliases: ClassVar[dict[str, Any]] = {
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": CnnPolicy,
@@ -124,14 +107,17 @@ class GroupAlgorithm(BaseAlgorithm):
     ) -> None:
         if group_size < 2:
             raise ValueError(f"group_size must be at least 2 to compare rollouts, got {group_size}.")
+        self.ranks = Ranks.join(device)
+        if isinstance(env, str):
+            env = as_vec_env(env, self.ranks.share(group_size * (n_groups or 8), group_size))
         super().__init__(
             policy,
-            None if env is None else as_vec_env(env, group_size * (n_groups or 8)),
+            env,
             learning_rate,
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            verbose=verbose,
+            tensorboard_log=tensorboard_log if self.ranks.is_main else None,
+            verbose=verbose if self.ranks.is_main else 0,
             device=device,
             support_multi_env=True,
             seed=seed,
@@ -147,6 +133,7 @@ class GroupAlgorithm(BaseAlgorithm):
         # Here and not in _setup_model: load() restores attributes first and must not restart the id stream.
         self.group_rng = np.random.default_rng(seed)
         self.history: list[dict[str, float]] = []
+        self.sharded = False  # whether the weights are spread over the ranks
         self.world_fitness: Any = None
         self.budget = Ledger()  # what learn() has spent in its env, runs before a resume included
         self._iteration = 0
@@ -203,91 +190,42 @@ class GroupAlgorithm(BaseAlgorithm):
         super().set_env(env, force_reset)
         self._check_env()
 
-    # ------------------------------------------------------------------ rollouts
-
-    def collect_wave(self, callback: BaseCallback) -> Trajectories | None:
-        """One episode in every row.
-
-        Returns:
-            All of them, or None if the callback asked to stop.
-        """
-        obs, ids = reset_groups(self.env, self.group_size, self.group_rng, self.start_state_ids)
-        recorder = TrajectoryRecorder(self.n_envs)
-        chunk = self.action_space.shape[0] if len(self.action_space.shape) > 1 else 1
-        waiting = np.clip(np.zeros(self.action_space.shape), self.action_space.low, self.action_space.high)
-        live = np.arange(self.n_envs)
-        for _ in range(MAX_DECISIONS):
-            seen = obs_as_tensor(take_rows(obs, live), "cpu")
-            with th.no_grad():
-                chosen, log_probs, traces = self.policy.sample(obs_to(seen, self.device))
-            actions = np.repeat(waiting[None], self.n_envs, axis=0).astype(self.action_space.dtype)
-            actions[live] = np.clip(chosen.cpu().numpy(), self.action_space.low, self.action_space.high)
-            obs, rewards, dones, infos = self.env.step(actions)
-            self.num_timesteps += len(live)
-            n_actions = np.array([infos[i].get("n_frames", chunk) for i in live], np.int64)
-            mask = action_mask(th.as_tensor(n_actions), chunk, traces.shape[1] // chunk)
-            recorder.add(live, seen, traces, log_probs, mask, rewards[live], n_actions)
-            for i in live[dones[live]]:
-                recorder.successes[i] = infos[i].get("is_success", recorder.returns[i] > 0)
-                self._note_episode(recorder.returns[i], recorder.lengths[i], recorder.successes[i])
-            live = live[~dones[live]]
-            callback.update_locals(locals())
-            if not callback.on_step():
-                return None
-            if not len(live):
-                return recorder.build(self.group_size, ids)
-        raise RuntimeError(
-            f"Row {live[0]} of the env is still running after {MAX_DECISIONS} decisions; give the env a time "
-            "limit (gymnasium.make(..., max_episode_steps=...))."
-        )
-
-    def _note_episode(self, total: float, length: int, success: bool) -> None:
-        """Feed SB3's episode buffers (not the raw infos: rows may already run their next episode)."""
-        episode = {"r": float(total), "l": int(length), "t": time.time() - self.start_time / 1e9}
-        self._update_info_buffer([{"episode": episode, "is_success": bool(success)}], np.array([True]))
-
-    def collect_rollouts(self, callback: BaseCallback) -> Trajectories | None:
-        """The informative groups of one iteration (possibly none), or None if a callback asked to stop."""
-        self.policy.set_training_mode(False)
-        callback.on_rollout_start()
-        per_wave = self.n_envs // self.group_size
-        n_waves = 1 if self.n_groups is None else math.ceil(self.n_groups / per_wave) + self.max_extra_waves
-        kept: list[Trajectories] = []
-        statistics = RolloutStatistics(self.group_size)
-        for _ in range(n_waves):
-            with finished_rows_wait(self.env):
-                wave = self.collect_wave(callback)
-            if wave is None:
-                return None
-            scores = wave.returns if self.success_bounds is None else wave.successes
-            informative = informative_groups(scores.view(-1, self.group_size), self.success_bounds)
-            kept.append(wave.select(informative.repeat_interleave(self.group_size)))
-            statistics.add(wave, informative)
-            if self.n_groups is not None and sum(map(len, kept)) >= self.n_groups * self.group_size:
-                break
-        rollouts = Trajectories.concatenate(kept)
-        if self.n_groups is not None:
-            rollouts = rollouts.select(th.arange(min(len(rollouts), self.n_groups * self.group_size)))
-        for name, value in {**statistics.summary(), "kept_groups": rollouts.n_groups}.items():
-            self.logger.record(f"rollout/{name}", value)
-        callback.update_locals(locals())
-        callback.on_rollout_end()
-        return rollouts
-
     # ------------------------------------------------------------------ learning
 
     @abstractmethod
     def train(self, rollouts: Trajectories) -> None:
-        """Improve the policy on the informative groups of one iteration (at least one)."""
+        """Improve the policy on the informative groups of one iteration (at least one, of all ranks)."""
+
+    def _backward(self, loss: th.Tensor) -> None:
+        """Add the gradient of this rank's part of the loss of all ranks."""
+        # FSDP averages gradients over the ranks; these are to be summed.
+        (loss * self.ranks.size if self.sharded else loss).backward()
+
+    def _passes_short(self, n_passes: int) -> int:
+        """How many passes fewer than another rank this one makes: sharded weights ask for equally many."""
+        return self.ranks.largest(n_passes) - n_passes if self.sharded else 0
+
+    def _blank_passes(self, n_passes: int, rollouts: Trajectories) -> None:
+        """Passes over nothing, to keep the other ranks company."""
+        obs, trace = blank_obs(rollouts.obs), blank_obs(rollouts.traces)
+        for _ in range(n_passes):
+            log_prob = self._log_prob(obs, trace)[0]
+            if log_prob.requires_grad:
+                self._backward(0.0 * log_prob.sum())
+
+    def _log_prob(self, obs: Obs, traces: th.Tensor) -> tuple[th.Tensor, ...]:
+        """The forward passes over some decisions; the policy's ``log_prob`` and ``entropy`` come first."""
+        return self.policy.log_prob(obs_to(obs, self.device), traces.to(self.device))
 
     def _step_optimizer(self, max_grad_norm: float) -> float:
-        """Step along the accumulated gradient, scaled down to a norm; returns the norm before that.
+        """Step along the gradient accumulated by all ranks, scaled down to a norm; returns the norm before.
 
         A gradient that is not finite leaves the weights as they are.
         """
         optimizer = self.policy.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+        self.ranks.sum_gradients(parameters)
+        norm = whole(th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)).item()
         if np.isfinite(norm):
             optimizer.step()
             self._n_updates += 1
@@ -331,13 +269,14 @@ class GroupAlgorithm(BaseAlgorithm):
         """
         if total_timesteps >= NO_LIMIT and max_iterations is None:
             raise ValueError("learn() needs total_timesteps or max_iterations.")
+        line_up(self)
         resumed = resume_or_refuse(self, resume)
         if resumed:
             reset_num_timesteps, total_timesteps = False, max(0, total_timesteps - self.num_timesteps)
         max_iterations = NO_LIMIT if max_iterations is None else max_iterations
         last_iteration = max_iterations if resumed else self._iteration + max_iterations
         total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar and self.ranks.is_main
         )
         self._ledger_seen = read_ledger(self.env)
         callback.on_training_start(locals(), globals())
@@ -350,7 +289,7 @@ class GroupAlgorithm(BaseAlgorithm):
             self._iteration += 1
             left = (last_iteration - self._iteration) / max_iterations
             self._current_progress_remaining = min(1 - self.num_timesteps / total_timesteps, left)
-            if len(rollouts):
+            if self.ranks.total(len(rollouts)):
                 rest(self.env)
                 self.train(rollouts)
             else:
@@ -380,7 +319,8 @@ class GroupAlgorithm(BaseAlgorithm):
         record("time/time_elapsed", seconds, exclude="tensorboard")
         record("time/fps", (self.num_timesteps - self._num_timesteps_at_start) / seconds)
         ledger = read_ledger(self.env)
-        self.budget, self._ledger_seen = self.budget + (ledger - self._ledger_seen), ledger
+        spent = self.ranks.gather(ledger - self._ledger_seen)
+        self.budget, self._ledger_seen = sum(spent, self.budget), ledger
         for name, value in self.budget.to_dict().items():
             record(f"budget/{name}", value)
         numbers = (int, float, np.number)
@@ -393,10 +333,33 @@ class GroupAlgorithm(BaseAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         """Observations are images: SB3 would pickle a batch of them into every file."""
-        return [*super()._excluded_save_params(), "_last_obs", "_last_original_obs", "_last_episode_starts"]
+        images = ["_last_obs", "_last_original_obs", "_last_episode_starts"]
+        return [*super()._excluded_save_params(), *images, "ranks", "sharded"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
+
+    def _modules(self) -> list[str]:
+        """Attributes that hold weights."""
+        return [name for name in self._get_torch_save_params()[0] if name != "policy.optimizer"]
+
+    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
+        """SB3's ``save`` (a zip with pickle inside), by the main process.
+
+        Raises:
+            ValueError: If the weights are spread over several processes, which the format cannot hold.
+        """
+        if self.sharded:
+            raise ValueError("The weights are spread by FSDP; use save_policy() or save_checkpoint().")
+        if self.ranks.is_main:
+            super().save(path, exclude, include)
+
+    def save_policy(self, directory: str | Path, meta: Mapping[str, Any] | None = None) -> Path:
+        """``policy.save_pretrained``, once for all processes, each of which calls this."""
+        given: dict[str, Any] = {}
+        if self.sharded:
+            given["state_dict"] = whole_state(self.policy.network.state_dict(), self.ranks)
+        return self.ranks.on_main(lambda: self.policy.save_pretrained(directory, meta, **given))
 
     def save_checkpoint(self) -> Path:
         """Write all that a later ``learn(resume=True)`` needs to go on to the same numbers.

@@ -113,7 +113,16 @@ def informative_groups(scores: th.Tensor, bounds: tuple[float, float] | None = (
     return (rate >= low) & (rate <= high)
 
 
-def token_weights(mask: th.Tensor, rows: th.Tensor, normalizer: LossNormalizer = "trajectory") -> th.Tensor:
+def loss_units(mask: th.Tensor, rows: th.Tensor, normalizer: LossNormalizer) -> int:
+    """Over how many tokens, or trajectories with a token, a minibatch's loss is averaged."""
+    if normalizer == "token":
+        return int(mask.sum())
+    return len(th.unique(rows[mask.any(1)]))
+
+
+def token_weights(
+    mask: th.Tensor, rows: th.Tensor, normalizer: LossNormalizer = "trajectory", n_units: int | None = None
+) -> th.Tensor:
     """Weight of every token in the loss of a minibatch; the loss is ``(weights * token_loss).sum()``.
 
     Because the weights are fixed before the forward passes, the minibatch may be cut into micro-batches at
@@ -124,22 +133,23 @@ def token_weights(mask: th.Tensor, rows: th.Tensor, normalizer: LossNormalizer =
         rows: int64 (M,), the trajectory of each decision.
         normalizer: ``"trajectory"``, the published one: mean over the tokens of a trajectory, then over
             trajectories (those without a token are left out). ``"token"``: mean over all tokens alike.
+        n_units: :func:`loss_units` of the whole minibatch, if this is a part of it.
 
     Returns:
-        float32 (M, L), 0 outside the mask; sums to 1, or to 0 if nothing is kept.
+        float32 (M, L), 0 outside the mask; sums to 1 over the minibatch, or to 0 if nothing is kept.
 
     Raises:
         ValueError: If the normalizer is unknown.
     """
-    if normalizer == "token":
-        return mask.float() / mask.sum().clamp(min=1)
-    if normalizer != "trajectory":
+    if normalizer not in ("trajectory", "token"):
         raise ValueError(f"Unknown loss_normalizer {normalizer!r}; choose 'trajectory' or 'token'.")
     if not len(rows):
         return mask.float()
+    n_units = loss_units(mask, rows, normalizer) if n_units is None else n_units
+    if normalizer == "token":
+        return mask.float() / max(n_units, 1)
     per_row = mask.sum(1).new_zeros(int(rows.max()) + 1).index_add(0, rows, mask.sum(1))
-    n_scored = (per_row > 0).sum().clamp(min=1)
-    return mask.float() / (per_row[rows] * n_scored).clamp(min=1).unsqueeze(1)
+    return mask.float() / (per_row[rows] * n_units).clamp(min=1).unsqueeze(1)
 
 
 class Surrogate(NamedTuple):

@@ -90,8 +90,8 @@ class GaussianPolicy(GroupPolicy):
         trace = distribution.mean
         if not deterministic:
             # Drawn on the CPU, so that a seed means the same on every device.
-            noise = th.randn(trace.shape, generator=self._generator).to(trace.device)
-            trace = trace + distribution.stddev * noise
+            noise = self.draw(lambda n: th.randn(n, *trace.shape[1:], generator=self._generator), len(trace))
+            trace = trace + distribution.stddev * noise.to(trace.device)
         actions = trace.clamp(self.centre - self.half_range, self.centre + self.half_range)
         return actions.view(-1, *self.action_space.shape), distribution.log_prob(trace), trace
 

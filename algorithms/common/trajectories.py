@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from wmpo_gym.algorithms.common.distributed import Ranks
+
 # A batch of observations: a tensor, or a dictionary of tensors.
 Obs = Any
 
@@ -34,6 +36,13 @@ def cat_obs(parts: Sequence[Obs]) -> Obs:
     return th.cat(list(parts))
 
 
+def blank_obs(obs: Obs) -> Obs:
+    """One row of zeros of the same kind as a batch of observations."""
+    if isinstance(obs, dict):
+        return {k: blank_obs(v) for k, v in obs.items()}
+    return obs.new_zeros(1, *obs.shape[1:])
+
+
 @dataclass
 class Trajectories:
     """N episodes with M decisions in all, sorted by episode and then by time.
@@ -50,6 +59,7 @@ class Trajectories:
         n_actions: int64 (N,), actions carried out per episode.
         group_ids: int64 (N,).
         start_state_ids: int64 (N,), -1 where the env has no numbered start states.
+        places: int64 (N,), where each episode stands among those of all ranks; None if they are all here.
     """
 
     obs: Obs
@@ -63,6 +73,7 @@ class Trajectories:
     n_actions: th.Tensor
     group_ids: th.Tensor
     start_state_ids: th.Tensor
+    places: th.Tensor | None = None
 
     def __len__(self) -> int:
         """Number of episodes."""
@@ -94,17 +105,18 @@ class Trajectories:
         for name, value in out.items():
             if name == "obs":
                 out[name] = index_obs(value, decisions)
-            else:
+            elif value is not None:
                 out[name] = value[decisions if name in _PER_DECISION else index]
         out["rows"] = place[out["rows"]]
         return Trajectories(**out)
 
     @staticmethod
     def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
-        """Several waves as one; the groups of different waves stay different groups."""
+        """Several waves as one, without places; the groups of different waves stay different groups."""
         if len(parts) == 1:
             return parts[0]
-        out: dict[str, Any] = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Trajectories)}
+        names = [f.name for f in fields(Trajectories) if f.name != "places"]
+        out: dict[str, Any] = {name: [getattr(p, name) for p in parts] for name in names}
         episodes = groups = 0
         for i, part in enumerate(parts):
             out["rows"][i] = part.rows + episodes
@@ -177,16 +189,18 @@ class RolloutStatistics:
 
     def __init__(self, group_size: int) -> None:
         self.group_size = group_size
-        self._waves: list[tuple[th.Tensor, ...]] = []
+        self._waves: list[th.Tensor] = []  # float32 (n_rows, 4)
 
     def add(self, wave: Trajectories, kept: th.Tensor) -> None:
         """Count a wave; ``kept`` bool (n_groups,) says which of its groups are used."""
-        self._waves.append((wave.successes.float(), wave.returns, wave.lengths.float(), kept))
+        columns = wave.successes, wave.returns, wave.lengths, kept.repeat_interleave(self.group_size)
+        self._waves.append(th.stack([column.float() for column in columns], dim=1))
 
-    def summary(self) -> dict[str, float]:
-        """Means and counts over all waves so far (at least one)."""
-        successes, returns, lengths, kept = (th.cat(part) for part in zip(*self._waves, strict=True))
-        dropped = successes.view(-1, self.group_size).mean(1)[~kept]
+    def summary(self, ranks: Ranks) -> dict[str, float]:
+        """Means and counts over all waves so far (at least one) of all ranks."""
+        waves = [ranks.merge(wave, self.group_size).unbind(1) for wave in self._waves]
+        successes, returns, lengths, kept = (th.cat(part) for part in zip(*waves, strict=True))
+        dropped = successes.view(-1, self.group_size).mean(1)[kept[:: self.group_size] == 0]
         return {
             "success_rate": successes.mean().item(),
             "ep_rew_mean": returns.mean().item(),

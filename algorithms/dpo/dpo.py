@@ -16,7 +16,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from wmpo_gym.algorithms.common.group_algorithm import NO_LIMIT, GroupAlgorithm
-from wmpo_gym.algorithms.common.trajectories import Trajectories, obs_to
+from wmpo_gym.algorithms.common.trajectories import Trajectories
 from wmpo_gym.algorithms.dpo.preferences import pair_gain, preference_loss, preference_pairs
 from wmpo_gym.policies.base import GroupPolicy
 
@@ -143,21 +143,20 @@ class DPO(GroupAlgorithm):
 
     def train(self, rollouts: Trajectories) -> None:
         """Learn from the pairs of one iteration; the policy is unchanged if there are none."""
-        pairs = preference_pairs(
-            rollouts.successes, rollouts.group_ids, self.failures_per_success, self.group_rng
-        )
+        successes, group_ids = self._outcomes(rollouts)
+        pairs = preference_pairs(successes, group_ids, self.failures_per_success, self.group_rng)
         self.logger.record("rollout/n_pairs", len(pairs))
         if not len(pairs):
             logger.warning("Iteration %d: no success has a failure beside it to learn from.", self._iteration)
             return
-        training, held_out = self._split(pairs, rollouts.group_ids)
+        training, held_out = self._split(pairs, group_ids)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        best, best_score, best_epoch = self._weights(), self.score(rollouts, held_out), 0
+        best, best_score, best_epoch = self._weights(), self._agreed_score(rollouts, held_out), 0
         figures: dict[str, float] = {}
         for epoch in range(1, self.n_epochs + 1):
             figures = self._epoch(rollouts, training)
-            score = self.score(rollouts, held_out)
+            score = self._agreed_score(rollouts, held_out)
             if score is None or best_score is None:
                 continue
             figures["validation_score"] = score
@@ -177,12 +176,24 @@ class DPO(GroupAlgorithm):
 
         Args:
             rollouts: Those of the iteration.
-            held_out: Pairs ``(P, 2)`` of it that are not trained on.
+            held_out: Pairs ``(P, 2)`` not to be trained on, by their place among the rollouts of all ranks.
 
         Returns:
             Minus the loss on the held-out pairs, or None without any; with None the last weights are kept.
         """
         return -self._held_out_loss(rollouts, held_out) if len(held_out) else None
+
+    def _agreed_score(self, rollouts: Trajectories, held_out: th.Tensor) -> float | None:
+        """The main rank's score; others may round otherwise."""
+        return self.ranks.gather(self.score(rollouts, held_out))[0]
+
+    def _outcomes(self, rollouts: Trajectories) -> tuple[th.Tensor, th.Tensor]:
+        """Successes and group ids of the rollouts of all ranks, in the order of their places."""
+        if self.ranks.size == 1 or rollouts.places is None:
+            return rollouts.successes, rollouts.group_ids
+        parts = zip(*self.ranks.gather((rollouts.places, rollouts.successes)), strict=True)
+        places, successes = (th.cat(part) for part in parts)
+        return successes[places.argsort()], places.sort().values // self.group_size
 
     def _weights(self) -> dict[str, th.Tensor]:
         return copy.deepcopy(self.policy.state_dict())
@@ -206,37 +217,48 @@ class DPO(GroupAlgorithm):
         """One optimizer step on a minibatch of pairs ``(P, 2)``."""
         self.policy.optimizer.zero_grad()
         total, n_tokens = {"loss": 0.0, "pair_accuracy": 0.0, "margin": 0.0}, rollouts.token_counts()
-        for part in pairs.split(self.micro_batch_size or len(pairs)):
+        parts = self._micro_batches(rollouts, pairs)
+        n_short = self._passes_short(len(parts))
+        for part in parts:
             winner, loser = self._gains(rollouts, part)
             loss = preference_loss(winner, loser, self.beta).sum() / len(pairs)
             if self.sft_weight:
                 # The reference's share of the log-likelihood is constant and left out.
                 per_token = winner / n_tokens[part[:, 0]].to(winner)
                 loss = loss - self.sft_weight * per_token.sum() / len(pairs)
-            loss.backward()
+            self._backward(loss)
             margin = (winner - loser).detach()
             total["loss"] += loss.item()
             total["pair_accuracy"] += (margin > 0).float().sum().item() / len(pairs)
             total["margin"] += margin.sum().item() / len(pairs)
-        return {**total, "grad_norm": self._step_optimizer(self.max_grad_norm)}
+        self._blank_passes(n_short, rollouts)
+        return {**self.ranks.add(total), "grad_norm": self._step_optimizer(self.max_grad_norm)}
+
+    def _micro_batches(self, rollouts: Trajectories, pairs: th.Tensor) -> tuple[th.Tensor, ...]:
+        """The pairs whose group is this rank's, by their index among its rollouts, some at a time."""
+        if self.ranks.size > 1 and rollouts.places is not None:
+            here = th.isin(pairs, rollouts.places).all(1)
+            pairs = th.searchsorted(rollouts.places, pairs[here])
+        return pairs.split(self.micro_batch_size or len(pairs)) if len(pairs) else ()
 
     def _gains(self, rollouts: Trajectories, pairs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """How much likelier than to the reference winners and losers are, in nats per episode: (P,) each."""
         episodes, place = th.unique(pairs, return_inverse=True)
         some = rollouts.select(episodes)
-        log_prob, _ = self.policy.log_prob(obs_to(some.obs, self.device), some.traces.to(self.device))
+        log_prob = self._log_prob(some.obs, some.traces)[0]
         gain = pair_gain(log_prob, some.log_probs.to(self.device), some.token_mask.to(self.device), some.rows)
         return gain[place[:, 0]], gain[place[:, 1]]
 
     @th.no_grad()
     def _held_out_loss(self, rollouts: Trajectories, pairs: th.Tensor) -> float:
         self.policy.set_training_mode(False)
-        losses = [
-            preference_loss(*self._gains(rollouts, part), self.beta)
-            for part in pairs.split(self.micro_batch_size or len(pairs))
-        ]
+        parts = self._micro_batches(rollouts, pairs)
+        n_short = self._passes_short(len(parts))
+        losses = [preference_loss(*self._gains(rollouts, part), self.beta) for part in parts]
+        self._blank_passes(n_short, rollouts)
         self.policy.set_training_mode(True)
-        return th.cat(losses).mean().item()
+        share = (th.cat(losses).sum() / len(pairs)).item() if losses else 0.0
+        return sum(self.ranks.gather(share))
 
     def learn(
         self: SelfDPO,

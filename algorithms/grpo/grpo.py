@@ -21,10 +21,11 @@ from wmpo_gym.algorithms.common.objective import (
     clipped_surrogate,
     group_advantages,
     kl_penalty,
+    loss_units,
     masked_mean,
     token_weights,
 )
-from wmpo_gym.algorithms.common.trajectories import Trajectories, index_obs, obs_to
+from wmpo_gym.algorithms.common.trajectories import Obs, Trajectories, index_obs, obs_to
 from wmpo_gym.policies.base import GroupPolicy
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ class GRPO(GroupAlgorithm):
         """Update the policy on the rollouts of one iteration."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        minibatches = th.arange(len(rollouts)).split(self.batch_size or max(len(rollouts), 1))
+        minibatches = self._minibatches(rollouts)
         if self.recompute_log_probs:  # in the very batches of the update: others may round differently
             rollouts.log_probs = th.cat([self._evaluate(rollouts.select(index)) for index in minibatches])
         advantages = group_advantages(rollouts.returns, rollouts.group_ids, self.normalize_advantage)
@@ -192,6 +193,13 @@ class GRPO(GroupAlgorithm):
         self.policy.optimizer.zero_grad()  # the gradient's memory, for the next rollouts
         self.policy.set_training_mode(False)
         self._log_update(history)
+
+    def _minibatches(self, rollouts: Trajectories) -> list[th.Tensor]:
+        """Indices of this rank's rollouts in each minibatch of the rollouts of all ranks."""
+        total = self.ranks.total(len(rollouts))
+        places = th.arange(total) if rollouts.places is None else rollouts.places
+        size = self.batch_size or total
+        return [(places // size == i).nonzero().squeeze(1) for i in range(-(-total // size))]
 
     def _update(self, batch: Trajectories, advantages: th.Tensor) -> dict[str, float]:
         """One optimizer step on a minibatch."""
@@ -208,15 +216,17 @@ class GRPO(GroupAlgorithm):
 
         Returns:
             ``loss`` and the means over tokens of ``clip_fraction``, ``approx_kl``, ``entropy`` (and ``kl``);
-            ``ratio_max_error``, the largest distance of a ratio from 1.
+            ``ratio_max_error``, the largest distance of a ratio from 1. All of them are of all ranks.
         """
-        weights = token_weights(batch.token_mask, batch.rows, self.loss_normalizer)
+        n_units = self.ranks.total(loss_units(batch.token_mask, batch.rows, self.loss_normalizer))
+        weights = token_weights(batch.token_mask, batch.rows, self.loss_normalizer, n_units)
+        parts = self._micro_batches(batch)
+        n_short = self._passes_short(len(parts))
         total: dict[str, float] = {}
         ratio_error = 0.0
-        for part in self._micro_batches(batch):
-            obs = obs_to(index_obs(batch.obs, part), self.device)
-            traces, mask = batch.traces[part].to(self.device), batch.token_mask[part].to(self.device)
-            log_prob, entropy = self.policy.log_prob(obs, traces)
+        for part in parts:
+            mask = batch.token_mask[part].to(self.device)
+            log_prob, entropy, *reference = self._log_prob(index_obs(batch.obs, part), batch.traces[part])
             # Old values outside the mask are arbitrary; the new ones in their place keep every ratio finite.
             old = th.where(mask, batch.log_probs[part].to(self.device), log_prob.detach())
             new = log_prob
@@ -226,36 +236,42 @@ class GRPO(GroupAlgorithm):
             surrogate = clipped_surrogate(new, old, advantage, self.clip_range, self.clip_range_high)
             token_loss = surrogate.loss
             sums = {"clip_fraction": surrogate.clipped, "entropy": entropy, "approx_kl": kl_penalty(old, new)}
-            if self.kl_coef:
-                with th.no_grad():
-                    reference, _ = self.reference_policy.log_prob(obs, traces)
-                sums["kl"] = kl_penalty(log_prob, th.where(mask, reference, log_prob.detach()))
+            if reference:
+                sums["kl"] = kl_penalty(log_prob, th.where(mask, reference[0], log_prob.detach()))
                 token_loss = token_loss + self.kl_coef * sums["kl"]
             loss = (weights[part].to(self.device) * token_loss).sum()
-            loss.backward()
+            self._backward(loss)
             for name, values in sums.items():
                 total[name] = total.get(name, 0.0) + values.detach()[mask].float().sum().item()
             total["loss"] = total.get("loss", 0.0) + loss.item()
             if mask.any():
                 ratio_error = max(ratio_error, surrogate.log_ratio.detach()[mask].expm1().abs().max().item())
-        n_tokens = max(int(batch.token_mask.sum()), 1)
-        means = {k: v if k == "loss" else v / n_tokens for k, v in total.items()}
-        return {**means, "ratio_max_error": ratio_error}
+        self._blank_passes(n_short, batch)
+        n_tokens = max(self.ranks.total(int(batch.token_mask.sum())), 1)
+        means = {k: v if k == "loss" else v / n_tokens for k, v in self.ranks.add(total).items()}
+        return {**means, "ratio_max_error": self.ranks.largest(ratio_error)}
+
+    def _log_prob(self, obs: Obs, traces: th.Tensor) -> tuple[th.Tensor, ...]:
+        passed = super()._log_prob(obs, traces)
+        if not (self.kl_coef and th.is_grad_enabled()):
+            return passed
+        with th.no_grad():
+            reference = self.reference_policy.log_prob(obs_to(obs, self.device), traces.to(self.device))
+        return (*passed, reference[0])
 
     def _micro_batches(self, batch: Trajectories) -> tuple[th.Tensor, ...]:
-        """Indices of the decisions of each micro-batch."""
-        return th.arange(batch.n_decisions).split(self.micro_batch_size or max(batch.n_decisions, 1))
+        """Indices of the decisions of each micro-batch; none if there is no decision."""
+        parts = th.arange(batch.n_decisions).split(self.micro_batch_size or max(batch.n_decisions, 1))
+        return parts if batch.n_decisions else ()
 
     @th.no_grad()
     def _evaluate(self, rollouts: Trajectories) -> th.Tensor:
         """Log-probabilities of all decisions under the present weights, float32 (M, L)."""
-        parts = [
-            self.policy.log_prob(
-                obs_to(index_obs(rollouts.obs, part), self.device), rollouts.traces[part].to(self.device)
-            )[0]
-            for part in self._micro_batches(rollouts)
-        ]
-        return th.cat(parts).float().cpu()
+        parts = self._micro_batches(rollouts)
+        n_short = self._passes_short(len(parts))
+        found = [self._log_prob(index_obs(rollouts.obs, part), rollouts.traces[part])[0] for part in parts]
+        self._blank_passes(n_short, rollouts)
+        return th.cat(found).float().cpu() if parts else rollouts.log_probs
 
     def _log_update(self, history: list[dict[str, float]]) -> None:
         """Record the means over the optimizer steps, and the ratio error of the very first one."""

@@ -103,6 +103,9 @@ class TokenPolicy(GroupPolicy):
         logits = self.network(obs.float()).view(-1, self.n_tokens, self.n_bins)
         return th.log_softmax(logits / self.temperature, -1)
 
+    def _race(self, n_rows: int) -> th.Tensor:
+        return th.empty(n_rows, self.n_tokens, self.n_bins).exponential_(generator=self._generator)
+
     @th.no_grad()
     def sample(self, obs, deterministic=False):
         self.seen.append(len(obs))
@@ -110,8 +113,8 @@ class TokenPolicy(GroupPolicy):
         if deterministic:
             trace = log_probs.argmax(-1)
         else:
-            flat = log_probs.exp().flatten(0, 1)
-            trace = th.multinomial(flat, 1, generator=self._generator).view(len(obs), self.n_tokens)
+            race = self.draw(self._race, len(obs))
+            trace = (log_probs.exp() / race).argmax(-1)
         actions = trace.float() / (self.n_bins - 1) * 2 - 1
         chosen = log_probs.gather(-1, trace.unsqueeze(-1)).squeeze(-1)
         return actions.view(-1, *self.action_space.shape), chosen, trace

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch as th
 from grpo_toys import TokenPolicy, vec
+from kills import disk_states
 from stable_baselines3.common.callbacks import BaseCallback
 
 from wmpo_gym.algorithms import GRPO
@@ -82,6 +83,23 @@ def test_it_can_be_killed_again_and_again(tmp_path, uninterrupted):
     assert_same(resumed, uninterrupted)
     # What the killed iterations spent is lost with them; what led to a checkpoint is not.
     assert resumed.budget.real_steps >= resumed.num_timesteps
+
+
+def test_killed_between_any_two_writes(tmp_path):
+    def run(directory):
+        model = GRPO(TokenPolicy, vec(n_envs=8), seed=3, device="cpu", group_size=4, checkpoint_dir=directory)
+        return model.learn(max_iterations=3, resume=True)
+
+    whole = run(tmp_path / "whole")
+    states = disk_states(run, tmp_path / "once")
+    newest = [CheckpointDirectory(state).newest_iteration() for state in states]
+    assert newest == sorted(newest) and set(newest) == {0, 1, 2, 3}  # nothing once complete is lost
+    # Killed again while it goes on from a checkpoint that was being written.
+    half_way = next(state for state in states if list(state.glob(".iteration-000002.tmp/*")))
+    states += disk_states(run, tmp_path / "twice", begin=half_way)
+    assert len(states) > 60
+    for state in states:
+        assert_same(run(state), whole)
 
 
 def test_a_limit_of_iterations_is_that_of_the_whole_run(tmp_path):

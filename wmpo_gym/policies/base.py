@@ -8,7 +8,7 @@ log-probabilities again under changed weights.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from stable_baselines3.common.policies import BasePolicy
@@ -17,14 +17,23 @@ from torch import nn
 Observation = dict[str, torch.Tensor]
 
 
+def policy_generators(policy: torch.nn.Module) -> dict[str, torch.Generator]:
+    """The generators a policy samples from, by attribute name."""
+    return {name: value for name, value in vars(policy).items() if isinstance(value, torch.Generator)}
+
+
 class GroupPolicy(BasePolicy):
     """A Stable-Baselines3 policy over chunks of K actions of D numbers, each chosen as L tokens.
 
     Tokens are ordered step by step: token ``k * D + d`` is dimension d of action k, so L = K * D.
 
     Both methods below apply the same sampling temperature, so that the ratio of a freshly sampled batch is
-    exactly one. Randomness comes from a generator of the policy's own, never from torch's global one.
+    exactly one. Randomness comes from a generator of the policy's own, never from torch's global one, and
+    through :meth:`draw`, so that several processes can share out a batch.
     """
+
+    _part: tuple[torch.Tensor, int] | None = None
+    _has_drawn = False
 
     @abstractmethod
     def sample(
@@ -61,6 +70,47 @@ class GroupPolicy(BasePolicy):
             Their names, and what tells their values from others, for a resumed training to compare.
         """
         return set(), ""
+
+    def draw(self, numbers: Callable[[int], torch.Tensor], n_rows: int) -> torch.Tensor:
+        """Random numbers for the rows of a batch, to be used by :meth:`sample`.
+
+        Args:
+            numbers: Draws from the policy's generator, for as many rows (leading dimension) as it is told.
+            n_rows: Rows given to :meth:`sample`.
+
+        Returns:
+            ``numbers(n_rows)``; within :meth:`sample_part` the rows' own of all that are drawn.
+        """
+        if self._part is None:
+            return numbers(n_rows)
+        self._has_drawn = True
+        places, total = self._part
+        return numbers(total)[places]
+
+    def sample_part(
+        self, obs: Observation, places: torch.Tensor, total: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """:meth:`sample` for some rows of a batch whose other rows are sampled by other processes.
+
+        Args:
+            obs: Observations of the n rows.
+            places: int64 (n,), where they stand in the whole batch.
+            total: Rows of the whole batch.
+
+        Raises:
+            TypeError: If :meth:`sample` does not :meth:`draw`: all processes would then draw the same.
+        """
+        self._part, self._has_drawn = (places, total), False
+        try:
+            sampled = self.sample(obs)
+        finally:
+            self._part = None
+        if not self._has_drawn:
+            raise TypeError(
+                f"{type(self).__name__}.sample draws random numbers by itself, so several processes would "
+                "draw the same; use self.draw(lambda n: torch.rand(n, ..., generator=...), len(batch))."
+            )
+        return sampled
 
     def _predict(self, observation: Observation, deterministic: bool = False) -> torch.Tensor:
         """Actions (B,K,D) for SB3's ``predict``."""

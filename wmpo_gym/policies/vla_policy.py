@@ -165,7 +165,10 @@ class VLAPolicy(GroupPolicy):
 
         The numbers are drawn on the CPU, so a seed means the same on every device.
         """
-        uniform = torch.rand(log_probs.shape[:-1], generator=self._generator, dtype=torch.float64)
+        uniform = self.draw(
+            lambda n: torch.rand(n, log_probs.shape[1], generator=self._generator, dtype=torch.float64),
+            len(log_probs),
+        )
         cumulative = log_probs.double().exp().cumsum(dim=-1)
         threshold = uniform.to(log_probs.device)[..., None] * cumulative[..., -1:]
         # right=True never picks a token of probability zero.
@@ -211,7 +214,13 @@ class VLAPolicy(GroupPolicy):
                 module.eval()
 
     # -- files -----------------------------------------------------------------------------------------------
-    def save_pretrained(self, directory: str | Path, meta: Mapping[str, Any] | None = None) -> Path:
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        meta: Mapping[str, Any] | None = None,
+        *,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+    ) -> Path:
         """Write ``config.json``, ``policy.json`` and the weights, all or nothing.
 
         With LoRA the weights are the adapters alone, a few megabytes, and the card says which base policy
@@ -222,6 +231,7 @@ class VLAPolicy(GroupPolicy):
         Args:
             directory: Where to.
             meta: Anything JSON-able worth remembering (task, training, results).
+            state_dict: The network's weights, if they do not lie in it whole (FSDP); None takes its own.
 
         Returns:
             The directory.
@@ -236,11 +246,12 @@ class VLAPolicy(GroupPolicy):
             )
         if self._quantised and not self.lora:
             raise ValueError("Weights in 4 bits are not saved; the policy is the one they were loaded from.")
+        state = state_dict or self.network.state_dict()
         with self._written(directory, meta, self._base) as temporary:
             if self.lora:
-                save_adapters(self.network, temporary)
+                save_adapters(self.network, temporary, state)
             else:
-                save_safetensors(temporary / WEIGHTS, self.network.state_dict())
+                save_safetensors(temporary / WEIGHTS, state)
         return Path(directory)
 
     def save_merged(self, directory: str | Path, meta: Mapping[str, Any] | None = None) -> Path:

@@ -219,9 +219,9 @@ def add_lora(network: nn.Module, settings: Mapping[str, Any]) -> None:
     inject_adapter_in_model(LoraConfig(**{"target_modules": LORA_TARGETS, **settings}), network)
 
 
-def save_adapters(network: nn.Module, directory: Path) -> None:
-    """Write all that is trained, which is what LoRA added."""
-    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+def save_adapters(network: nn.Module, directory: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Write what is trained of a network's ``state``, which is what LoRA added."""
+    trained = {name: state[name] for name, p in network.named_parameters() if p.requires_grad}
     save_safetensors(directory / ADAPTERS, trained)
 
 
