@@ -354,8 +354,18 @@ class GroupAlgorithm(GroupRollouts):
         if self.ranks.is_main:
             super().save(path, exclude, include)
 
-    def save_policy(self, directory: str | Path, meta: Mapping[str, Any] | None = None) -> Path:
-        """``policy.save_pretrained``, once for all processes, each of which calls this."""
+    def save_policy(
+        self, directory: str | Path, meta: Mapping[str, Any] | None = None, *, merged: bool = False
+    ) -> Path:
+        """``policy.save_pretrained``, or ``save_merged``, once for all processes, each of which calls this.
+
+        Raises:
+            ValueError: If adapters are to be merged into weights that are spread over the processes.
+        """
+        if merged and self.sharded:
+            raise ValueError("Adapters are not merged under FSDP; save them, and merge them in one process.")
+        if merged:
+            return self.ranks.on_main(lambda: self.policy.save_merged(directory, meta))
         given: dict[str, Any] = {}
         if self.sharded:
             given["state_dict"] = whole_state(self.policy.network.state_dict(), self.ranks)

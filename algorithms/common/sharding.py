@@ -90,8 +90,8 @@ def shard(policy: Any, ranks: Ranks) -> None:
         )
     if len(types := sorted({str(p.dtype) for p in network.parameters()})) > 1:
         raise ValueError(
-            f"FSDP wants weights of one type, this policy has {', '.join(types)}: with adapters keep the frozen "
-            "ones in float32 too, without quantization, and let accelerate's mixed_precision compute in bf16."
+            f"FSDP wants weights of one type, this policy has {', '.join(types)}: with adapters keep the "
+            "frozen ones in float32 too, not quantised; accelerate's mixed_precision: bf16 computes in bf16."
         )
     layers, options = _options(network)
     options["mesh"] = init_device_mesh(ranks.device.type, (ranks.size,))

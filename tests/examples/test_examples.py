@@ -31,7 +31,15 @@ OPTIONS = {
         *["--n-envs", "2", "--total-timesteps", "8", "--demonstrations", "2"],
         *["--buffer-size", "100", "--episodes", "2"],
     ],
+    "train_grpo_distributed.py": [
+        *["--iterations", "1", "--n-groups", "2", "--group-size", "4", "--episodes", "4"],
+    ],
     "train_grpo.py": ["--iterations", "1", "--n-groups", "2", "--group-size", "4", "--episodes", "8"],
+}
+
+
+LAUNCHERS = {
+    "train_grpo_distributed.py": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
 }
 
 
@@ -41,7 +49,7 @@ def test_every_example_is_tried() -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_example_runs(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / name), *OPTIONS[name]]
+    command = [sys.executable, *LAUNCHERS.get(name, []), str(EXAMPLES / name), *OPTIONS[name]]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

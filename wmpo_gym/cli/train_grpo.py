@@ -28,7 +28,8 @@ def usual_rows(device: str) -> int | None:
 class Command:
     """Optimise a policy with Group Relative Policy Optimization.
 
-    Interrupted, the same command goes on from its last checkpoint, to the same weights.
+    Interrupted, the same command goes on from its last checkpoint, to the same weights. Several processes
+    share the groups: torchrun --nproc-per-node 8 --no-python wmpo train grpo ... (docs/distributed.md).
 
     Attributes:
         out: Directory of the optimised policy. Checkpoints, TensorBoard curves and history.json go to the
@@ -81,14 +82,17 @@ class Command:
 
     def run(self) -> None:
         """Train and save."""
+        from wmpo_gym.algorithms.common.distributed import Ranks
         from wmpo_gym.algorithms.grpo import GRPO
         from wmpo_gym.world.world import find_pretrained
 
-        self._require_room()
+        ranks = Ranks.join(self.device)
+        self._require_room(ranks.size)
         logs = self.out.with_name(self.out.name + ".training")
         # A longer training is the same one continued.
-        keep_settings(logs / "command.json", {k: v for k, v in self._settings().items() if k != "iterations"})
-        env, start_state_ids = self._make_env()
+        settings = {k: v for k, v in self._settings().items() if k != "iterations"}
+        ranks.on_main(lambda: keep_settings(logs / "command.json", settings))
+        env, start_state_ids = self._make_env(ranks.share(self.n_groups * self.group_size, self.group_size))
         model = GRPO(
             "VLAPolicy",
             env,
@@ -116,14 +120,16 @@ class Command:
             model.learn(max_iterations=self.iterations, progress_bar=progress_wanted(), resume=True)
         finally:
             env.close()
+        provenance = self._provenance(model, env.unwrapped.task_spec)
+        model.save_policy(self.out, provenance, merged=self.merge and bool(model.policy.lora))
+        if not ranks.is_main:
+            return
         write_json_atomic(logs / "history.json", model.history)
-        merged = self.merge and model.policy.lora
-        save = model.policy.save_merged if merged else model.policy.save_pretrained
-        save(self.out, self._provenance(model, env.unwrapped.task_spec))
         budget = ", ".join(f"{v:,.0f} {k.replace('_', ' ')}" for k, v in model.budget.to_dict().items())
         print(f"{len(model.history)} iterations ({budget}); the policy is in {self.out}")
 
-    def _require_room(self) -> None:
+    def _require_room(self, n_processes: int) -> None:
+        from wmpo_gym.algorithms.common.sharding import sharding_wanted
         from wmpo_gym.evaluation.capacity import require_room
         from wmpo_gym.evaluation.estimate import Option
         from wmpo_gym.evaluation.workload import saved_workload
@@ -139,12 +145,17 @@ class Command:
             rows_at_once=self.rows_at_once or usual_rows(device),
             **({"horizon": get_task(self.task).horizon} if real else {}),
         )
-        require_room(workload, Option(self.memory, self.offload), device)
+        sharded = n_processes > 1 and sharding_wanted()
+        if sharded and self.merge:
+            raise ValueError(
+                "--merge needs the whole policy in one place and FSDP spreads it; leave it out, and merge "
+                "afterwards with VLAPolicy.from_pretrained(adapters).save_merged(directory)."
+            )
+        require_room(workload, Option(self.memory, self.offload, sharded), device, n_processes)
 
-    def _make_env(self) -> tuple[Any, list[int]]:
+    def _make_env(self, rows: int) -> tuple[Any, list[int]]:
         from wmpo_gym.evaluation.rollouts import make_rollout_env
 
-        rows = self.n_groups * self.group_size
         if self.env == "simulated":
             task = get_task(self.task)
             return make_rollout_env("WMPO-Simulated-v0", rows, task=task), list(task.split_ids("train"))

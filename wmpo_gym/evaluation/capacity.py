@@ -134,13 +134,14 @@ def make_plan(estimator: Estimator, machine: Machine, wanted: Sequence[Option] |
     return Plan(machine, rows, best, flops, estimator.host_bytes(machine.ranks))
 
 
-def require_room(workload: Workload, option: Option, device: str) -> None:
+def require_room(workload: Workload, option: Option, device: str, ranks: int = 1) -> None:
     """Refuse a run that the device has too little memory for, before anything is loaded.
 
     Args:
         workload: The run.
         option: How it is to be kept in memory.
         device: Where it is to run.
+        ranks: Processes that share its groups, each with such a device; on a CPU they share its memory.
 
     Raises:
         TooLittleMemoryError: If it does not fit.
@@ -148,10 +149,11 @@ def require_room(workload: Workload, option: Option, device: str) -> None:
     if torch.device(device).type not in ("cpu", "cuda"):
         return
     machine, estimator = Machine.here(device), Estimator(workload)
+    machine = replace(machine, ranks=ranks, memory=machine.memory // (1 if machine.gpu else ranks))
     if not machine.gpu:  # where half precision is not offered
         option = replace(option, memory=replace(option.memory, precision="float32", four_bit=False))
     try:
-        footprint = estimator.footprint(option, 1, machine.usable)
+        footprint = estimator.footprint(option, ranks, machine.usable)
     except RuntimeError as error:  # a part that torch cannot run without numbers
         warnings.warn(f"The memory of {workload.name} could not be counted: {error}", stacklevel=2)
         return

@@ -1,0 +1,102 @@
+"""GRPO in imagination with several GPUs or machines: each process imagines its share of the groups.
+
+torchrun --nproc-per-node 8 examples/train_grpo_distributed.py
+accelerate launch --config_file examples/accelerate/1x8.yaml examples/train_grpo_distributed.py
+
+The first keeps a copy of the policy on every GPU; the second spreads it over them (FSDP, bf16), as a 7 B
+policy needs. Stopped, the same command goes on from the last checkpoint. Without GPUs torchrun runs on the
+CPU; ``accelerate launch --cpu`` silently runs one process.
+"""
+
+import time
+from dataclasses import dataclass
+
+import gymnasium
+import tyro
+from stable_baselines3.common.utils import get_device
+
+import wmpo_gym  # noqa: F401  (registers the environments)
+from wmpo_gym.algorithms import GRPO
+from wmpo_gym.algorithms.common.distributed import Ranks
+from wmpo_gym.evaluation.rollouts import evaluate_policy_on
+from wmpo_gym.evaluation.statistics import paired_difference
+from wmpo_gym.policies import VLAPolicy
+from wmpo_gym.world.world import find_pretrained
+
+
+@dataclass
+class Args:
+    """Options; numbers of groups are those of all processes together."""
+
+    task: str = "move-block"
+    """task with a bundled world and base policy"""
+    world: str | None = None
+    """directory of another world"""
+    policy: str | None = None
+    """directory of another policy to start from"""
+    iterations: int = 10
+    """rollouts and an update each"""
+    n_groups: int = 32
+    """informative groups per iteration; a multiple of the number of processes"""
+    group_size: int = 8
+    """rollouts from each start state"""
+    batch_size: int | None = None
+    """rollouts per optimizer step; all of an iteration by default"""
+    micro_batch_size: int = 64
+    """decisions per forward pass of a process; lower it if memory runs out"""
+    learning_rate: float = 5e-4
+    """step size; a 7 B policy wants 5e-6"""
+    episodes: int = 256
+    """test start states of the comparison in the twin; 0 leaves it out"""
+    seed: int = 0
+    """seed of everything"""
+    device: str = "auto"
+    """cpu, or cuda for an own GPU per process"""
+    out: str = "runs/train_grpo_distributed"
+    """where checkpoints, TensorBoard curves and the policy go; seen by every machine"""
+
+
+def main(args: Args) -> None:
+    """Train, and compare before and after."""
+    ranks = Ranks.join(args.device)
+    base = args.policy or find_pretrained(args.task, "policy")
+    rows = ranks.share(args.n_groups * args.group_size, args.group_size)
+    device = get_device(args.device)
+    env = gymnasium.make_vec("WMPO-Imagined-v0", rows, task=args.task, world=args.world, device=device.type)
+    model = GRPO(
+        "VLAPolicy",
+        env,
+        learning_rate=args.learning_rate,
+        n_groups=args.n_groups,
+        group_size=args.group_size,
+        batch_size=args.batch_size,
+        micro_batch_size=args.micro_batch_size,
+        # Half precision rounds otherwise when sampling than when training.
+        recompute_log_probs=device.type == "cuda",
+        policy_kwargs={"model": base},
+        checkpoint_dir=f"{args.out}/checkpoints",
+        tensorboard_log=args.out,
+        device=device,
+        seed=args.seed,
+    )
+    started = time.perf_counter()
+    model.learn(max_iterations=args.iterations, progress_bar=True, resume=True)
+    saved = model.save_policy(f"{args.out}/policy")
+    ranks.leave()
+    if not ranks.is_main:
+        return
+    seconds = time.perf_counter() - started
+    print(f"iterations: {args.iterations}, processes: {ranks.size}, {seconds:.0f} s; spent {model.budget}")
+    if args.episodes:
+        before, after = (
+            evaluate_policy_on(
+                args.task, VLAPolicy.from_pretrained(path), "test", args.episodes, deterministic=False
+            )
+            for path in (base, saved)
+        )
+        gain = paired_difference(before.success, after.success)
+        print(f"base {before.rate}, after {after.rate}, gain {gain}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
