@@ -26,6 +26,11 @@ def sharding_wanted() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
+def _precision() -> str:
+    """What accelerate was told under ``mixed_precision``."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def whole(tensor: Any) -> th.Tensor:
     """A tensor put together from its parts, a meeting of all ranks; others are returned as they are."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
@@ -112,11 +117,16 @@ def line_up(model: GroupAlgorithm) -> None:
     """Let every rank start from the main rank's weights and random states, sharded if that is wanted.
 
     Raises:
-        ValueError: If the envs of the ranks differ in size.
+        ValueError: If the envs of the ranks differ in size, or half precision is wanted without FSDP.
     """
     ranks = model.ranks
     if ranks.size == 1:
         return
+    if _precision() != "no" and not sharding_wanted():
+        raise ValueError(
+            f"mixed_precision {_precision()!r} of the accelerate configuration has an effect with FSDP only; "
+            "set it to 'no', or distributed_type to FSDP."
+        )
     rows = ranks.gather(model.n_envs)
     if len(set(rows)) > 1:
         raise ValueError(f"The envs of the processes have {rows} rows; give every process as many.")
@@ -146,11 +156,10 @@ def _options(network: nn.Module) -> tuple[set[str], dict[str, Any]]:
     if asked := [name for name, wanted in refused.items() if wanted]:
         raise ValueError(f"{', '.join(asked)} is not offered; take it out of the accelerate configuration.")
     precision = {"no": None, "bf16": th.bfloat16}
-    name = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if name not in precision:
-        raise ValueError(f"mixed_precision {name!r} is not offered; choose one of {', '.join(precision)}.")
+    if _precision() not in precision:
+        raise ValueError(f"mixed_precision {_precision()!r} is not offered; choose {' or '.join(precision)}.")
     # Weights and moments stay float32, as published; only the passes are in half precision.
-    dtypes = MixedPrecisionPolicy(param_dtype=precision[name], reduce_dtype=th.float32)
+    dtypes = MixedPrecisionPolicy(param_dtype=precision[_precision()], reduce_dtype=th.float32)
     named = plugin.transformer_cls_names_to_wrap
     if not named:
         named = [name for m in network.modules() for name in getattr(m, "_no_split_modules", None) or ()]

@@ -112,6 +112,13 @@ def fsdp(directory: Path):
         return learn(make(kl_coef=0.1, recompute_log_probs=True, micro_batch_size=5, env=uneven(0.05)))
 
 
+def fsdp_later(directory: Path):
+    """Sharded when the optimizer holds moments already."""
+    model = make().learn(max_iterations=2)
+    with sharded():
+        return learn(model, reset_num_timesteps=False)
+
+
 def fsdp_dpo(directory: Path):
     with sharded():
         return learn(make(DPO, n_epochs=3, micro_batch_size=3, env=uneven(0.1)))
@@ -123,7 +130,7 @@ def fsdp_resumed(directory: Path):
 
 
 BOTH = [grpo, options, gaussian, dpo, nothing_kept_on_one, nothing_kept]
-BOTH += [resumed, fsdp, fsdp_dpo, fsdp_resumed]
+BOTH += [resumed, fsdp, fsdp_later, fsdp_dpo, fsdp_resumed]
 
 
 # ------------------------------------------------------------------ with several processes only
@@ -210,6 +217,14 @@ def half_precision(directory: Path):
     return {**outcome(model), "dtypes": sorted(dtypes)}
 
 
+def half_precision_alone(directory: Path):
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    try:
+        return error(lambda: make().learn(10))
+    finally:
+        del os.environ["ACCELERATE_MIXED_PRECISION"]
+
+
 def unoffered(directory: Path):
     os.environ["FSDP_OFFLOAD_PARAMS"] = "true"
     try:
@@ -233,7 +248,7 @@ def files(directory: Path):
 
 SEVERAL = [
     *[stopped_by_one, different_seeds, draws_by_itself, other_rows, uneven_share, unshared_directory],
-    *[full_disk, weights_elsewhere, files, killed, half_precision, unoffered],
+    *[full_disk, weights_elsewhere, files, killed, half_precision, half_precision_alone, unoffered],
 ]
 
 

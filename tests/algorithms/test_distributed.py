@@ -138,6 +138,7 @@ def test_half_precision_keeps_its_master_weights(two):
         ("unshared_directory", ["of iterations [1, None]", "all machines share"]),
         ("full_disk", ["WriteError", "No space left"]),
         ("weights_elsewhere", ["GaussianPolicy trains weights outside of it"]),
+        ("half_precision_alone", ["mixed_precision 'bf16'", "with FSDP only"]),
         ("unoffered", ["fsdp_offload_params is not offered"]),
     ],
 )
