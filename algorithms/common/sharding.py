@@ -26,7 +26,7 @@ def sharding_wanted() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
-def _precision() -> str:
+def mixed_precision() -> str:
     """What accelerate was told under ``mixed_precision``."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
@@ -122,10 +122,10 @@ def line_up(model: GroupAlgorithm) -> None:
     ranks = model.ranks
     if ranks.size == 1:
         return
-    if _precision() != "no" and not sharding_wanted():
+    if mixed_precision() != "no" and not sharding_wanted():
         raise ValueError(
-            f"mixed_precision {_precision()!r} of the accelerate configuration has an effect with FSDP only; "
-            "set it to 'no', or distributed_type to FSDP."
+            f"mixed_precision {mixed_precision()!r} of the accelerate configuration has an effect with FSDP "
+            "only; set it to 'no', or distributed_type to FSDP."
         )
     rows = ranks.gather(model.n_envs)
     if len(set(rows)) > 1:
@@ -156,10 +156,10 @@ def _options(network: nn.Module) -> tuple[set[str], dict[str, Any]]:
     if asked := [name for name, wanted in refused.items() if wanted]:
         raise ValueError(f"{', '.join(asked)} is not offered; take it out of the accelerate configuration.")
     precision = {"no": None, "bf16": th.bfloat16}
-    if _precision() not in precision:
-        raise ValueError(f"mixed_precision {_precision()!r} is not offered; choose {' or '.join(precision)}.")
+    if (wanted := mixed_precision()) not in precision:
+        raise ValueError(f"mixed_precision {wanted!r} is not offered; choose {' or '.join(precision)}.")
     # Weights and moments stay float32, as published; only the passes are in half precision.
-    dtypes = MixedPrecisionPolicy(param_dtype=precision[_precision()], reduce_dtype=th.float32)
+    dtypes = MixedPrecisionPolicy(param_dtype=precision[wanted], reduce_dtype=th.float32)
     named = plugin.transformer_cls_names_to_wrap
     if not named:
         named = [name for m in network.modules() for name in getattr(m, "_no_split_modules", None) or ()]

@@ -20,6 +20,7 @@ from wmpo_gym.algorithms import DPO, GRPO
 from wmpo_gym.algorithms.common import checkpoint
 from wmpo_gym.algorithms.common.distributed import Ranks, is_sharded
 from wmpo_gym.algorithms.common.sharding import whole
+from wmpo_gym.envs.sb3 import make_sb3_env
 
 GROUP, N_GROUPS = 4, 4  # of all processes together
 
@@ -131,6 +132,23 @@ def fsdp_resumed(directory: Path):
 
 BOTH = [grpo, options, gaussian, dpo, nothing_kept_on_one, nothing_kept]
 BOTH += [resumed, fsdp, fsdp_later, fsdp_dpo, fsdp_resumed]
+
+
+def adapters(directory: Path):
+    """LoRA on the bundled policy, stopped and taken up again; too slow to be run with the others."""
+    from wmpo_gym.world.world import find_pretrained
+
+    lora = {"lora": {"r": 4, "lora_alpha": 4}, "gradient_checkpointing": True}
+    kwargs = {"model": find_pretrained("move-block", "policy"), **lora}
+    options = {"n_groups": 4, "max_extra_waves": 1, "micro_batch_size": 16, "recompute_log_probs": True}
+    options |= {"policy": "VLAPolicy", "policy_kwargs": kwargs, "learning_rate": 1e-3}
+    with sharded():
+        for iterations in (1, 2):
+            env = make_sb3_env("WMPO-Imagined-v0", GROUP * N_GROUPS // Ranks.join("cpu").size)
+            model = make(env=env, checkpoint_dir=directory, **options)
+            model.learn(max_iterations=iterations, resume=True)
+        model.save_policy(directory / "policy")
+    return {"sharded": model.sharded}
 
 
 # ------------------------------------------------------------------ with several processes only
@@ -252,15 +270,15 @@ SEVERAL = [
 ]
 
 
-def main(directory: Path) -> None:
+def main(directory: Path, names: list[str]) -> None:
     th.set_num_threads(1)
     warnings.simplefilter("ignore")
     ranks = Ranks.join("cpu")
-    for run in [*BOTH, *SEVERAL]:
+    for run in [globals()[name] for name in names] or [*BOTH, *SEVERAL]:
         result = run(directory / run.__name__)
         (directory / f"{run.__name__}-{ranks.index}.json").write_text(json.dumps(result))
     Ranks.leave()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -244,3 +244,19 @@ def test_the_example_gives_the_same_policy_however_it_is_started(tmp_path):
     for name, weight in one.items():
         th.testing.assert_close(two[name], weight, atol=5e-5, rtol=0)
         th.testing.assert_close(fsdp[name], two[name], atol=5e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_sharded_adapters_are_saved_and_taken_up_again(tmp_path):
+    from wmpo_gym.data.atomic import load_safetensors
+
+    distributed_runs.adapters(tmp_path / "one")
+    torchrun(Path(distributed_runs.__file__), str(tmp_path), "adapters")
+    assert json.loads((tmp_path / "adapters-0.json").read_text()) == {"sharded": True}
+    files = [tmp_path / name / "policy" / "adapters.safetensors" for name in ("one", "adapters")]
+    one, two = (load_safetensors(file) for file in files)
+    assert any(weight.any() for name, weight in one.items() if "lora_B" in name)  # they begin with zeros
+    for name, weight in one.items():
+        th.testing.assert_close(two[name], weight, atol=1e-5, rtol=0)
+    checkpoints = sorted((tmp_path / "adapters").glob("iteration-*/policy.safetensors"))
+    assert len(checkpoints) == 2 and checkpoints[-1].stat().st_size < 200_000

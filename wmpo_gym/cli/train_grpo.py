@@ -83,6 +83,7 @@ class Command:
     def run(self) -> None:
         """Train and save."""
         from wmpo_gym.algorithms.common.distributed import Ranks
+        from wmpo_gym.algorithms.common.sharding import mixed_precision
         from wmpo_gym.algorithms.grpo import GRPO
         from wmpo_gym.world.world import find_pretrained
 
@@ -101,7 +102,7 @@ class Command:
             n_groups=self.n_groups,
             batch_size=self.batch_size,
             micro_batch_size=self.memory.micro_batch or MICRO_BATCH,
-            recompute_log_probs=self.memory.precision == "bf16",
+            recompute_log_probs="bf16" in (self.memory.precision, mixed_precision()),
             n_epochs=self.n_epochs,
             clip_range=self.clip_range,
             clip_range_high=self.clip_range_high,
