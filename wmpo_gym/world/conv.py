@@ -19,6 +19,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from wmpo_gym.kernels import Moments, affine_silu, in_ordinary_kernels, lean, norm_silu
 from wmpo_gym.layers import RowLinear
 from wmpo_gym.tasks import Task
 
@@ -43,7 +44,14 @@ class ConvContext:
 
 def _pixelwise(x: Tensor) -> Tensor:
     """The same pictures ``(N, C, h, w)``, a pixel's channels side by side: convolutions are faster so."""
-    return x.contiguous(memory_format=torch.channels_last)
+    return x if in_ordinary_kernels() else x.contiguous(memory_format=torch.channels_last)
+
+
+def _for_enlarged(weight: Tensor) -> Tensor:
+    """Weights ``(out, in, 3, 3)`` as those of a transposed convolution ``(in, out, 4, 4)`` of stride 2."""
+    each = weight.flip(2, 3).flatten(0, 1)[:, None]
+    summed = F.conv2d(each, each.new_ones(1, 1, 2, 2), padding=1)  # a small pixel meets two places per axis
+    return summed.view(*weight.shape[:2], 4, 4).transpose(0, 1)
 
 
 class FiLMBlock(nn.Module):
@@ -67,10 +75,33 @@ class FiLMBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """``(B, in_channels, h, w)`` and ``(B, cond_dim)`` to ``(B, channels, h, w)``."""
-        hidden = self.conv1(F.silu(self.norm1(x)))
+        return self._second_half(self.conv1(norm_silu(self.norm1, x)), cond).add_(self.skip(x))
+
+    def _second_half(self, hidden: Tensor, cond: Tensor) -> Tensor:
         scale, shift = self.film(cond)[:, :, None, None].chunk(2, dim=1)
-        hidden = self.norm2(hidden) * (1 + scale) + shift
-        return self.skip(x) + self.conv2(F.silu(hidden))
+        return self.conv2(norm_silu(self.norm2, hidden, scale, shift))
+
+    def enlarge(self, small: Tensor, large: Tensor, cond: Tensor) -> Tensor:
+        """The block on ``small`` ``(B, c, h / 2, w / 2)`` enlarged twice, with ``large`` behind it.
+
+        What concerns ``small`` alone is computed before it is enlarged. In particular a 3x3 convolution of
+        pixels that come in fours is a transposed convolution of one of each, with 4 products instead of 9.
+        """
+        if not lean(small):
+            return self(torch.cat([F.interpolate(small, scale_factor=2.0), large], dim=1), cond)
+        n = small.shape[1]
+        moments = Moments.of(small).enlarged().beside(Moments.of(large))
+        factor, summand = moments.affine(self.norm1)
+        of_small = affine_silu(small, factor[:, :n], summand[:, :n])
+        of_large = affine_silu(large, factor[:, n:], summand[:, n:])
+        weight = self.conv1.weight
+        hidden = F.conv_transpose2d(
+            of_small, _for_enlarged(weight[:, :n]), self.conv1.bias, stride=2, padding=1
+        )
+        hidden += F.conv2d(of_large, weight[:, n:], padding=1)
+        skip = F.conv2d(small, self.skip.weight[:, :n], self.skip.bias, dilation=2)
+        out = self._second_half(hidden, cond).add_(F.interpolate(skip, scale_factor=2.0))
+        return out.add_(F.conv2d(large, self.skip.weight[:, n:], dilation=2))
 
 
 class ConvWorldModel(ModelMixin, ConfigMixin):
@@ -221,7 +252,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         scaled = noisy * (1 - 0.9 * sigma)[:, None, None, None, None]
         frames = torch.cat([scaled, shifted], dim=1).transpose(1, 2).flatten(0, 1)  # (B K, 2 C, h, w)
         x = self.frame_stem(_pixelwise(F.pixel_unshuffle(frames, self.patch)))
-        x = x + self._per_frame(self._stem(cache.frames))
+        x = (x.unflatten(0, (batch, chunk)) + self._stem(cache.frames)[:, None]).flatten(0, 1)
         features = F.pixel_shuffle(self._unet(x, self._condition(sigma, actions, cache)), self.patch)
         sharp = torch.cat([features, self._per_frame(last), shifted.transpose(1, 2).flatten(0, 1)], dim=1)
         out = self.head(F.silu(self.sharpen(sharp)))
@@ -295,7 +326,6 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
             skips.append(x)
         skips.pop()
         for stage in self.up:
-            x = torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), skips.pop()], dim=1)
-            for layer in stage.children():
-                x = layer(x, cond)
-        return self.to_pixels(F.silu(self.head_norm(x)))
+            for i, layer in enumerate(stage.children()):
+                x = layer(x, cond) if i else layer.enlarge(x, skips.pop(), cond)
+        return self.to_pixels(norm_silu(self.head_norm, x))

@@ -22,6 +22,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from wmpo_gym.kernels import Linear
+
 KeysValues = tuple[Tensor, Tensor]
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -37,10 +39,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6)
         self.k_norm = nn.RMSNorm(dim // num_heads, eps=1e-6)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(
         self,
@@ -78,9 +80,7 @@ class Block(nn.Module):
         hidden = int(dim * mlp_ratio)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
         self.attn = Attention(dim, num_heads)
-        self.mlp = nn.Sequential(
-            OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU("tanh"), fc2=nn.Linear(hidden, dim))
-        )
+        self.mlp = nn.Sequential(OrderedDict(fc1=Linear(dim, hidden, gelu=True), fc2=Linear(hidden, dim)))
 
     def _modulation(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate of the attention, then of the MLP, each ``(B, T or 1, 1, dim)``."""
@@ -94,8 +94,8 @@ class SpatialBlock(Block):
         """Tokens ``(B, T, S, dim)`` and modulation ``(B, T or 1, 6, dim)`` to tokens."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self._modulation(modulation)
         out, _ = self.attn(modulate(x, shift, scale).flatten(0, 1))
-        x = x + gate * out.view_as(x)
-        return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale))
+        x = torch.addcmul(x, gate, out.view_as(x))
+        return torch.addcmul(x, mlp_gate, self.mlp(modulate(x, mlp_shift, mlp_scale)))
 
 
 class TemporalBlock(Block):
@@ -108,8 +108,8 @@ class TemporalBlock(Block):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self._modulation(modulation)
         by_place = modulate(x, shift, scale).transpose(1, 2).flatten(0, 1)
         out, keys_values = self.attn(by_place, rotation, mask, past)
-        x = x + gate * out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-        return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale)), keys_values
+        x = torch.addcmul(x, gate, out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2))
+        return torch.addcmul(x, mlp_gate, self.mlp(modulate(x, mlp_shift, mlp_scale))), keys_values
 
 
 class TimestepEmbedder(nn.Module):
@@ -146,7 +146,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
-        self.linear = nn.Linear(dim, out_features)
+        self.linear = Linear(dim, out_features)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Tokens ``(B, T, S, dim)`` and time embedding ``(B, dim)`` to ``(B, T, S, out_features)``."""
@@ -364,7 +364,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm over the last dimension, then scale and shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
