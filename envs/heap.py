@@ -20,10 +20,19 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it took effect.
     """
+    return _set_thresholds(KEPT)
+
+
+def return_freed_memory() -> bool:
+    """Undo :func:`keep_freed_memory`: back to the most that glibc comes to keep by itself, 64 MiB."""
+    return _set_thresholds(2 * LARGEST_BLOCK)
+
+
+def _set_thresholds(kept: int) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return all([mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK), mallopt(M_TRIM_THRESHOLD, KEPT)])
+    return all([mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK), mallopt(M_TRIM_THRESHOLD, kept)])

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 # What must agree between the task of the spaces and the task a world was trained for.
 SHARED_FIELDS = ("name", "instructions", "chunk", "action_dim", "image_size")
 OTHER_NOISE = 0x5DEECE66D  # turns a noise seed into that of the second opinion
-CPU_BATCH = 32  # rows at once: more overflow the caches, fewer spend the time between the networks
 
 
 class ImaginedVectorEnv(ChunkVectorEnv):
@@ -77,7 +76,10 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             they update the policy, moves the world's networks to the CPU, and the next reset or step moves
             them back. Changes no number.
         max_batch: Rows put through the networks at once, which changes no number; None is all on an
-            accelerator and 32 on a CPU, whose caches hold no more.
+            accelerator and the network's ``cpu_batch`` on a CPU, whose caches hold no more.
+        dtype: ``"bfloat16"`` lets a copy of world model and autoencoder compute in it; not on a CPU, and not
+            the convolutional network. The numbers change.
+        compile: Compile the network with ``torch.compile``: minutes for the first chunk, less for the others.
         threshold: Success probability that counts; None is the classifier's calibrated one.
         consecutive_windows: Frames in a row that must reach the threshold before success counts. The bundled
             classifier learned success from last frames, where nothing follows; leave it at 1 there.
@@ -98,6 +100,8 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         device: str = "cpu",
         offload: bool = False,
         max_batch: int | None = None,
+        dtype: str = "float32",
+        compile: bool = False,
         threshold: float | None = None,
         consecutive_windows: int = 1,
         dual_noise: bool = False,
@@ -111,6 +115,8 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             device=device,
             offload=offload,
             max_batch=max_batch,
+            dtype=dtype,
+            compile=compile,
             threshold=threshold,
             consecutive_windows=consecutive_windows,
             dual_noise=dual_noise,
@@ -127,7 +133,9 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         self._world: World | None = None
         self._device, self._offload = device, offload
         self._place: str | None = None  # where the networks are, once they are loaded
-        self._max_batch = max_batch or (CPU_BATCH if device == "cpu" else num_envs)
+        self._max_batch = max_batch or num_envs
+        self._fits_caches = max_batch is None and device == "cpu"
+        self._dtype, self._compile = dtype, compile
         self._threshold = threshold
         self._consecutive, self._dual_noise = consecutive_windows, dual_noise
         self._streak = np.zeros(num_envs, np.int64)
@@ -213,12 +221,14 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         import torch
 
         world = self.world
+        self._imagination = world.imagination(dtype=self._dtype, compile=self._compile)
         for network in self._networks():
             network.eval()
         self._move_to(self._device)
         if self._device == "cpu":
             keep_freed_memory()
-        self._imagination = world.imagination()
+        if self._fits_caches:
+            self._max_batch = getattr(world.network, "cpu_batch", self.num_envs)
         self._index_of_id = {int(start_id): i for i, start_id in enumerate(world.start_frames.ids)}
         self._noise = [torch.Generator("cpu") for _ in range(self.num_envs)]
 
@@ -228,8 +238,11 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             self._move_to("cpu")
 
     def _networks(self) -> list[torch.nn.Module]:
-        parts = (self.world.network, getattr(self.world.autoencoder, "vae", None), self.world.classifier)
-        return [network for network in parts if network is not None]
+        """The world's networks, and the copies that compute in another dtype."""
+        parts = [self.world.classifier]
+        for owner in (self.world, self._imagination):
+            parts += [getattr(owner.network, "original", owner.network), getattr(owner.autoencoder, "vae", None)]
+        return list({id(network): network for network in parts if network is not None}.values())
 
     def _move_to(self, place: str) -> None:
         """Have the networks, and what the rows' episodes depend on, on a device."""

@@ -1,4 +1,4 @@
-"""How the world models compute where nothing is learned: the same numbers, to rounding, in less time on a CPU.
+"""How the world models compute where nothing is learned: the same numbers, to rounding, sooner on a CPU.
 
 PyTorch's own way stays in use wherever a gradient is wanted, on an accelerator, and within
 :func:`ordinary_kernels`, which is there to compare with.
@@ -47,8 +47,8 @@ def lean(x: Tensor) -> bool:
 class Linear(nn.Linear):
     """A linear layer, if asked with a GELU behind it, that oneDNN computes where nothing is learned.
 
-    ``nn.Linear`` goes through MKL, which leaves half of an AMD processor's vector width unused and the GELU to
-    a pass of its own: 95 and 62 against 220 and 195 GFLOP/s on one core of an EPYC (Zen 5).
+    ``nn.Linear`` goes through MKL, which leaves half of an AMD processor's vector width unused, and the GELU
+    takes another pass: 95 and 62 against 220 and 195 GFLOP/s on one core of an EPYC (Zen 5).
 
     Args:
         in_features: Width of the input.
@@ -111,7 +111,7 @@ class Moments:
     def affine(
         self, norm: nn.GroupNorm, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A group norm, and a modulation ``(N, C, 1, 1)`` behind it, as one factor and one summand per channel."""
+        """A group norm, and a modulation ``(N, C, 1, 1)`` behind it, as factor and summand per channel."""
         first, second = (x.unflatten(1, (norm.num_groups, -1)) for x in (self.first, self.second))
         n = self.places * first.shape[2]
         mean = first.sum(dim=2, keepdim=True) / n

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
 
-from wmpo_gym.evaluation import bench as bench_module
-from wmpo_gym.evaluation import stopwatch
+from wmpo_gym.evaluation import shortcuts, stopwatch
 from wmpo_gym.evaluation.bench import bench, bench_imagined, bench_simulated, bench_text
-from wmpo_gym.evaluation.shortcuts import RandomPolicy, _classify_at_the_end, bench_context_cache, bench_plain
+from wmpo_gym.evaluation.rollouts import make_rollout_env
+from wmpo_gym.evaluation.shortcuts import (
+    RandomPolicy,
+    Uncached,
+    bench_plain,
+    classify_at_the_end,
+    imagine_plainly,
+    plain_way,
+)
 from wmpo_gym.evaluation.stopwatch import Stopwatch, timed_methods
 
 
@@ -63,6 +69,14 @@ def test_twin_is_measured_alike():
     assert set(r["split"]) == {"physics", "renderer", "glue"} and r["frames_per_second"] > 0
 
 
+def test_own_methods_of_an_instance_are_put_back():
+    worker, watch = Worker(), Stopwatch()
+    worker.inner = own = lambda: None
+    with timed_methods([(worker, ["inner"], "inner")], watch):
+        worker.inner()
+    assert worker.inner is own
+
+
 def test_early_stop_is_what_plain_wastes(tiny_world):
     tiny_world.classifier.threshold = 0.0  # claims at the first full window
     try:
@@ -70,8 +84,55 @@ def test_early_stop_is_what_plain_wastes(tiny_world):
     finally:
         tiny_world.classifier.threshold = 1.0
         never = bench_plain(tiny_world, rows=4, repeats=1)
-    assert r["plain_wasted_frames"] == pytest.approx(1 - 1 / 20) and r["ratio"] > 1
-    assert never["plain_wasted_frames"] == 0.0
+    assert r["plain_wasted_frames"] == pytest.approx(1 - 1 / 20) and r["ratio"] > 1 and r["loop"] > 1
+    assert r["finish"] == [1] * 12 and r["same_finish"] == never["same_finish"] == 1.0
+    assert never["plain_wasted_frames"] == 0.0 and never["finish"] == [20] * 4
+
+
+def test_the_plain_way_imagines_the_same_episodes(tiny_world):
+    """Same actions and noise: the same frames up to the claim, and the same claim."""
+    import torch
+
+    n, rng = 3, np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (n, 5, 4, 3)).astype(np.float32)
+    ids, seeds = tiny_world.start_frames.ids[[0, 1, 1]], np.array([5, 6, 7])
+    options = {"start_state_id": ids, "noise_seed": seeds}
+    env = make_rollout_env("WMPO-Imagined-v0", n, world=tiny_world, record_frames=True)
+    tiny_world.classifier.threshold = 1.0
+    env.reset(options=options)
+    clips = [env.step(actions[:, chunk])[4]["frames"] for chunk in range(5)]
+    frames = np.stack([np.concatenate([np.asarray(clip[row]) for clip in clips]) for row in range(n)])
+    scores = [
+        tiny_world.classifier.scores(f, int(t))
+        for f, t in zip(frames, tiny_world.start_frames.task_ids[[0, 1, 1]], strict=True)
+    ]
+    tiny_world.classifier.threshold = float(
+        np.nanquantile(scores, 0.9)
+    )  # claimed by some, not by all at once
+    finish = shortcuts._run_ours(env, actions, ids, seeds)[1]
+
+    imagination = tiny_world.imagination()
+    imagination.network = Uncached(tiny_world.network)
+    with plain_way():
+        seconds, claimed, chosen = shortcuts._run_plain(
+            tiny_world, imagination, shortcuts._repeating(actions), ids, seeds
+        )
+        generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+        made, _ = imagine_plainly(
+            imagination,
+            tiny_world.classifier,
+            torch.from_numpy(tiny_world.start_frames.frames[[0, 1, 1]]),
+            np.zeros(n, np.int64),
+            shortcuts._repeating(actions),
+            lambda: torch.stack([torch.randn(imagination.noise_shape, generator=g) for g in generators]),
+            5,
+        )
+    tiny_world.classifier.threshold = 1.0
+    assert seconds > 0 and np.array_equal(chosen, actions)
+    assert finish.tolist() == claimed.tolist() and finish.min() < 20
+    # Rounding may tip a pixel over to the next level, in one of thousands of cases.
+    difference = np.abs(made[:, 1:].numpy().astype(int) - frames)
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
 def test_classifying_at_the_end_agrees_with_the_stream(tiny_world):
@@ -79,22 +140,24 @@ def test_classifying_at_the_end_agrees_with_the_stream(tiny_world):
     import torch
 
     tiny_world.classifier.threshold = float(np.nanmax(tiny_world.classifier.scores(frames[0], 0)))
-    finish = _classify_at_the_end(tiny_world, torch.from_numpy(frames), torch.tensor([0, 0]))
+    finish = classify_at_the_end(tiny_world.classifier, torch.from_numpy(frames), torch.tensor([0, 0]))
     assert finish[0] == np.nanargmax(tiny_world.classifier.scores(frames[0], 0))
 
 
-def test_context_cache_changes_nothing():
-    r = bench_context_cache(rows=1, steps=2, side=4, repeats=1)
-    assert 0 <= r["largest_difference"] < 1e-5 and r["ratio"] > 0
+TINY_STDIT = {"hidden_size": 24, "depth": 1, "num_heads": 2, "rows": 3}
 
 
-def test_whole_benchmark_prints_and_is_json(tiny_world, monkeypatch):
-    small = partial(bench_context_cache, rows=1, steps=2, side=4)
-    monkeypatch.setattr(bench_module, "bench_context_cache", small)
-    r = bench(tiny_world, rows=(1, 2), repeats=1, progress=False)
-    json.dumps(r, allow_nan=False)
+def test_whole_benchmark_prints_and_is_json(tiny_world):
+    r = bench(tiny_world, rows=(1, 2), repeats=1, transformer=TINY_STDIT, progress=False)
+    r = json.loads(json.dumps(r, allow_nan=False))
+    assert list(r)[:7] == [
+        "frames_per_second", "split", "ratio_to_plain_bundled", "ratio_to_plain", "ratio_to_plain_few_step",
+        "max_abs_frame_difference", "peak_fraction",
+    ]  # fmt: skip
+    assert r["frames_per_second"] == r["imagined"][1]["frames_per_second"]
+    assert 0 <= r["max_abs_frame_difference"] < 1e-5 and 0 < r["peak_fraction"] < 1
     text = bench_text(r)
-    for needle in ("frames/s", "2 rows", "glue %", "physics %", "context computed once", "peak memory"):
+    for needle in ("frames/s", "2 rows", "glue %", "physics %", "cached context", "peak memory", "load"):
         assert needle in text
     assert len(r["imagined"]) == len(r["simulated"]) == 2
 

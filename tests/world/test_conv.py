@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from wmpo_gym.kernels import ordinary_kernels
 from wmpo_gym.world.conv import ConvWorldModel
 
 
 @pytest.fixture
 def network() -> ConvWorldModel:
+    return small_network()
+
+
+def small_network(**changes: Any) -> ConvWorldModel:
     """A small network whose zero-initialised layers are filled, so that everything has an effect."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        network = ConvWorldModel(image_size=16, widths=(8, 16), cond_dim=16, detail=8, shift_init=(1.0, -1.0))
+        config = {"image_size": 16, "widths": (8, 16), "cond_dim": 16, "detail": 8, "shift_init": (1.0, -1.0)}
+        network = ConvWorldModel(**{**config, **changes})
         for parameter in network.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -60,6 +68,24 @@ def test_a_frame_depends_on_the_actions_up_to_it_only(network: ConvWorldModel) -
     actions[:, 2] *= -1
     changed = (network.predict(noise, one, actions, cache) != before).flatten(3).any(dim=(0, 1, 3))
     assert changed.tolist() == [False, False, True, True]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_the_fast_way_gives_the_numbers_of_the_ordinary_one(network: ConvWorldModel, blocks: int) -> None:
+    if blocks == 2:
+        network = small_network(widths=(8, 16, 24), blocks=2)
+    context, noise, actions = inputs(5)
+
+    def predict() -> torch.Tensor:
+        return network.predict(noise, torch.full((5,), 0.7), actions, network.encode_context(context))
+
+    fast = predict()
+    with ordinary_kernels():
+        ordinary = predict()
+    assert (fast - ordinary).abs().max() < 1e-5 < ordinary.std()
+    with torch.enable_grad():
+        assert (predict() - ordinary).abs().max() < 1e-5
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from wmpo_gym.kernels import ordinary_kernels
+from wmpo_gym.world.flow import RectifiedFlow
 from wmpo_gym.world.published import from_published
 from wmpo_gym.world.stdit import CONFIGS, STDiT, frequencies, modulate, position_embedding
 
@@ -64,10 +66,12 @@ def published_output(network, inputs, seen):
     return final_tokens, folded.unflatten(0, latents.shape[0:3:2]).transpose(1, 2)
 
 
+@pytest.mark.parametrize("learning", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_velocity_is_the_published_one(case, run_case, golden):
+def test_velocity_is_the_published_one(case, learning, run_case, golden):
     expected = golden("stdit3_tiny")[0][f"{case}.output"][:, :4]
-    _, (*_, mask), velocity, _ = run_case(case)
+    with torch.set_grad_enabled(learning):
+        _, (*_, mask), velocity, _ = run_case(case)
     predicted = ~mask[:, None, :, None, None].expand_as(velocity)
     close(velocity[predicted], expected[predicted])
 
@@ -211,6 +215,15 @@ def test_cached_context_gives_the_same_velocity(which, golden, published_stdit):
     torch.testing.assert_close(
         network.denoise(noise, time, actions, cache), whole[:, :, PREDICTED], atol=1e-5, rtol=1e-6
     )
+
+
+@torch.no_grad()
+def test_thirty_steps_with_every_shortcut_and_with_none(golden, published_stdit):
+    tensors, _ = golden("context_invariance")
+    args = published_stdit(), tensors["set0.noise"], tensors["context"].clamp(-1, 1), tensors["set0.act"], 30
+    fast = RectifiedFlow().sample(*args)
+    with ordinary_kernels():
+        close(fast, RectifiedFlow().sample(*args, cached=False), atol=1e-5)
 
 
 def test_gradients_flow_through_the_cache(golden, published_stdit):

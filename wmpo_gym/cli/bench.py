@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from wmpo_gym.cli.common import load_policy, load_world
 from wmpo_gym.data.atomic import write_json_atomic
@@ -14,33 +15,49 @@ class Command:
     """Measure imagined and simulated frames per second, the split of the time, and what the shortcuts save.
 
     Attributes:
+        preset: This machine with a world and a transformer that a CPU bears; or the published sizes with
+            random weights on one CUDA card, to which the options on world, policy, rows, device and dtype do
+            not apply.
         world: Directory, hub id or task name.
         policy: Who acts where the length of episodes matters (directory, hub id or task name).
         rows: Batch sizes.
         repeats: Repeats of every measurement.
         simulated: Measure the twin too.
         threads: Threads of torch; its own choice by default.
+        device: Where the world imagines.
+        dtype: What its network computes in; the convolutional one knows float32 only.
+        compile: Compile the network with torch.compile, which takes minutes.
         seed: Decides everything random.
-        out: JSON file for the figures.
+        json: File for the figures.
     """
 
+    preset: Literal["here", "paper"] = "here"
     world: str = "move-block"
     policy: str = "move-block"
     rows: tuple[int, ...] = (1, 8, 64)
     repeats: int = 5
     simulated: bool = True
     threads: int | None = None
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
     seed: int = 0
-    out: Path | None = None
+    json: Path | None = None
 
     def run(self) -> None:
         """Measure and print."""
         import torch
 
-        from wmpo_gym.evaluation.bench import bench, bench_text
-
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+        result, text = self._paper() if self.preset == "paper" else self._here()
+        if self.json is not None:
+            write_json_atomic(self.json, result)
+        print(text)
+
+    def _here(self) -> tuple[dict[str, Any], str]:
+        from wmpo_gym.evaluation.bench import bench, bench_text
+
         result = bench(
             load_world(self.world),
             load_policy(self.policy, seed=self.seed),
@@ -48,7 +65,14 @@ class Command:
             repeats=self.repeats,
             simulated=self.simulated,
             seed=self.seed,
+            device=self.device,
+            dtype=self.dtype,
+            compile=self.compile,
         )
-        if self.out is not None:
-            write_json_atomic(self.out, result)
-        print(bench_text(result))
+        return result, bench_text(result)
+
+    def _paper(self) -> tuple[dict[str, Any], str]:
+        from wmpo_gym.evaluation.paper_bench import bench_paper, paper_text
+
+        result = bench_paper(repeats=min(self.repeats, 3), compile=self.compile, seed=self.seed)
+        return result, paper_text(result)

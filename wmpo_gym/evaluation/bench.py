@@ -5,34 +5,35 @@ Policies are left out: actions are random unless a policy is given, and its time
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wmpo_gym.evaluation.imagining import device_of
+from wmpo_gym.evaluation.peak import synchronizer
 from wmpo_gym.evaluation.protocol import installed_versions
 from wmpo_gym.evaluation.results import aligned
 from wmpo_gym.evaluation.rollouts import make_rollout_env
-from wmpo_gym.evaluation.shortcuts import REPEATS, RandomPolicy, bench_context_cache, bench_plain
+from wmpo_gym.evaluation.shortcuts import REPEATS, RandomPolicy, bench_plain
 from wmpo_gym.evaluation.stopwatch import Stopwatch, Targets, timed_methods
+from wmpo_gym.evaluation.transformer_bench import bench_transformer, cpu_imagination
 from wmpo_gym.progress import progress_bar
 from wmpo_gym.world.world import World
 
+if TYPE_CHECKING:
+    import torch
+
 ROWS = (1, 8, 64)
-# What is timed by name: object of the world, method, part of the split.
-PARTS = (
-    ("network", ("forward", "encode_context", "denoise"), "network"),
-    ("autoencoder", ("encode", "decode"), "decoder"),
-    ("classifier", ("start", "update"), "classifier"),
-)
-SIMULATOR_PARTS = (("step", "physics"), ("render", "renderer"))
 
 
-def bench_imagined(world: World, rows: int, *, repeats: int = REPEATS, seed: int = 0) -> dict[str, Any]:
+def bench_imagined(
+    world: World, rows: int, *, repeats: int = REPEATS, seed: int = 0, **options: Any
+) -> dict[str, Any]:
     """Speed of the imagined environment with everything on.
 
     Args:
@@ -40,13 +41,22 @@ def bench_imagined(world: World, rows: int, *, repeats: int = REPEATS, seed: int
         rows: Batch size.
         repeats: Whole episodes of the batch.
         seed: Seed of environment and actions.
+        **options: Of the environment: ``device``, ``dtype``, ``compile``.
 
     Returns:
         See :func:`bench_environment`; the parts are network, decoder, classifier and glue.
     """
-    env = make_rollout_env("WMPO-Imagined-v0", rows, world=world)
-    targets = [(getattr(world, attribute), names, part) for attribute, names, part in PARTS]
-    result = bench_environment(env, targets, repeats=repeats, seed=seed, synchronize=_synchronizer(world))
+    env = make_rollout_env("WMPO-Imagined-v0", rows, world=world, **options)
+    env.reset(seed=seed)  # takes the networks to their device
+    imagination = env.unwrapped._imagination  # type: ignore[attr-defined]
+    targets = [
+        (imagination.network, ("forward", "encode_context", "denoise"), "network"),
+        (imagination.autoencoder, ("encode", "decode"), "decoder"),
+        (world.classifier, ("start", "update"), "classifier"),
+    ]
+    result = bench_environment(
+        env, targets, repeats=repeats, seed=seed, synchronize=synchronizer(device_of(world))
+    )
     nfe = world.config.denoising_steps
     return result | {"nfe_per_chunk": nfe, "frames_per_second_times_nfe": result["frames_per_second"] * nfe}
 
@@ -131,49 +141,78 @@ def bench(
     rows: Sequence[int] = ROWS,
     repeats: int = REPEATS,
     simulated: bool = True,
+    transformer: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """Everything above in one run.
 
     Args:
         world: The world.
-        policy: For the comparison with the plain way; None is random actions.
+        policy: Whose episodes are timed in the comparisons with the plain way; None is random actions.
         rows: Batch sizes.
         repeats: Repeats of every measurement.
         simulated: Measure the twin too.
+        transformer: Changes to :data:`~wmpo_gym.evaluation.transformer_bench.CPU_STDIT` and its ``rows``.
         seed: Root seed.
         progress: Show a progress bar.
+        **options: Of the imagined environment: ``device``, ``dtype``, ``compile``.
 
     Returns:
-        JSON-able: ``imagined`` and ``simulated`` (one entry per batch size), ``plain``, ``context_cache``,
-        ``machine``.
+        JSON-able. First what is asked for most: ``frames_per_second`` and ``split`` (largest batch of this
+        world), ``ratio_to_plain_bundled`` (this world), ``ratio_to_plain``, ``ratio_to_plain_few_step``,
+        ``max_abs_frame_difference`` and ``peak_fraction`` (the transformer). Then everything: ``imagined``
+        and ``simulated`` (one entry per batch size), ``plain``, ``transformer``, ``machine``.
     """
+    result: dict[str, Any] = {"imagined": [], "simulated": []}
+    most = max(rows)
+
+    def compare() -> None:
+        result["plain"] = bench_plain(world, policy, rows=most, repeats=min(repeats, 3), seed=seed, **options)
+
+    def compare_transformer() -> None:
+        size = {"rows": 16, **(transformer or {})}
+        n = size.pop("rows")
+        imagination = cpu_imagination(world, seed=seed, **size)
+        result["transformer"] = bench_transformer(
+            imagination, world.classifier, result["plain"]["finish"], world.task.horizon, rows=n, seed=seed
+        )
+
+    def measure(name: str, function: Callable[..., dict[str, Any]], what: Any, n: int, **more: Any) -> None:
+        result[name].append(function(what, n, repeats=repeats, seed=seed, **more))
+
+    jobs: list[Callable[[], None]] = []
+    jobs += [partial(measure, "imagined", bench_imagined, world, n, **options) for n in rows]
+    jobs += [partial(measure, "simulated", bench_simulated, world.task, n) for n in rows if simulated]
+    for job in progress_bar([*jobs, compare, compare_transformer], desc="bench", disable=not progress):
+        job()
+    largest = max(result["imagined"], key=lambda entry: entry["rows"])
+    ours = result["transformer"]
+    headline = {
+        "frames_per_second": largest["frames_per_second"],
+        "split": largest["split"],
+        "ratio_to_plain_bundled": result["plain"]["ratio"],
+        "ratio_to_plain": ours["ratio"],
+        "ratio_to_plain_few_step": ours["ratio_few_step"],
+        "max_abs_frame_difference": ours["largest_difference"],
+        "peak_fraction": ours["peak_fraction"],
+    }
+    return headline | result | {"machine": machine(device_of(world))}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a benchmark ran on, and how much of it was somebody else's."""
     import torch
 
-    cache_network = world.network if type(world.network).__name__ == "STDiT" else None
-    jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = []
-    for n in rows:
-        jobs.append(("imagined", partial(bench_imagined, world, n, repeats=repeats, seed=seed)))
-    for n in rows if simulated else ():
-        jobs.append(("simulated", partial(bench_simulated, world.task, n, repeats=repeats, seed=seed)))
-    jobs.append(("plain", partial(bench_plain, world, policy, rows=max(rows), repeats=repeats, seed=seed)))
-    jobs.append(("context_cache", partial(bench_context_cache, cache_network, repeats=repeats, seed=seed)))
-    result: dict[str, Any] = {"imagined": [], "simulated": []}
-    for name, job in progress_bar(jobs, desc="bench", disable=not progress):
-        figures = job()
-        if isinstance(result.get(name), list):
-            result[name].append(figures)
-        else:
-            result[name] = figures
-    return result | {
-        "machine": {
-            "processor": _processor(),
-            "threads": torch.get_num_threads(),
-            "device": str(device_of(world)),
-            "peak_memory_mb": _peak_memory_mb(),
-            "versions": installed_versions(),
-        }
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": _load(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "peak_memory_mb": _peak_memory_mb(),
+        "versions": installed_versions(),
     }
 
 
@@ -195,30 +234,47 @@ def bench_text(result: Mapping[str, Any]) -> str:
             speed = f"{e['frames_per_second']:,.0f}"
             rows.append((f"{e['rows']} rows", speed, f"{low:,.0f} – {high:,.0f}", *times, *shares))
         lines += [aligned(rows), ""]
-    plain, cache, machine = result["plain"], result["context_cache"], result["machine"]
+    plain = result["plain"]
     lines.append(
-        f"plain way (context recomputed, no early stop, classified at the end): {plain['ratio']:.2f} times "
-        f"the time per episode; {100 * plain['plain_wasted_frames']:.0f} % of its frames come after the claim"
+        f"plain way, this world: {plain['ratio']:.2f} times the time per episode (loop {plain['loop']:.2f}, "
+        f"kernels {plain['kernels']:.2f}); {100 * plain['plain_wasted_frames']:.0f} % of its frames come "
+        f"after the claim, {100 * plain['same_finish']:.1f} % of the episodes end at the same frame"
     )
-    lines.append(
-        f"context computed once per chunk (STDiT, {cache['steps']} steps): {cache['ratio']:.2f} times "
-        f"faster, largest difference {cache['largest_difference']:.1e}"
+    return "\n".join([*lines, *transformer_text(result["transformer"]), machine_text(result["machine"])])
+
+
+def transformer_text(t: Mapping[str, Any]) -> list[str]:
+    """Lines about the result of :func:`~wmpo_gym.evaluation.transformer_bench.bench_transformer`."""
+    measured = (
+        ""
+        if t["executed_steps"] == t["denoising_steps"]
+        else (
+            f", {t['executed_steps']} of {t['denoising_steps']} denoising steps carried out, counted for all"
+        )
     )
-    lines.append(
-        f"{machine['processor']}, {machine['threads']} thread(s), {machine['device']}, peak memory "
-        f"{machine['peak_memory_mb']:.0f} MB"
+    split = ", ".join(f"{part} {100 * share:.1f} %" for part, share in t["split"].items())
+    return [
+        f"transformer with random weights, {t['rows']} rows{measured}:",
+        f"  {t['frames_per_second']:.1f} frames/s with {t['denoising_steps']} steps ({split}), "
+        f"{t['frames_per_second_few_step']:.1f} with {t['few_steps']}",
+        f"  plain way: {t['ratio']:.2f} times the time per episode with as many steps (early stop "
+        f"{t['early_stop']:.2f}, cached context {t['cached_context']:.2f}, kernels {t['kernels']:.2f}), "
+        f"{t['ratio_few_step']:.1f} times that with {t['few_steps']}",
+        f"  largest difference of the frames {t['largest_difference']:.1e}; {t['gflops_per_second']:,.0f} "
+        f"GFLOP/s in a step, {100 * t['peak_fraction']:.0f} % of the machine's matmul peak",
+    ]
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """One line about the machine."""
+    return (
+        f"{machine['processor']}, {machine['threads']} thread(s) of {machine['cores']} cores, load "
+        f"{machine['load']:.1f}, {machine['device']}, peak memory {machine['peak_memory_mb']:,.0f} MB"
     )
-    return "\n".join(lines)
 
 
 def _frames_made(env: Any) -> int:
     return env.ledger.imagined_frames + env.ledger.real_steps
-
-
-def _synchronizer(world: World) -> Callable[[], None]:
-    import torch
-
-    return torch.cuda.synchronize if device_of(world).type == "cuda" else lambda: None
 
 
 def _processor() -> str:
@@ -228,6 +284,11 @@ def _processor() -> str:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _load() -> float:
+    """Mean number of processes that wanted a core in the last minute; NaN where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
 def _peak_memory_mb() -> float:

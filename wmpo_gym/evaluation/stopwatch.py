@@ -59,9 +59,12 @@ def timed_methods(targets: Sequence[tuple[Any, Sequence[str], str]], watch: Stop
         for target, names, part in targets:
             for name in names:
                 if hasattr(target, name):
+                    shadowed.append((target, name, vars(target).get(name)))
                     object.__setattr__(target, name, watch.wrap(part, getattr(target, name)))
-                    shadowed.append((target, name))
         yield
     finally:
-        for target, name in shadowed:
-            object.__delattr__(target, name)
+        for target, name, own in shadowed:
+            if own is None:
+                object.__delattr__(target, name)
+            else:
+                object.__setattr__(target, name, own)

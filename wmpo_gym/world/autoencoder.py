@@ -6,6 +6,7 @@ with ``h = H / downscale``. Both classes treat every frame by itself.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,10 @@ class Autoencoder(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Frames uint8 ``(B, T, H, W, 3)`` of latents ``(B, C, T, h, w)``."""
+
+    def in_dtype(self, dtype: torch.dtype) -> Autoencoder:
+        """A copy that computes in ``dtype``; itself where there is nothing to convert."""
+        return self
 
     @abstractmethod
     def save_pretrained(self, directory: str | Path) -> None:
@@ -131,6 +136,10 @@ class LatentAutoencoder(Autoencoder):
         pixels = [self.vae.decode(self._input(z)).sample for z in flat.split(self.micro_batch)]
         frames = torch.cat([truncate_to_uint8(x) for x in pixels]).movedim(1, -1)
         return frames.unflatten(0, (latents.shape[0], latents.shape[2])).contiguous()
+
+    def in_dtype(self, dtype: torch.dtype) -> LatentAutoencoder:
+        """See :class:`Autoencoder`."""
+        return LatentAutoencoder(copy.deepcopy(self.vae).to(dtype), micro_batch=self.micro_batch)
 
     def _input(self, x: Tensor) -> Tensor:
         return x.to(self.vae.device, self.vae.dtype)

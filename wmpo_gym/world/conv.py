@@ -89,7 +89,8 @@ class FiLMBlock(nn.Module):
         """
         if not lean(small):
             return self(torch.cat([F.interpolate(small, scale_factor=2.0), large], dim=1), cond)
-        n = small.shape[1]
+        assert isinstance(self.skip, nn.Conv2d), "two inputs are wider than the output"
+        n, by_skip = small.shape[1], self.skip.weight
         moments = Moments.of(small).enlarged().beside(Moments.of(large))
         factor, summand = moments.affine(self.norm1)
         of_small = affine_silu(small, factor[:, :n], summand[:, :n])
@@ -99,9 +100,9 @@ class FiLMBlock(nn.Module):
             of_small, _for_enlarged(weight[:, :n]), self.conv1.bias, stride=2, padding=1
         )
         hidden += F.conv2d(of_large, weight[:, n:], padding=1)
-        skip = F.conv2d(small, self.skip.weight[:, :n], self.skip.bias, dilation=2)
+        skip = F.conv2d(small, by_skip[:, :n], self.skip.bias, dilation=2)
         out = self._second_half(hidden, cond).add_(F.interpolate(skip, scale_factor=2.0))
-        return out.add_(F.conv2d(large, self.skip.weight[:, n:], dilation=2))
+        return out.add_(F.conv2d(large, by_skip[:, n:], dilation=2))
 
 
 class ConvWorldModel(ModelMixin, ConfigMixin):
@@ -124,6 +125,9 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
 
     min_rows = 2
     """Rows per call from which on a row's result is the same to the bit in a batch of any size (on a CPU)."""
+
+    cpu_batch = 32
+    """Rows per call that a CPU is quickest with: more overflow its caches, fewer waste time in between."""
 
     @register_to_config
     def __init__(
@@ -326,6 +330,9 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
             skips.append(x)
         skips.pop()
         for stage in self.up:
-            for i, layer in enumerate(stage.children()):
-                x = layer(x, cond) if i else layer.enlarge(x, skips.pop(), cond)
+            first, *rest = stage.children()
+            assert isinstance(first, FiLMBlock)
+            x = first.enlarge(x, skips.pop(), cond)
+            for layer in rest:
+                x = layer(x, cond)
         return self.to_pixels(norm_silu(self.head_norm, x))

@@ -6,6 +6,7 @@ environment. All randomness comes in through the ``noise`` argument, so a row de
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -109,11 +110,29 @@ class Imagination:
         self.noise_shape = (autoencoder.latent_channels, chunk, height, width)
 
     @classmethod
-    def from_world(cls, world: World) -> Imagination:
-        """The imagination of a :class:`~wmpo_gym.world.world.World`, with its sampling settings."""
+    def from_world(cls, world: World, *, dtype: str = "float32", compile: bool = False) -> Imagination:
+        """The imagination of a :class:`~wmpo_gym.world.world.World`, with its sampling settings.
+
+        Args:
+            world: The world, which is left as it is.
+            dtype: ``"float32"``, or ``"bfloat16"`` for copies of network and autoencoder that compute in it.
+            compile: Compile the network with ``torch.compile``.
+
+        Raises:
+            ValueError: If the dtype is unknown or the network does not compute in it.
+        """
+        network, autoencoder = world.network, world.autoencoder
+        if dtype not in ("float32", *getattr(network, "other_dtypes", ())):
+            raise ValueError(
+                f"{type(network).__name__} does not compute in {dtype!r}; it does in "
+                f"{' and '.join(['float32', *getattr(network, 'other_dtypes', ())])}."
+            )
+        if dtype != "float32":
+            wanted = getattr(torch, dtype)
+            network, autoencoder = copy.deepcopy(network).to(wanted), autoencoder.in_dtype(wanted)
         return cls(
-            world.network,
-            world.autoencoder,
+            CompiledNetwork(network) if compile else network,
+            autoencoder,
             chunk=world.task.chunk,
             context_frames=world.config.context_frames,
             denoising_steps=world.config.denoising_steps,
@@ -193,6 +212,22 @@ class Imagination:
     def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
+
+
+class CompiledNetwork:
+    """A world model whose two halves, context and denoising step, went through ``torch.compile``."""
+
+    def __init__(self, network: Any) -> None:
+        self.original = network
+        self.encode_context = torch.compile(network.encode_context)
+        self.denoise = torch.compile(network.denoise)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the network itself, not compiled."""
+        return self.forward(*args, **kwargs)
 
 
 def _index(index: Index) -> Any:

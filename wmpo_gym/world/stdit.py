@@ -178,6 +178,9 @@ class STDiT(ModelMixin, ConfigMixin):
 
     _no_split_modules = ["SpatialBlock", "TemporalBlock"]
 
+    cpu_batch = 8  # see ConvWorldModel
+    other_dtypes = ("bfloat16",)
+
     @register_to_config
     def __init__(
         self,

@@ -142,11 +142,11 @@ class World:
     config: WorldConfig = field(default_factory=WorldConfig)
     card: dict[str, Any] = field(default_factory=dict)
 
-    def imagination(self) -> Imagination:
-        """The sampler of this world's network."""
+    def imagination(self, **options: Any) -> Imagination:
+        """The sampler of this world's network; options as :meth:`Imagination.from_world` takes them."""
         from wmpo_gym.world.imagination import Imagination
 
-        return Imagination.from_world(self)
+        return Imagination.from_world(self, **options)
 
     def with_keyframes(self, episodes: list, share: float, *, seed: int = 0) -> World:
         """The same world, some of whose start frames are pictures from the middle of recorded episodes.
