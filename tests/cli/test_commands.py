@@ -12,6 +12,7 @@ import pytest
 from wmpo_gym.cli.common import choose_start_states
 from wmpo_gym.cli.main import main
 from wmpo_gym.data import EpisodeStore, read_json
+from wmpo_gym.evaluation.transformer_bench import CPU_STDIT
 from wmpo_gym.tasks import get_task
 
 pytest.importorskip("mujoco")
@@ -258,12 +259,31 @@ def test_evaluate_alone_and_paired(made, tmp_path, capsys):
     assert "<video" in (tmp_path / "paired" / "report.html").read_text()
 
 
-def test_bench(made, tmp_path, capsys):
+def test_distill(made, tmp_path, capsys):
+    command = ["train", "distill", "--world", made / "full", "--episodes", made / "demos", *TINY_TRAINING]
+    few = [*command, "--out", tmp_path / "few", "--denoising-steps", "2"]
+    assert wmpo(*few) == 2 and "nothing to distil" in capsys.readouterr().err
+    assert not (tmp_path / "few.training").exists()
+    assert wmpo(*few, "--teacher-steps", "4", "--holdout", "0.2") == 0
+    printed = capsys.readouterr().out
+    for needle in ("4 steps", "2 step(s), not distilled", "2 step(s), distilled", "claims that agree"):
+        assert needle in printed
+    config = read_json(tmp_path / "few" / "config.json")
+    assert config["sampling"]["denoising_steps"] == 2
+    assert config["card"]["distillation"]["teacher_steps"] == 4
+    assert config["card"]["distillation"]["quality"]["4 steps"]["grey levels from many steps"] == 0.0
+    assert wmpo(*few, "--teacher-steps", "6", "--holdout", "0.2") == 2
+    assert "begun with teacher_steps = 4" in capsys.readouterr().err
+
+
+def test_bench(made, tmp_path, capsys, monkeypatch):
+    for name, value in {"hidden_size": 24, "depth": 1, "num_heads": 2}.items():
+        monkeypatch.setitem(CPU_STDIT, name, value)
     command = ["bench", "--world", made / "full", "--policy", made / "policy", "--rows", "2", "--repeats", 1]
-    assert wmpo(*command, "--out", tmp_path / "bench.json") == 0
-    assert (
-        "glue %" in capsys.readouterr().out and read_json(tmp_path / "bench.json")["imagined"][0]["rows"] == 2
-    )
+    assert wmpo(*command, "--json", tmp_path / "bench.json") == 0
+    result = read_json(tmp_path / "bench.json")
+    assert "glue %" in capsys.readouterr().out and result["imagined"][0]["rows"] == 2
+    assert result["transformer"]["rows"] == 16 and result["ratio_to_plain_bundled"] > 0
 
 
 @pytest.mark.parametrize(

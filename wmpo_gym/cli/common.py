@@ -128,3 +128,21 @@ def choose_start_states(task: Task, split: str, n: int, seed: int) -> list[int]:
             f"{len(ids)}."
         )
     return np.random.default_rng([seed, 0x57A7]).permutation(np.arange(ids.start, ids.stop))[:n].tolist()
+
+
+def split_episodes(episodes: list[Episode], share: float, seed: int) -> tuple[list[Episode], list[Episode]]:
+    """Episodes to train on, and a share of them to measure on.
+
+    Raises:
+        ValueError: If the share is not in [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"--holdout must be a share of the episodes in [0, 1), got {share}.")
+    held = set(
+        np.random.default_rng([seed, 5]).permutation(len(episodes))[: round(share * len(episodes))].tolist()
+    )
+    parts = (
+        [e for i, e in enumerate(episodes) if i not in held],
+        [e for i, e in enumerate(episodes) if i in held],
+    )
+    return parts

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "wmpo_gym.cli.train_world_model",
         "pre-train a world model, or align one on rollouts",
     ),
+    "train distill": ("wmpo_gym.cli.train_distill", "make a world sample with fewer denoising steps"),
     "train reward": ("wmpo_gym.cli.train_reward", "train and calibrate the success classifier of a world"),
     "train grpo": ("wmpo_gym.cli.train_grpo", "optimise a policy in imagination, or in the simulator"),
     "convert world": ("wmpo_gym.cli.convert_world", "released WMPO files as a world"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from wmpo_gym.cli.common import Flat, load_episodes, load_world, task_of
+from wmpo_gym.cli.common import Flat, load_episodes, load_world, split_episodes, task_of
 from wmpo_gym.data.atomic import read_json, write_json_atomic
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.settings import keep_settings
@@ -73,7 +73,7 @@ class Command:
         world.start_frames = world.start_frames.with_episodes(episodes)
         logs = self.out.with_name(self.out.name + ".training")
         keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k != "out"})
-        kept, held = _split(episodes, self.holdout, self.training.seed)
+        kept, held = split_episodes(episodes, self.holdout, self.training.seed)
 
         def judge(network: nn.Module, step: int) -> dict[str, float]:
             return _judge(replace(world, network=network), held, logs, step)
@@ -150,20 +150,6 @@ class Command:
             "training": asdict(self.training),
             "final": history[-1] if history else {},
         }
-
-
-def _split(episodes: list[Episode], share: float, seed: int) -> tuple[list[Episode], list[Episode]]:
-    """Episodes to train on, and a share to measure on."""
-    if not 0 <= share < 1:
-        raise ValueError(f"--holdout must be a share of the episodes in [0, 1), got {share}.")
-    held = set(
-        np.random.default_rng([seed, 5]).permutation(len(episodes))[: round(share * len(episodes))].tolist()
-    )
-    parts = (
-        [e for i, e in enumerate(episodes) if i not in held],
-        [e for i, e in enumerate(episodes) if i in held],
-    )
-    return parts
 
 
 def _judge(world: World, held: list[Episode], logs: Path, step: int) -> dict[str, float]:

@@ -87,6 +87,15 @@ def world_quality(world: World, episodes: Sequence[Episode], *, seed: int = 0) -
     return quality | _sensitivity(world, made, actions, seed)
 
 
+def sampler_distance(world: World, other: World, episodes: Sequence[Episode], *, seed: int = 0) -> float:
+    """How far two worlds' pictures of the same actions and the same noise are apart, in grey levels."""
+    horizon = world.task.horizon
+    first = np.stack([e.frames[0] for e in episodes])
+    actions = np.stack([_to_horizon(e.actions, horizon) for e in episodes])
+    ours, theirs = (dream(w, first, actions, seed=seed)[:, 1:].astype(np.int16) for w in (world, other))
+    return float(np.abs(ours - theirs).mean())
+
+
 def imagined_replays(world: World, episodes: Sequence[Episode], *, seed: int = 0) -> list[Episode]:
     """Labelled episodes as the world imagines them: same start, actions, length and outcome, imagined frames.
 

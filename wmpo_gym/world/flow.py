@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+VelocityFunction = Callable[[Tensor, Tensor], Tensor]
 
 PAPER_CONTEXT_NOISE = 0.05
 """Noise level of the context frames in training as the paper has it: 50 of 1000 diffusion steps (§3.2)."""
@@ -198,23 +201,46 @@ class RectifiedFlow:
         Returns:
             float32 ``(B, C, K, h, w)``.
         """
-        velocity = self._velocity_function(network, context, actions, prev_action, cached)
+        velocity = self.velocity_function(network, context, actions, prev_action, cached=cached)
+        *_, z = self.walk(velocity, noise, steps)
+        return z
+
+    def walk(self, velocity: VelocityFunction, noise: Tensor, steps: int) -> Iterator[Tensor]:
+        """The stations of the way from ``noise`` to the latents, one after each of the Euler steps.
+
+        Args:
+            velocity: From :meth:`velocity_function`.
+            noise: ``(B, C, K, h, w)`` standard normal.
+            steps: Euler steps.
+        """
         scheduler = copy.copy(_prepared_scheduler(self, steps, noise.device))
         z = noise.float()
         for t in scheduler.timesteps:
-            v = velocity(z, self._told(t).expand(z.shape[0]))
             # The scheduler's velocity points from data to noise, ours from noise to data.
-            (z,) = scheduler.step(-v.float(), t, z, return_dict=False)
-        return z
+            (z,) = scheduler.step(-velocity(z, t), t, z, return_dict=False)
+            yield z
 
-    def _velocity_function(
-        self, network: Any, context: Tensor, actions: Tensor, prev_action: Tensor | None, cached: bool
-    ) -> Any:
-        """``(z, timestep) -> velocity`` of the predicted frames, by the network's fast path if it has one."""
+    def velocity_function(
+        self,
+        network: Any,
+        context: Tensor,
+        actions: Tensor,
+        prev_action: Tensor | None = None,
+        *,
+        cached: bool = True,
+    ) -> VelocityFunction:
+        """``(z, timestep) -> velocity`` of a chunk's predicted frames, in float32; one timestep for all rows.
+
+        Arguments as :meth:`sample`.
+        """
         sigma = self._context_sigma(context)
+
+        def told(z: Tensor, t: Tensor) -> Tensor:
+            return self._told(t).expand(z.shape[0])
+
         if cached and hasattr(network, "encode_context"):
             cache = network.encode_context(context, prev_action=prev_action, sigma=sigma)
-            return lambda z, t: network.denoise(z, t, actions, cache)
+            return lambda z, t: network.denoise(z, told(z, t), actions, cache).float()
 
         n_context = context.shape[2]
         mask = torch.arange(n_context + actions.shape[1], device=context.device) < n_context
@@ -222,8 +248,8 @@ class RectifiedFlow:
 
         def velocity(z: Tensor, t: Tensor) -> Tensor:
             frames = torch.cat([context, z], dim=2)
-            out = network(frames, t, actions, mask, prev_action=prev_action, context_sigma=sigma)
-            return out[:, :, n_context:]
+            out = network(frames, told(z, t), actions, mask, prev_action=prev_action, context_sigma=sigma)
+            return out[:, :, n_context:].float()
 
         return velocity
 

@@ -21,6 +21,19 @@ def _broadcast(x: Tensor) -> Tensor:
     return x[:, None, None, None, None]
 
 
+def row_means(error: Tensor, batch: LatentBatch, changed_weight: float) -> Tensor:
+    """Weighted mean per row ``(B,)``, in shares of the batch's mean weight.
+
+    Args:
+        error: ``(B, C, K, h, w)``.
+        batch: What it is the error of; frames after an episode's end do not count.
+        changed_weight: Extra weight of pixels that changed since the last context frame.
+    """
+    changed = (batch.targets - batch.last).abs().amax(dim=1, keepdim=True) > 0.1
+    weights = (1 + changed_weight * changed) * batch.valid[:, None, :, None, None]
+    return (weights * error).mean(dim=(1, 2, 3, 4)) / weights.mean()
+
+
 @dataclass
 class ChunkObjective:
     """Loss of one chunk and the frames to go on from.
@@ -65,19 +78,9 @@ class ChunkObjective:
         noise = torch.randn(context.shape, generator=generator)
         return level, (1 - _broadcast(level)) * context + _broadcast(level) * noise
 
-    def _weights(self, batch: LatentBatch) -> Tensor:
-        changed = (batch.targets - batch.last).abs().amax(dim=1, keepdim=True) > 0.1
-        return (1 + self.changed_weight * changed) * batch.valid[:, None, :, None, None]
-
     def _frame_loss(self, prediction: Tensor, batch: LatentBatch) -> Tensor:
-        return self._mean(
-            ((prediction - batch.targets).square() + ROBUST_WIDTH**2).sqrt() - ROBUST_WIDTH, batch
-        )
-
-    def _mean(self, error: Tensor, batch: LatentBatch) -> Tensor:
-        """Weighted mean per row ``(B,)``, in shares of the batch's mean weight."""
-        weights = self._weights(batch)
-        return (weights * error).mean(dim=(1, 2, 3, 4)) / weights.mean()
+        error = ((prediction - batch.targets).square() + ROBUST_WIDTH**2).sqrt() - ROBUST_WIDTH
+        return row_means(error, batch, self.changed_weight)
 
     def _velocity_loss(
         self,
@@ -95,7 +98,8 @@ class ChunkObjective:
         velocity = network(
             frames, 1000 * sigma, batch.actions, mask, prev_action=batch.prev_action, context_sigma=level
         )
-        return self._mean((velocity[:, :, context.shape[2] :] - (batch.targets - noise)).square(), batch)
+        error = (velocity[:, :, context.shape[2] :] - (batch.targets - noise)).square()
+        return row_means(error, batch, self.changed_weight)
 
     @torch.no_grad()
     def _sample(self, network: nn.Module, batch: LatentBatch, noise: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ class WorldModelTrainer:
         config: Settings.
         context_frames: H.
         denoising_steps: Steps the network will be sampled with; self-forced contexts are made with as many.
+        objective: What is learned from a batch; None is :class:`~wmpo_gym.world.objectives.ChunkObjective`.
         weights: Relative frequency of each episode.
         checkpoint_dir: Where to keep checkpoints; a complete one found there is resumed from.
         tensorboard: Directory for TensorBoard scalars, or None.
@@ -107,6 +108,7 @@ class WorldModelTrainer:
         *,
         context_frames: int = 2,
         denoising_steps: int = 1,
+        objective: Callable[..., tuple[Tensor, Tensor]] | None = None,
         weights: Sequence[float] | None = None,
         checkpoint_dir: str | Path | None = None,
         tensorboard: str | Path | None = None,
@@ -117,7 +119,7 @@ class WorldModelTrainer:
             episodes, task, n_rows=config.batch_size, context_frames=context_frames, seed=config.seed,
             weights=weights, restart=config.restart,
         )  # fmt: skip
-        self.objective = ChunkObjective(
+        self.objective = objective or ChunkObjective(
             pure_noise=config.pure_noise,
             context_noise=config.context_noise,
             changed_weight=config.changed_weight,

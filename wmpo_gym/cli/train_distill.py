@@ -1,0 +1,128 @@
+"""``wmpo train distill``: make a world sample with fewer denoising steps."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wmpo_gym.cli.common import Flat, load_episodes, load_world, split_episodes
+from wmpo_gym.data.atomic import write_json_atomic
+from wmpo_gym.data.settings import keep_settings
+from wmpo_gym.evaluation.results import aligned
+from wmpo_gym.world.distillation import distillation_trainer, steps_to_imitate
+from wmpo_gym.world.training import WorldModelTraining
+
+if TYPE_CHECKING:
+    from wmpo_gym.data.episode import Episode
+    from wmpo_gym.world.world import World
+
+
+@dataclass(frozen=True)
+class Command:
+    """Distil the sampler of a world to one to four denoising steps.
+
+    The network learns to reach in few steps what it reached in many. What that costs is measured on held-out
+    episodes and printed: sampled as before, in few steps without distillation, and distilled. Interrupted,
+    the same command goes on from its last checkpoint, to the same weights.
+
+    Attributes:
+        world: The world to distil (directory, hub id or task name).
+        episodes: Directories of episodes; only their start frames, contexts and actions are used.
+        out: Directory of the distilled world. Checkpoints, TensorBoard curves and quality.json go to the same
+            name with .training behind it.
+        denoising_steps: Steps per chunk that are left, 1 to 4.
+        teacher_steps: Steps per chunk of the network that is imitated; the world's own by default, rounded up
+            to a multiple of --denoising-steps.
+        holdout: Share of the episodes that is kept for measuring.
+        training: How to train; --pure-noise and --context-noise have no meaning here.
+    """
+
+    world: str
+    episodes: tuple[Path, ...]
+    out: Path
+    denoising_steps: int = 1
+    teacher_steps: int | None = None
+    holdout: float = 0.1
+    training: Flat[WorldModelTraining] = field(
+        default_factory=lambda: WorldModelTraining(steps=1000, learning_rate=3e-4, recorded=0.0)
+    )
+
+    def run(self) -> None:
+        """Distil, measure, save."""
+        teacher = load_world(self.world)
+        teacher_steps = steps_to_imitate(teacher, self.denoising_steps, self.teacher_steps)
+        episodes = load_episodes(self.episodes, teacher.task)
+        kept, held = split_episodes(episodes, self.holdout, self.training.seed)
+        logs = self.out.with_name(self.out.name + ".training")
+        student, trainer = distillation_trainer(
+            teacher,
+            kept,
+            self.training,
+            denoising_steps=self.denoising_steps,
+            teacher_steps=teacher_steps,
+            checkpoint_dir=logs / "checkpoint",
+            tensorboard=logs,
+        )
+        keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k != "out"})
+        history = trainer.train(description=f"distillation to {self.denoising_steps} step(s)")
+        quality = self._quality(teacher, student, teacher_steps, held) if held else {}
+        write_json_atomic(logs / "quality.json", quality)
+        student.card = {
+            **teacher.card,
+            "distillation": {
+                "command": " ".join(["wmpo", *sys.argv[1:]]),
+                "teacher_steps": teacher_steps,
+                "episodes": len(kept),
+                "training": asdict(self.training),
+                "final": history[-1] if history else {},
+                "quality": quality,
+            },
+        }
+        student.card.pop("gates", None)  # they were measured with another sampler
+        student.save_pretrained(self.out)
+        if quality:
+            print(_table(quality))
+        print(f"the world, which now samples in {self.denoising_steps} step(s), is in {self.out}")
+
+    def _quality(
+        self, teacher: World, student: World, teacher_steps: int, held: list[Episode]
+    ) -> dict[str, dict[str, float]]:
+        """Figures on held-out episodes, by sampler."""
+        many, few = (
+            replace(teacher, config=replace(teacher.config, denoising_steps=steps))
+            for steps in (teacher_steps, self.denoising_steps)
+        )
+        samplers = {
+            f"{teacher_steps} steps": many,
+            f"{self.denoising_steps} step(s), not distilled": few,
+            f"{self.denoising_steps} step(s), distilled": student,
+        }
+        return {name: _figures(world, many, held) for name, world in samplers.items()}
+
+
+def _figures(world: World, many: World, held: list[Episode]) -> dict[str, float]:
+    """How near a sampler is to the one with many steps, to the recordings and to their outcomes."""
+    from wmpo_gym.evaluation.imagining import imagine_episodes
+    from wmpo_gym.evaluation.world_quality import sampler_distance, world_quality
+
+    figures = {"grey levels from many steps": sampler_distance(world, many, held)}
+    quality = world_quality(world, held)
+    for column, name in (("PSNR dB", "psnr_db"), ("object error px", "object_error_px")):
+        values = [v for v in quality.get(name, ()) if v is not None]
+        if values:
+            figures[column] = float(np.mean(values))
+    judged = [e for e in held if e.success is not None]
+    if judged and world.classifier is not None:
+        imagined, succeeded = imagine_episodes(world, judged)
+        figures["claims that agree %"] = 100 * float(np.mean(imagined.claimed == succeeded))
+    return figures
+
+
+def _table(quality: dict[str, dict[str, float]]) -> str:
+    columns = list(next(iter(quality.values())))
+    rows = [(name, *(f"{figures[c]:.2f}" for c in columns)) for name, figures in quality.items()]
+    return aligned([("sampler", *columns), *rows])
