@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -147,28 +148,24 @@ def test_world_fitness_shows_the_card() -> None:
     assert "physics True, honest False" in env.describe()
 
 
-def test_a_world_of_the_published_network_runs_too(real_world: World, tmp_path: Path) -> None:
-    """STDiT stands behind the same interface; its rows agree to a grey level."""
+def stdit_world(real_world: World) -> World:
+    """The world with the published network, at the size of a toy."""
     from wmpo_gym.world.stdit import STDiT
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = STDiT(
-            in_channels=3,
-            hidden_size=32,
-            depth=1,
-            num_heads=2,
-            patch_size=4,
-            predict_sigma=False,
-            action_dim=2,
-            context_frames=2,
-            chunk=3,
-            pixels_per_latent=1,
-            base_size=40,
-        ).eval()
+            in_channels=3, hidden_size=32, depth=1, num_heads=2, patch_size=4, predict_sigma=False,
+            action_dim=2, context_frames=2, chunk=3, pixels_per_latent=1, base_size=40,
+        ).eval()  # fmt: skip
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
-    replace(real_world, network=network).save_pretrained(tmp_path / "world")
+    return replace(real_world, network=network)
+
+
+def test_a_world_of_the_published_network_runs_too(real_world: World, tmp_path: Path) -> None:
+    """STDiT stands behind the same interface; its rows agree to a grey level."""
+    stdit_world(real_world).save_pretrained(tmp_path / "world")
     kwargs = {"world": str(tmp_path / "world"), "threshold": 1.0}
     batch, single = ImaginedVectorEnv(5, **kwargs), ImaginedEnv(**kwargs)
     batch.reset(seed=0)
@@ -177,6 +174,57 @@ def test_a_world_of_the_published_network_runs_too(real_world: World, tmp_path: 
         many, one = batch.step(a)[0]["pixels"][3], single.step(a[3])[0]["pixels"]
         assert np.abs(many.astype(int) - one).max() <= 1
         assert many.std() > 0
+
+
+def test_bfloat16_is_a_copy_and_nearly_the_same(real_world: World) -> None:
+    world = stdit_world(real_world)
+    frames = []
+    for dtype in ("float32", "bfloat16"):
+        env = ImaginedVectorEnv(2, world=world, threshold=1.0, dtype=dtype)
+        env.reset(seed=0)
+        frames.append(env.step(chunks(2)[0])[0]["pixels"].astype(int))
+    difference = np.abs(frames[0] - frames[1])
+    assert 0 < difference.mean() < 3 < frames[0].std()
+    assert world.network.dtype == torch.float32
+    with pytest.raises(ValueError, match="ConvWorldModel does not compute in 'bfloat16'"):
+        ImaginedVectorEnv(2, world=real_world, dtype="bfloat16").reset(seed=0)
+    with pytest.raises(ValueError, match="'float8'; it does in float32 and bfloat16"):
+        ImaginedVectorEnv(2, world=world, dtype="float8").reset(seed=0)
+
+
+def test_compiled_halves_are_the_ones_that_run(real_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, calls = [], []
+
+    def fake_compile(function):
+        compiled.append(function.__name__)
+        return lambda *args, **kwargs: (calls.append(function.__name__), function(*args, **kwargs))[1]
+
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    for world in (real_world, stdit_world(real_world)):
+        plain, quick = (ImaginedVectorEnv(2, world=world, threshold=1.0, compile=c) for c in (False, True))
+        plain.reset(seed=0)
+        quick.reset(seed=0)
+        assert_same(plain.step(chunks(2)[0])[0], quick.step(chunks(2)[0])[0])
+    assert compiled == ["encode_context", "denoise"] * 2
+    assert calls == ["encode_context", *["denoise"] * WORLD.config.denoising_steps] * 2
+
+
+@pytest.mark.slow
+def test_a_really_compiled_network_gives_the_same_frames(real_world: World) -> None:
+    shutil.which("g++") or pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    for world in (real_world, stdit_world(real_world)):
+        plain, quick = (ImaginedVectorEnv(4, world=world, threshold=1.0, compile=c) for c in (False, True))
+        plain.reset(seed=0)
+        quick.reset(seed=0)
+        ours, theirs = (env.step(chunks(4)[0])[0]["pixels"].astype(int) for env in (plain, quick))
+        assert np.abs(ours - theirs).max() <= 1
+
+
+def test_rows_at_once_are_those_the_network_wants(real_world: World) -> None:
+    for options, rows in (({}, 32), ({"max_batch": 5}, 5)):
+        env = ImaginedVectorEnv(40, world=real_world, **options)
+        env.reset(seed=0)
+        assert env._max_batch == rows
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc's heap is tuned")
