@@ -241,7 +241,10 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         """The world's networks, and the copies that compute in another dtype."""
         parts = [self.world.classifier]
         for owner in (self.world, self._imagination):
-            parts += [getattr(owner.network, "original", owner.network), getattr(owner.autoencoder, "vae", None)]
+            parts += [
+                getattr(owner.network, "original", owner.network),
+                getattr(owner.autoencoder, "vae", None),
+            ]
         return list({id(network): network for network in parts if network is not None}.values())
 
     def _move_to(self, place: str) -> None:
