@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Processes that run tests; each uses one thread.
 JOBS ?= 2
+# `make EXTRAS=all,test` also installs robosuite, which needs a C compiler and the kernel's headers.
+EXTRAS ?= sim,vla,train,video,data,serve,test
 # Passed on to the command, for instance `make demo ARGS="--seed 1"`.
 ARGS ?=
 
@@ -39,7 +41,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 1; }
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --constraint constraints.txt torch==2.13.0 setuptools wheel
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[all,test]'
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(READY)

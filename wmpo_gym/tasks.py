@@ -7,7 +7,7 @@ them repeats a number that stands here.
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 SPLITS = ("train", "validation", "test")
@@ -76,6 +76,7 @@ class Task:
             moves the tool by, where that is known; a starting point for the world model.
         variants: Names of the scene variants of the simulator; the first is the nominal one.
         symmetries: Transformations under which the task is invariant.
+        simulator: Settings of the simulator that belong to the task, as JSON (see :func:`robosuite_task`).
     """
 
     name: str
@@ -93,6 +94,7 @@ class Task:
     motion_px: tuple[float, float] | None = None
     variants: tuple[str, ...] = ("nominal",)
     symmetries: tuple[Symmetry, ...] = ()
+    simulator: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.horizon % self.chunk:
@@ -105,6 +107,32 @@ class Task:
     def n_chunks(self) -> int:
         """Decisions per full-length episode."""
         return self.horizon // self.chunk
+
+    @property
+    def base_name(self) -> str:
+        """The name without an image size: ``"lift"`` of ``"lift@64"``."""
+        return self.name.partition("@")[0]
+
+    def at(self, image_size: int) -> Task:
+        """The same task seen in pictures of another size, named ``"<name>@<image_size>"``.
+
+        Args:
+            image_size: Side of the observation in pixels.
+
+        Raises:
+            ValueError: If the size is not positive.
+        """
+        if image_size < 1:
+            raise ValueError(f"The image size must be a positive number of pixels, got {image_size}.")
+        scale = image_size / self.image_size
+        motion = self.motion_px and (self.motion_px[0] * scale, self.motion_px[1] * scale)
+        return replace(
+            self,
+            name=f"{self.base_name}@{image_size}",
+            image_size=image_size,
+            success_tolerance_px=self.success_tolerance_px * scale,
+            motion_px=motion,
+        )
 
     def split_ids(self, split: str) -> range:
         """Start-state ids of a split.
@@ -141,7 +169,10 @@ class Task:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` restores it."""
-        return asdict(self)
+        data = asdict(self)
+        if not self.simulator:  # results and worlds from before there were settings compare as equal
+            del data["simulator"]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Task:
@@ -182,7 +213,103 @@ MOVE_BLOCK = Task(
     ),
 )
 
-TASKS: dict[str, Task] = {MOVE_BLOCK.name: MOVE_BLOCK}
+
+def _panda_task(
+    name: str, instruction: str, horizon: int, tolerance_px: float, variants: tuple[str, ...]
+) -> Task:
+    """A task of the Panda arm on robosuite; what all of them share is the published system's.
+
+    Chunks of 8 steps at 20 Hz; an action is a displacement of the hand in metres, a rotation vector in
+    radians and the gripper (closed above 0), as robosuite's operational-space controller takes them; one
+    third-person camera at 256 x 256.
+    """
+    return Task(
+        name=name,
+        instructions=(instruction,),
+        horizon=horizon,
+        chunk=8,
+        action_dim=7,
+        control_hz=20.0,
+        image_size=256,
+        start_states=StartStates(train=8192, validation=512, test=1024, seed=2511),
+        action_low=(-0.05, -0.05, -0.05, -0.5, -0.5, -0.5, -1.0),
+        action_high=(0.05, 0.05, 0.05, 0.5, 0.5, 0.5, 1.0),
+        success_tolerance_px=tolerance_px,
+        variants=variants,
+    )
+
+
+LOOKS = ("nominal", "background", "texture")
+MOVABLE = ("nominal", "moved-goal", "background", "texture")
+# Horizons and instructions of the last four are the published ones; docs/tasks.md has all sources.
+PANDA_TASKS = (
+    _panda_task("lift", "lift the cube", 64, 10.0, LOOKS),
+    _panda_task("stack", "stack the red cube on the green cube", 128, 10.0, LOOKS),
+    _panda_task("square", "insert the square into the stick", 184, 15.0, MOVABLE),
+    _panda_task("stack-three", "stack_three", 320, 10.0, LOOKS),
+    _panda_task("three-piece-assembly", "three_piece_assembly", 384, 10.0, MOVABLE),
+    _panda_task("coffee", "coffee", 256, 10.0, MOVABLE),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in (MOVE_BLOCK, *PANDA_TASKS)}
+ROBOSUITE = "robosuite:"
+
+
+def robosuite_task(
+    env_name: str,
+    *,
+    instruction: str | None = None,
+    horizon: int = 400,
+    chunk: int = 8,
+    action_dim: int = 7,
+    image_size: int = 256,
+    camera: str = "agentview",
+    robots: str = "Panda",
+    controller: str | dict[str, Any] | None = None,
+    packages: tuple[str, ...] = (),
+    env_kwargs: dict[str, Any] | None = None,
+    start_states: StartStates = PANDA_TASKS[0].start_states,
+) -> Task:
+    """Any environment that is registered with robosuite, as a task of ``WMPO-Simulated-v0``.
+
+    ``get_task("robosuite:<env_name>")`` is the same with the defaults.
+
+    Args:
+        env_name: Its name in robosuite's registry, for instance ``"Door"``.
+        instruction: What is to be done; None is the name.
+        horizon: Episode limit in control steps, a multiple of ``chunk``.
+        chunk: Actions per decision.
+        action_dim: Numbers per action of robot and controller.
+        image_size: Side of the observation in pixels.
+        camera: Name of the camera.
+        robots: Name of the robot.
+        controller: Name, file or contents of a robosuite controller configuration; None is the robot's own.
+        packages: Packages to import first because they register the environment.
+        env_kwargs: Further arguments of ``robosuite.make``, as JSON.
+        start_states: Start states; an id seeds the environment's reset.
+    """
+    settings: dict[str, Any] = {
+        "env_name": env_name,
+        "camera": camera,
+        "robots": robots,
+        "controller": controller,
+        "packages": list(packages),
+        "env_kwargs": env_kwargs or {},
+    }
+    return Task(
+        name=f"{ROBOSUITE}{env_name}",
+        instructions=(instruction or env_name,),
+        horizon=horizon,
+        chunk=chunk,
+        action_dim=action_dim,
+        control_hz=float(settings["env_kwargs"].get("control_freq", 20)),
+        image_size=image_size,
+        start_states=start_states,
+        action_low=(-1.0,) * action_dim,
+        action_high=(1.0,) * action_dim,
+        success_tolerance_px=image_size / 25,
+        simulator=settings,
+    )
 
 
 def register_task(task: Task) -> None:
@@ -199,12 +326,27 @@ def register_task(task: Task) -> None:
 def get_task(task: str | Task) -> Task:
     """Look a task up by name; a :class:`Task` is returned as it is.
 
+    Args:
+        task: A name in :data:`TASKS` or ``"robosuite:<name of a robosuite environment>"``; ``"@64"`` behind
+            it asks for pictures of 64 x 64 pixels.
+
     Raises:
         ValueError: If the name is unknown; the message lists the names and the nearest one.
     """
     if isinstance(task, Task):
         return task
-    if task not in TASKS:
-        near = difflib.get_close_matches(str(task), TASKS, n=1, cutoff=0.0)
-        raise ValueError(f"Unknown task {task!r}. Known tasks: {', '.join(TASKS)}. Did you mean {near[0]!r}?")
-    return TASKS[task]
+    if task in TASKS:
+        return TASKS[task]
+    name, _, size = str(task).partition("@")
+    if name not in TASKS and not name.startswith(ROBOSUITE):
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)
+        raise ValueError(
+            f"Unknown task {task!r}. Known tasks: {', '.join(TASKS)}, or {ROBOSUITE}EnvName. Did you mean "
+            f"{near[0]!r}?"
+        )
+    found = TASKS[name] if name in TASKS else robosuite_task(name.removeprefix(ROBOSUITE))
+    if not size:
+        return found
+    if not size.isdigit():
+        raise ValueError(f"What follows the @ in {task!r} must be a size in pixels, as in '{name}@64'.")
+    return found.at(int(size))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
-from wmpo_gym.tasks import Task, get_task
+from wmpo_gym.tasks import PANDA_TASKS, ROBOSUITE, Task, get_task
 
 
 class Simulator(Protocol):
@@ -40,8 +41,10 @@ class Simulator(Protocol):
 SimulatorFactory = Callable[..., Simulator]
 
 # "module:class" or a callable taking (variant, task); a string is imported when the first simulator is made.
+ROBOSUITE_SIM = "wmpo_gym.envs.simulated.tabletop.sim:RobosuiteSim"
 SIMULATORS: dict[str, str | SimulatorFactory] = {
     "move-block": "wmpo_gym.envs.simulated.move_block:MoveBlockSim",
+    **{task.name: ROBOSUITE_SIM for task in PANDA_TASKS},
 }
 
 
@@ -56,6 +59,13 @@ def register_simulator(task: str | Task, factory: str | SimulatorFactory) -> Non
     SIMULATORS[get_task(task).name] = factory
 
 
+def find_simulator(task: Task) -> str | SimulatorFactory | None:
+    """What makes a task's simulator: a callable, the name of one, or None if there is none."""
+    if task.base_name.startswith(ROBOSUITE):
+        return SIMULATORS.get(task.name, ROBOSUITE_SIM)
+    return SIMULATORS.get(task.name, SIMULATORS.get(task.base_name))
+
+
 def make_simulator(task: str | Task = "move-block", variant: str = "nominal") -> Simulator:
     """Make the simulator of a task.
 
@@ -66,9 +76,11 @@ def make_simulator(task: str | Task = "move-block", variant: str = "nominal") ->
     Raises:
         ValueError: If the task has no simulator or no such variant.
         ModuleNotFoundError: If the physics library is missing; the message holds the pip line.
+        OSError: If MUJOCO_GL names an OpenGL library that is not there.
     """
     task = get_task(task)
-    if task.name not in SIMULATORS:
+    factory = find_simulator(task)
+    if factory is None:
         raise ValueError(
             f"Task {task.name!r} has no simulator; there are simulators for {', '.join(SIMULATORS)}. "
             "Add yours with wmpo_gym.envs.simulated.register_simulator."
@@ -77,7 +89,6 @@ def make_simulator(task: str | Task = "move-block", variant: str = "nominal") ->
         raise ValueError(
             f"Unknown variant {variant!r} of {task.name!r}; choose one of {', '.join(task.variants)}."
         )
-    factory = SIMULATORS[task.name]
     if isinstance(factory, str):
         module, _, name = factory.partition(":")
         try:
@@ -87,5 +98,10 @@ def make_simulator(task: str | Task = "move-block", variant: str = "nominal") ->
                 f"The simulator of {task.name!r} needs the package {error.name!r}. Install it with: "
                 "pip install 'wmpo-gym[sim]'",
                 name=error.name,
+            ) from error
+        except (AttributeError, ImportError) as error:  # how MuJoCo fails where that library is missing
+            raise OSError(
+                f"MuJoCo cannot be imported with MUJOCO_GL={os.environ.get('MUJOCO_GL')!r} ({error}). "
+                "Unset it, or apt-get install what it names: libegl1 libgl1 for egl, libosmesa6 for osmesa."
             ) from error
     return factory(variant=variant, task=task)

@@ -1,0 +1,96 @@
+"""What the simulator has to know about each task beside the task itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mujoco
+import numpy as np
+
+from wmpo_gym.tasks import ROBOSUITE, Task
+
+HERE = "wmpo_gym.envs.simulated.tabletop"
+GREY_TABLE = "table_mat"  # robosuite's arenas bring this material; it is the published disruption too
+DARK_WOOD = (70.0, 42.0, 24.0)  # mean colour
+
+
+@dataclass(frozen=True)
+class Definition:
+    """How to build a task's scene and its variants.
+
+    Attributes:
+        env_name: Name of the environment in robosuite's registry.
+        packages: Packages that register it.
+        camera: Camera of the observation.
+        robots: Name of the robot.
+        controller: Controller configuration; None is the robot's default.
+        env_kwargs: Further arguments of ``robosuite.make``.
+        main_object: Joint of the object whose place decides, "" if unknown.
+        wooden: Texture that turns to dark wood in the variant ``"texture"``.
+        goal: Body that stands elsewhere in the variant ``"moved-goal"``.
+        goal_shift: Smallest and largest shift of it in metres, ``((x, y), (x, y))``.
+    """
+
+    env_name: str
+    packages: tuple[str, ...] = ()
+    camera: str = "agentview"
+    robots: str = "Panda"
+    controller: str | dict[str, Any] | None = None
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    main_object: str = ""
+    wooden: str = ""
+    goal: str = ""
+    goal_shift: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (0.0, 0.0))
+
+    def apply(self, model: mujoco.MjModel, variant: str) -> None:
+        """Change the looks of a fresh model to those of a variant, in place."""
+        if variant == "background":
+            model.geom_matid[model.geom("table_visual").id] = model.material(GREY_TABLE).id
+        elif variant == "texture":
+            _paint(model, self.wooden, dark_wood)
+
+    def move_goal(self, model: mujoco.MjModel, variant: str, rng: np.random.Generator) -> None:
+        """Shift the goal at the beginning of an episode, in place."""
+        if variant == "moved-goal":
+            model.body_pos[model.body(self.goal).id, :2] += rng.uniform(*self.goal_shift)
+
+
+DEFINITIONS: dict[str, Definition] = {
+    "lift": Definition("Lift", main_object="cube_joint0", wooden="cube_redwood"),
+    "stack": Definition("Stack", main_object="cubeA_joint0", wooden="cubeB_greenwood"),
+    "square": Definition(
+        "NutAssemblySquare",
+        main_object="SquareNut_joint0",
+        wooden="brass-metal",
+        goal="peg1",
+        goal_shift=((0.0, -0.04), (0.0, 0.0)),
+    ),
+}
+
+
+def definition_of(task: Task) -> Definition:
+    """The definition of a task: one of ours, or what :func:`wmpo_gym.tasks.robosuite_task` wrote down."""
+    if task.base_name in DEFINITIONS:
+        return DEFINITIONS[task.base_name]
+    settings = task.simulator or {"env_name": task.base_name.removeprefix(ROBOSUITE)}
+    return Definition(**{**settings, "packages": tuple(settings.get("packages", ()))})
+
+
+def dark_wood(height: int, width: int) -> np.ndarray:
+    """Picture of dark wood, uint8 ``(height, width, 3)``: the grain runs along the columns."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    rings = 9 * x + 0.25 * np.sin(5 * y) + 0.06 * np.sin(23 * y + 9 * x)
+    grain = 1.0 + 0.35 * np.sin(2 * np.pi * rings) * np.cos(2 * np.pi * 0.31 * rings)
+    return np.clip(grain[..., None] * DARK_WOOD, 0, 255).astype(np.uint8)
+
+
+def _paint(model: mujoco.MjModel, texture: str, picture: Callable[[int, int], np.ndarray]) -> None:
+    """Write a picture into a texture of the model, in place."""
+    index = model.texture(texture).id
+    height, width, channels = (int(t[index]) for t in (model.tex_height, model.tex_width, model.tex_nchannel))
+    start, size = int(model.tex_adr[index]), height * width * channels
+    colours = picture(width, width)  # a cube's six faces lie below one another
+    tiled = np.tile(colours, (height // width, 1, 1)) if height > width else colours[:height]
+    model.tex_data[start : start + size] = np.resize(tiled[..., :channels], size)
