@@ -1,4 +1,7 @@
-"""Scripted behaviour for ``move-block``: a demonstrator with settable mistakes, and task-agnostic play."""
+"""Scripted behaviour: demonstrators with settable mistakes, and task-agnostic play.
+
+What is here by itself is for ``move-block``; the arm's scripts are in ``tabletop.expert``.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,13 @@ from typing import Any
 import numpy as np
 
 from wmpo_gym.data.episode import Episode
+from wmpo_gym.envs.simulated import make_simulator
 from wmpo_gym.envs.simulated.move_block import BLOCKS, REACH, STEP_LENGTH, WORKSPACE, MoveBlockSim
+from wmpo_gym.envs.simulated.tabletop.expert import ArmExpertConfig, arm_expert, arm_play
+from wmpo_gym.envs.simulated.tabletop.sim import RobosuiteSim
+from wmpo_gym.tasks import Task, get_task
 
-Controller = Callable[[MoveBlockSim], np.ndarray]
+Controller = Callable[[Any], np.ndarray]
 RETREAT = np.array([0.1, 0.0])  # where the demonstrator waits after letting go
 
 
@@ -127,13 +134,53 @@ def _miss(rng: np.random.Generator) -> np.ndarray:
     return length * np.array([np.cos(angle), np.sin(angle)])
 
 
+AnyExpert = ExpertConfig | ArmExpertConfig
+
+
+def default_expert(task: str | Task) -> AnyExpert:
+    """A demonstrator of the task without systematic mistakes."""
+    return ExpertConfig() if get_task(task).base_name == "move-block" else ArmExpertConfig()
+
+
+def demonstrator(sim: Any, config: AnyExpert | None, rng: np.random.Generator) -> Controller:
+    """The demonstrator for a simulator's present start state.
+
+    Raises:
+        ValueError: If there is none for its task, or the mistakes are those of another kind of task.
+    """
+    makers: dict[type, tuple[type, Any]] = {
+        MoveBlockSim: (ExpertConfig, expert_controller),
+        RobosuiteSim: (ArmExpertConfig, arm_expert),
+    }
+    if type(sim) not in makers:
+        raise ValueError(f"There is no scripted expert for {type(sim).__name__}; let a policy act.")
+    kind, make = makers[type(sim)]
+    if not isinstance(config, kind | None):
+        raise ValueError(
+            f"The expert of {sim.task.name!r} is set by {kind.__name__}, got {type(config).__name__}."
+        )
+    return make(sim, config or kind(), rng)
+
+
+def player(sim: Any, rng: np.random.Generator) -> Controller:
+    """Task-agnostic play from a simulator's present start state.
+
+    Raises:
+        ValueError: If there is none for its task.
+    """
+    makers: dict[type, Any] = {MoveBlockSim: play_controller, RobosuiteSim: arm_play}
+    if type(sim) not in makers:
+        raise ValueError(f"There is no scripted play for {type(sim).__name__}; let a policy act.")
+    return makers[type(sim)](sim, rng)
+
+
 def record(
-    sim: MoveBlockSim, act: Controller, *, horizon: int, stop_at_success: bool
+    sim: Any, act: Controller, *, horizon: int, stop_at_success: bool
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Run a controller from the present state.
 
     Returns:
-        Frames ``(T+1, H, W, 3)`` uint8, actions ``(T, 3)`` float32, and whether the task succeeded.
+        Frames ``(T+1, H, W, 3)`` uint8, actions ``(T, D)`` float32, and whether the task succeeded.
     """
     frames, actions = [sim.render()], []
     for _ in range(horizon):
@@ -146,43 +193,50 @@ def record(
 
 
 def record_expert(
-    start_state_ids: Iterable[int], *, seed: int, config: ExpertConfig | None = None, variant: str = "nominal"
+    start_state_ids: Iterable[int],
+    *,
+    seed: int,
+    config: AnyExpert | None = None,
+    variant: str = "nominal",
+    task: str | Task = "move-block",
 ) -> Iterator[Episode]:
     """Demonstrations, failures included, one per start state.
 
     Args:
         start_state_ids: Where to start.
         seed: Seed of the demonstrator; each episode's noise depends on the seed and its id only.
-        config: The demonstrator's mistakes.
+        config: The demonstrator's mistakes; None is :func:`default_expert`.
         variant: Scene variant.
+        task: Task or its name.
     """
-    config, sim = config or ExpertConfig(), MoveBlockSim(variant)
+    sim: Any = make_simulator(task, variant)
+    config = config or default_expert(task)
     for start in start_state_ids:
         sim.reset(start)
-        rng = np.random.default_rng([seed, start, 1])
-        frames, actions, success = record(
-            sim, expert_controller(sim, config, rng), horizon=sim.task.horizon, stop_at_success=True
-        )
+        act = demonstrator(sim, config, np.random.default_rng([seed, start, 1]))
+        frames, actions, success = record(sim, act, horizon=sim.task.horizon, stop_at_success=True)
         yield _episode(
             sim, frames, actions, success, {"source": "expert", "seed": seed, "expert": config.to_dict()}
         )
 
 
-def record_play(start_state_ids: Iterable[int], *, seed: int, variant: str = "nominal") -> Iterator[Episode]:
+def record_play(
+    start_state_ids: Iterable[int],
+    *,
+    seed: int,
+    variant: str = "nominal",
+    task: str | Task = "move-block",
+) -> Iterator[Episode]:
     """Unlabelled play of full length, one episode per start state; arguments as :func:`record_expert`."""
-    sim = MoveBlockSim(variant)
+    sim: Any = make_simulator(task, variant)
     for start in start_state_ids:
         sim.reset(start)
-        rng = np.random.default_rng([seed, start, 2])
-        frames, actions, _ = record(
-            sim, play_controller(sim, rng), horizon=sim.task.horizon, stop_at_success=False
-        )
+        act = player(sim, np.random.default_rng([seed, start, 2]))
+        frames, actions, _ = record(sim, act, horizon=sim.task.horizon, stop_at_success=False)
         yield _episode(sim, frames, actions, None, {"source": "play", "seed": seed})
 
 
-def _episode(
-    sim: MoveBlockSim, frames: np.ndarray, actions: np.ndarray, success: bool | None, meta: dict
-) -> Episode:
+def _episode(sim: Any, frames: np.ndarray, actions: np.ndarray, success: bool | None, meta: dict) -> Episode:
     return Episode(
         frames=frames,
         actions=actions,

@@ -32,7 +32,7 @@ def made(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     (root / "network.json").write_text(json.dumps(TINY_NETWORK))
     assert wmpo("collect", "--out", root / "demos", "--episodes", 16, "--aim-offset", "0.1", "0.1") == 0
-    assert wmpo("collect", "--out", root / "play", "--actor", "play", "--episodes", 4) == 0
+    assert wmpo("collect", "--out", root / "play", "--policy", "play", "--episodes", 4) == 0
     assert (
         wmpo(
             "train", "sft", "--episodes", root / "demos", "--out", root / "policy", "--steps", 4, "--batch", 8
@@ -97,8 +97,6 @@ def test_collect_with_a_policy(made, tmp_path):
         "collect",
         "--out",
         tmp_path / "p",
-        "--actor",
-        "policy",
         "--policy",
         made / "policy",
         "--episodes",

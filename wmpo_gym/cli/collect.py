@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from wmpo_gym.cli.common import Flat, choose_start_states, load_policy
+import tyro
+
+from wmpo_gym.cli.common import Flat, choose_start_states, load_policy, option_value
 from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.data.store import EpisodeStore
-from wmpo_gym.envs.simulated.scripted import ExpertConfig, record_expert, record_play
+from wmpo_gym.envs.simulated.scripted import (
+    AnyExpert,
+    ExpertConfig,
+    default_expert,
+    record_expert,
+    record_play,
+)
 from wmpo_gym.tasks import Task, get_task
 
 
@@ -21,22 +30,22 @@ class Command:
     ``--episodes`` it adds to them.
 
     Attributes:
-        out: Directory of the episodes.
-        actor: Who acts: the scripted expert, task-agnostic play (no labels), or a policy.
-        policy: Directory, hub id or task name (the bundled one) of the policy, for ``--actor policy``.
+        out: Directory of the episodes; default runs/episodes-TASK.
+        policy: Who acts: expert (the scripted one), play (task-agnostic, no labels), or the directory, hub id
+            or task name (the bundled one) of a policy.
         greedy: Let the policy act greedily instead of sampling.
-        task: Task.
+        task: Task; NAME@64 asks for pictures of 64 x 64 pixels.
         episodes: How many.
         split: Split the start states are drawn from.
         variant: Scene variant.
         seed: Decides the start states and everything random.
         num_envs: Rows that a policy acts in at once.
+        video: Also write a video of every episode, under OUT/videos.
         expert: The expert's mistakes.
     """
 
-    out: Path
-    actor: Literal["expert", "play", "policy"] = "expert"
-    policy: str = "move-block"
+    out: Path | None = None
+    policy: str = "expert"
     greedy: bool = False
     task: str = "move-block"
     episodes: int = 128
@@ -44,36 +53,47 @@ class Command:
     variant: str = "nominal"
     seed: int = 0
     num_envs: int = 64
-    expert: Flat[ExpertConfig] = field(default_factory=ExpertConfig)
+    video: bool = False
+    expert: Flat[tyro.conf.AvoidSubcommands[AnyExpert]] = field(default_factory=ExpertConfig)
+
+    @classmethod
+    def default_for(cls, options: Sequence[str]) -> Command:
+        """The defaults of the task that the options name."""
+        return cls(expert=default_expert(option_value(options, "--task", cls.task)))
 
     def run(self) -> None:
         """Record what is missing and say how it went."""
         task = get_task(self.task)
+        out = self.out or Path("runs") / f"episodes-{task.name.replace(':', '-')}"
         ids = choose_start_states(task, self.split, self.episodes, self.seed)
         # A longer collection is the same one continued; all the rest decides what gets recorded.
         keep_settings(
-            self.out / "collection.json",
-            {k: v for k, v in asdict(self).items() if k not in ("out", "episodes")},
+            out / "collection.json",
+            {k: v for k, v in asdict(self).items() if k not in ("out", "episodes", "video")},
         )
-        store = EpisodeStore(self.out)
-        if self.actor == "policy":
-            self._act(task, ids, store)
-        else:
+        store = EpisodeStore(out)
+        if self.policy in ("expert", "play"):
             self._script(task, ids, store)
-        self._summarise(store)
+        else:
+            self._act(task, ids, store)
+        if self.video:
+            _film(store, out / "videos", task)
+        _summarise(store, out)
 
     def _script(self, task: Task, ids: list[int], store: EpisodeStore) -> None:
         from wmpo_gym.progress import progress_bar
 
-        if task.name != "move-block":
-            raise ValueError(f"Task {task.name!r} has no scripted actor; use --actor policy.")
         present = set(store.ids())
         missing = [i for i in ids if i not in present]
-        if self.actor == "expert":
-            recording = record_expert(missing, seed=self.seed, config=self.expert, variant=self.variant)
+        if self.policy == "expert":
+            recording = record_expert(
+                missing, seed=self.seed, config=self.expert, variant=self.variant, task=task
+            )
         else:
-            recording = record_play(missing, seed=self.seed, variant=self.variant)
-        with progress_bar(total=len(ids), initial=len(ids) - len(missing), desc=self.actor, unit="ep") as bar:
+            recording = record_play(missing, seed=self.seed, variant=self.variant, task=task)
+        with progress_bar(
+            total=len(ids), initial=len(ids) - len(missing), desc=self.policy, unit="ep"
+        ) as bar:
             for episode in recording:
                 store.append(episode)
                 bar.update()
@@ -91,10 +111,22 @@ class Command:
         finally:
             env.close()
 
-    def _summarise(self, store: EpisodeStore) -> None:
-        from wmpo_gym.evaluation.statistics import success_rate
 
-        outcomes = store.outcomes()
-        labelled = [o for o in outcomes if o is not None]
-        rate = f", success {success_rate(labelled)}" if labelled else ", unlabelled"
-        print(f"{len(outcomes)} episodes in {self.out}{rate}")
+def _film(store: EpisodeStore, directory: Path, task: Task) -> None:
+    """One video per episode, named by its start state."""
+    from wmpo_gym.evaluation.video import save_video
+
+    scale = max(1, 256 // task.image_size)
+    for episode in store:
+        path = directory / f"{episode.start_state_id:06d}.mp4"
+        if not path.exists():
+            save_video(path, episode.frames, fps=task.control_hz, scale=scale)
+
+
+def _summarise(store: EpisodeStore, out: Path) -> None:
+    from wmpo_gym.evaluation.statistics import success_rate
+
+    outcomes = store.outcomes()
+    labelled = [o for o in outcomes if o is not None]
+    rate = f", success {success_rate(labelled)}" if labelled else ", unlabelled"
+    print(f"{len(outcomes)} episodes in {out}{rate}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -146,3 +147,16 @@ def split_episodes(episodes: list[Episode], share: float, seed: int) -> tuple[li
         [e for i, e in enumerate(episodes) if i in held],
     )
     return parts
+
+
+def option_value(options: Sequence[str], name: str, default: str) -> str:
+    """The value of one option before all are read, for defaults that depend on it.
+
+    Args:
+        options: The words after the command.
+        name: The option, for instance ``"--task"``.
+        default: Its value where it is not given.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(name, dest="value", default=default)
+    return str(parser.parse_known_args([w for w in options if w not in ("-h", "--help")])[0].value)

@@ -1,8 +1,9 @@
 """Finds the sub-command, reads its options, runs it, and explains what goes wrong.
 
 A sub-command is a module of this package with a frozen dataclass ``Command``: its fields are the options, its
-docstring is the help, and ``run()`` does the work by calling the floors below. Only the module that is asked
-for gets imported, so that ``wmpo --help`` answers at once.
+docstring is the help, and ``run()`` does the work by calling the floors below. Where defaults depend on an
+option, a class method ``default_for(options)`` gives them. Only the module that is asked for is imported, so
+that ``wmpo --help`` answers at once.
 
 Exit status: 0 done, 1 done but the answer is no (a gate failed, for instance), 2 wrong input or a file that
 cannot be used, 130 interrupted.
@@ -49,6 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 # Module that is missing -> extra that brings it.
 EXTRAS = {
     "mujoco": "sim",
+    "robosuite": "robosuite",
     "transformers": "vla",
     "peft": "vla",
     "stable_baselines3": "train",
@@ -167,7 +169,8 @@ def _read_options(name: str, options: list[str]) -> CommandLike:
     import tyro
 
     command: Any = importlib.import_module(COMMANDS[name][0]).Command
-    return tyro.cli(command, prog=f"wmpo {name}", args=options)
+    default = command.default_for(options) if hasattr(command, "default_for") else None
+    return tyro.cli(command, prog=f"wmpo {name}", args=options, default=default)
 
 
 def _explain(error: Exception) -> str:
