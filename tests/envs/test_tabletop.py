@@ -13,15 +13,22 @@ import pytest
 
 import wmpo_gym  # noqa: F401
 from wmpo_gym.envs.simulated import make_simulator
-from wmpo_gym.tasks import get_task, robosuite_task
+from wmpo_gym.tasks import PANDA_TASKS, get_task, robosuite_task
 
 pytest.importorskip("robosuite", exc_type=ImportError)
 
+from wmpo_gym.envs.simulated.scripted import ExpertConfig, record_expert, record_play  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop import camera  # noqa: E402
+from wmpo_gym.envs.simulated.tabletop.expert import ArmExpertConfig  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop.osc import ArmControl, is_plain_osc  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop.scene import Scene, shared_scene  # noqa: E402
 
-TASKS = ("lift", "stack", "square")
+TASKS = tuple(task.name for task in PANDA_TASKS)
+
+
+def some(*fast: str) -> list[Any]:
+    """Every task; all but a few only when slow tests are wanted, since each builds a scene."""
+    return [t if t in fast else pytest.param(t, marks=pytest.mark.slow) for t in TASKS]
 
 
 def sim_of(task: str, variant: str = "nominal") -> Any:
@@ -78,7 +85,7 @@ def test_fewer_triangles_do_not_change_the_physics(monkeypatch: pytest.MonkeyPat
     assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 5
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", some("lift"))
 def test_rows_repeat_and_restore_exactly(task: str) -> None:
     """Two rows of one scene, stepped in turns, do what each does alone, also after a restore."""
     first, second = sim_of(task), sim_of(task)
@@ -126,7 +133,7 @@ def test_global_generators_are_left_alone() -> None:
 
 
 # -- Gymnasium -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("task", ["lift@64", *(pytest.param(t, marks=pytest.mark.slow) for t in TASKS)])
+@pytest.mark.parametrize("task", some("lift"))
 def test_both_check_envs_pass_without_a_warning(task: str) -> None:
     from gymnasium.utils.env_checker import check_env
     from stable_baselines3.common.env_checker import check_env as sb3_check_env
@@ -134,7 +141,7 @@ def test_both_check_envs_pass_without_a_warning(task: str) -> None:
     sim_of("lift").reset(0)  # robosuite's own imports warn
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(gymnasium.make("WMPO-Simulated-v0", task=task, render_mode="rgb_array").unwrapped)
+        check_env(gymnasium.make("WMPO-Simulated-v0", task=f"{task}@64", render_mode="rgb_array").unwrapped)
         sb3_check_env(gymnasium.make("WMPO-Simulated-v0", task=task).unwrapped)
 
 
@@ -184,8 +191,58 @@ def test_square_succeeds_with_the_nut_around_its_peg() -> None:
     assert not sim.success
 
 
+def test_stack_three_succeeds_with_the_whole_tower() -> None:
+    sim = sim_of("stack-three")
+    sim.reset(0)
+    green = sim.scene.data.body("cubeB_main").xpos[2]
+    place(sim, "cubeB_joint0", (0.1, 0.1, green))
+    place(sim, "cubeA_joint0", (0.1, 0.1, green + 0.0449))
+    assert not sim.success
+    place(sim, "cubeC_joint0", (0.1, 0.1, green + 0.0848))
+    assert sim.success
+    place(sim, "cubeC_joint0", (0.1, 0.1, green + 0.095))  # above it, without touching
+    assert not sim.success
+
+
+def test_assembly_succeeds_with_both_pieces_in() -> None:
+    sim = sim_of("three-piece-assembly")
+    sim.reset(0)
+    x, y, z = sim.scene.data.body("base_main").xpos
+    place(sim, "first_joint0", (x, y, z + 0.04))
+    assert not sim.success
+    place(sim, "second_joint0", (x, y, z + 0.062))
+    assert sim.success
+    place(sim, "second_joint0", (x, y, z + 0.102))  # the peg stands on the tube
+    assert not sim.success
+    place(sim, "second_joint0", (x, y, z + 0.087))
+    place(sim, "first_joint0", (x, y, z + 0.065))  # the peg is in the tube, the tube on the base
+    assert not sim.success
+
+
+def test_coffee_succeeds_with_the_pod_in_and_the_lid_down() -> None:
+    sim = sim_of("coffee")
+    sim.reset(0)
+    scene = sim.scene
+    cup = scene.data.site("machine_cup").xpos.copy()
+    place(sim, "pod_joint0", (cup[0], cup[1], cup[2] + 0.014))
+    assert not sim.success
+    scene.data.joint("machine_hinge").qpos[0] = 0.05
+    scene.load(scene.dump())
+    assert sim.success
+    place(sim, "pod_joint0", (0.0, 0.2, 0.814))
+    assert not sim.success
+
+
+def test_lid_stays_up_by_itself() -> None:
+    sim = sim_of("coffee")
+    sim.reset(0)
+    for _ in range(20):
+        sim.step(np.zeros(7))
+    assert sim.scene.data.joint("machine_hinge").qpos[0] > 1.4
+
+
 # -- pictures and variants -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("task", ["lift", *(pytest.param(t, marks=pytest.mark.slow) for t in TASKS[1:])])
+@pytest.mark.parametrize("task", some("lift"))
 def test_variants_look_different_and_start_alike(task: str) -> None:
     nominal = sim_of(task)
     nominal.reset(5)
@@ -198,16 +255,63 @@ def test_variants_look_different_and_start_alike(task: str) -> None:
         assert np.array_equal(sim.get_state(), state) == (variant != "moved-goal")
 
 
+def goals_of(sim: Any, body: str, n: int = 8) -> np.ndarray:
+    places = []
+    for i in range(n):
+        sim.reset(i)
+        places.append(sim.scene.data.body(body).xpos.copy())
+    return np.array(places)
+
+
 def test_moved_goal_stays_in_its_rectangle() -> None:
     sim = sim_of("square", "moved-goal")
-    places = []
-    for i in range(8):
-        sim.reset(i)
-        places.append(sim.scene.data.body("peg1").xpos.copy())
-    places = np.array(places)
+    places = goals_of(sim, "peg1")
     assert np.ptp(places[:, 0]) == 0 and 0.06 <= places[:, 1].min() < places[:, 1].max() <= 0.10
-    sim.reset(0)
-    assert np.array_equal(sim.scene.data.body("peg1").xpos, places[0])
+    assert np.array_equal(goals_of(sim, "peg1", 1), places[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "body", "limit"), [("three-piece-assembly", "base_main", 0.02), ("coffee", "machine_main", 0.03)]
+)
+def test_moved_goals_of_our_own_tasks(task: str, body: str, limit: float) -> None:
+    nominal, moved = (goals_of(sim_of(task, v), body) for v in ("nominal", "moved-goal"))
+    assert np.ptp(nominal, axis=0).max() == 0
+    shift = np.abs(moved - nominal)
+    assert (
+        shift[:, :2].max() <= limit and shift[:, 2].max() == 0 and len(np.unique(moved[:, 0])) == len(moved)
+    )
+
+
+# -- demonstrators -------------------------------------------------------------------------------------------
+def demonstrate(task: str, ids: range, **mistakes: Any) -> list[bool]:
+    return [
+        e.success for e in record_expert(ids, seed=0, config=ArmExpertConfig(**mistakes), task=f"{task}@16")
+    ]
+
+
+def test_expert_lifts_and_its_mistakes_show() -> None:
+    assert sum(demonstrate("lift", range(4))) >= 3
+    assert not any(demonstrate("lift", range(2), grasp_offset=(0.0, 0.0, 0.06)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_experts_mostly_succeed(task: str) -> None:
+    assert sum(demonstrate(task, range(20))) >= 16
+
+
+def test_play_is_unlabelled_and_repeats() -> None:
+    one, two = (next(record_play([3], seed=s, task="lift@16")) for s in (0, 0))
+    assert one.success is None and one.n_steps == 64
+    assert np.array_equal(one.actions, two.actions) and np.array_equal(one.frames, two.frames)
+
+
+def test_mistakes_of_another_kind_of_expert_are_refused() -> None:
+    with pytest.raises(ValueError, match="'lift@16' is set by ArmExpertConfig, got ExpertConfig"):
+        next(record_expert([0], seed=0, config=ExpertConfig(), task="lift@16"))
+    with pytest.raises(ValueError, match="'robosuite:Door' has no scripted expert; there is one for lift,"):
+        next(record_expert([0], seed=0, task="robosuite:Door"))
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])

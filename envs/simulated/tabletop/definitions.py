@@ -11,7 +11,7 @@ import numpy as np
 
 from wmpo_gym.tasks import ROBOSUITE, Task
 
-HERE = "wmpo_gym.envs.simulated.tabletop"
+OWN = ("wmpo_gym.envs.simulated.tabletop.own_tasks",)  # registers three of them
 GREY_TABLE = "table_mat"  # robosuite's arenas bring this material; it is the published disruption too
 DARK_WOOD = (70.0, 42.0, 24.0)  # mean colour
 
@@ -66,6 +66,25 @@ DEFINITIONS: dict[str, Definition] = {
         wooden="brass-metal",
         goal="peg1",
         goal_shift=((0.0, -0.04), (0.0, 0.0)),
+    ),
+    "stack-three": Definition(
+        "WmpoStackThree", packages=OWN, main_object="cubeA_joint0", wooden="cubeB_green"
+    ),
+    "three-piece-assembly": Definition(
+        "WmpoThreePieceAssembly",
+        packages=OWN,
+        main_object="first_joint0",
+        wooden="base_base",
+        goal="base_main",
+        goal_shift=((-0.02, -0.02), (0.02, 0.02)),
+    ),
+    "coffee": Definition(
+        "WmpoCoffee",
+        packages=OWN,
+        main_object="pod_joint0",
+        wooden="machine_machine",
+        goal="machine_main",
+        goal_shift=((-0.03, -0.03), (0.03, 0.03)),
     ),
 }
 

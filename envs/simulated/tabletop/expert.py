@@ -219,7 +219,63 @@ def _turns(heading: float) -> tuple[float, float]:
     return min(choices)[1:]
 
 
-SCRIPTS: dict[str, Callable[[Arm], Script]] = {"lift": lift, "stack": stack, "square": square}
+def stack_three(arm: Arm) -> Script:
+    """The red cube onto the green one, then the blue one onto the red one."""
+    yield from put_on(arm, "cubeA_main", "cubeB_main", gap=0.045)
+    yield from put_on(arm, "cubeC_main", "cubeA_main", gap=0.04)
+
+
+def insert(
+    arm: Arm, piece: str, into: str, *, grasp: float, above: float, depth: float, yaw: float = 0.0
+) -> Script:
+    """Fetch a piece, put it into a hole from above, and let go.
+
+    Args:
+        arm: The arm.
+        piece: Body of the piece.
+        into: Body with the hole.
+        grasp: Metres above the piece's centre where it is gripped.
+        above: Height of the piece's centre over that of the other body at which it is clear of it.
+        depth: The same, where it rests when it is in.
+        yaw: Heading of the hand.
+    """
+    yield from arm.pick(piece, offset=np.array([0.0, 0.0, grasp]), yaw=yaw, height=0.12)
+    aim = arm.body(into) + arm.place_error()
+
+    def over(height: float) -> np.ndarray:
+        return aim - (arm.body(piece) - arm.position) + (0.0, 0.0, height)
+
+    yield from arm.reach(lambda: over(above), yaw, tolerance=0.006, settle=3)
+    yield from arm.reach(lambda: over(depth), yaw, patience=25, tolerance=0.005)
+    yield from arm.grip(OPEN, yaw, steps=6)
+    yield from arm.reach(arm.position + (0.0, 0.0, 0.1), yaw, tolerance=0.02)
+
+
+def assemble(arm: Arm) -> Script:
+    """The tube into the base, the peg into the tube."""
+    yield from insert(arm, "first_main", "base_main", grasp=0.018, above=0.09, depth=0.042)
+    yield from insert(arm, "second_main", "first_main", grasp=0.02, above=0.08, depth=0.024)
+
+
+def make_coffee(arm: Arm) -> Script:
+    """The pod into the cup, then the lid down."""
+    # The lid stands close behind the cup: the hand's narrow side goes there.
+    yaw, machine = np.pi / 2, "machine_main"
+    yield from insert(arm, "pod_main", machine, grasp=0.006, above=0.15, depth=0.114, yaw=yaw)
+    yield from arm.reach(arm.body(machine) + (0.0, 0.03, 0.26), yaw, tolerance=0.02)
+    yield from arm.grip(CLOSED, yaw, steps=1)
+    for y, z in ((-0.11, 0.26), (-0.11, 0.18), (0.01, 0.18), (0.03, 0.14)):
+        yield from arm.reach(arm.body(machine) + (0.0, y, z), yaw, tolerance=0.015, patience=25)
+
+
+SCRIPTS: dict[str, Callable[[Arm], Script]] = {
+    "lift": lift,
+    "stack": stack,
+    "square": square,
+    "stack-three": stack_three,
+    "three-piece-assembly": assemble,
+    "coffee": make_coffee,
+}
 
 
 Actor = Callable[[Any], np.ndarray]
