@@ -8,7 +8,8 @@ import numpy as np
 from gymnasium.utils import EzPickle
 
 from wmpo_gym.envs.chunk_env import Chunk, ChunkEnv, ChunkVectorEnv, Starts, State
-from wmpo_gym.envs.simulated import Simulator, make_simulator
+from wmpo_gym.envs.simulated import Simulator
+from wmpo_gym.envs.simulated.rows import SimulatorRows, WorkerRows
 from wmpo_gym.envs.validation import ResetOptions
 from wmpo_gym.tasks import Task, get_task
 
@@ -18,7 +19,8 @@ class SimulatedVectorEnv(ChunkVectorEnv):
 
     ## Description
     The task in a physics simulator: one simulator per row, made at the first reset (so that no renderer
-    exists when processes are started). Physics has no noise: ``noise_seed`` is accepted and changes nothing.
+    exists when processes are started), in this process or in spawned ones. Physics has no noise:
+    ``noise_seed`` is accepted and changes nothing.
 
     ## Action Space
     ``Box(-1, 1, (K, D), float32)``: one chunk of K control steps.
@@ -51,24 +53,35 @@ class SimulatedVectorEnv(ChunkVectorEnv):
         num_envs: Rows.
         task: Task or its name; None is ``"move-block"``.
         variant: Scene variant, one of ``task.variants``.
+        num_workers: Spread the rows over so many spawned processes; 0 keeps them in this one.
         **kwargs: See :class:`~wmpo_gym.envs.chunk_env.ChunkVectorEnv`.
 
     Raises:
-        ValueError: If the task or the variant is unknown.
+        ValueError: If the task or the variant is unknown, or the number of workers negative.
     """
 
     def __init__(
-        self, num_envs: int = 1, task: str | Task | None = None, *, variant: str = "nominal", **kwargs: Any
+        self,
+        num_envs: int = 1,
+        task: str | Task | None = None,
+        *,
+        variant: str = "nominal",
+        num_workers: int = 0,
+        **kwargs: Any,
     ) -> None:
-        EzPickle.__init__(self, num_envs, task, variant=variant, **kwargs)
+        EzPickle.__init__(self, num_envs, task, variant=variant, num_workers=num_workers, **kwargs)
         task = get_task("move-block" if task is None else task)
         if variant not in task.variants:
             raise ValueError(
                 f"Unknown variant {variant!r} of {task.name!r}; choose one of {', '.join(task.variants)}."
             )
+        if num_workers < 0:
+            raise ValueError(
+                f"num_workers counts processes, got {num_workers}; 0 keeps the rows in this one."
+            )
         super().__init__(num_envs, task, **kwargs)
-        self.variant = variant
-        self._simulators: list[Simulator] = []
+        self.variant, self.num_workers = variant, min(num_workers, num_envs)
+        self._rows: SimulatorRows | WorkerRows | None = None
 
     @property
     def start_state_ids(self) -> np.ndarray:
@@ -77,16 +90,17 @@ class SimulatedVectorEnv(ChunkVectorEnv):
 
     @property
     def simulators(self) -> tuple[Simulator, ...]:
-        """One simulator per row; empty before the first reset."""
-        return tuple(self._simulators)
+        """One simulator per row; empty before the first reset and with workers, who have them."""
+        return () if self._rows is None else tuple(self._rows.simulators)
 
     def describe(self) -> str:
         """Readable summary, with the scene variant."""
         return f"{super().describe()}\nscene: {self.variant}"
 
     def _open(self) -> None:
-        if not self._simulators:
-            self._simulators = [make_simulator(self.task_spec, self.variant) for _ in range(self.num_envs)]
+        if self._rows is None:
+            scene = self.task_spec, self.variant, self.num_envs
+            self._rows = WorkerRows(*scene, self.num_workers) if self.num_workers else SimulatorRows(*scene)
 
     def _check_choice(self, choice: ResetOptions) -> None:
         if choice.start_frames is not None:
@@ -97,52 +111,39 @@ class SimulatedVectorEnv(ChunkVectorEnv):
         super()._check_choice(choice)
 
     def _begin(self, starts: Starts) -> tuple[np.ndarray, np.ndarray]:
-        chosen = [self._simulators[row] for row in starts.rows]
-        for simulator, start_state_id in zip(chosen, starts.start_state_ids, strict=True):
-            simulator.reset(int(start_state_id))
-        return np.stack([s.render() for s in chosen]), np.array([s.task_id for s in chosen], np.int64)
+        assert self._rows is not None, "opened by the reset"
+        begun = self._rows.begin(starts.rows.tolist(), starts.start_state_ids.tolist())
+        return np.stack([frame for frame, _ in begun]), np.array([task_id for _, task_id in begun], np.int64)
 
     def _advance(self, rows: np.ndarray, actions: np.ndarray) -> Chunk:
+        assert self._rows is not None, "opened by the reset"
         self.ledger.real_episodes += int(np.count_nonzero(self._episode.n_steps[rows] == 0))
-        clips, executed = [], []
-        for row, chunk in zip(rows, actions, strict=True):
-            clip, n_frames = self._run(self._simulators[row], chunk)
-            clips.append(clip)
-            executed.append(n_frames)
-        success = np.array([self._simulators[row].success for row in rows])
-        self.ledger.real_steps += sum(executed)
+        chunks = self._rows.advance(rows.tolist(), actions, self.wants_frames)
+        success = np.array([chunk.success for chunk in chunks])
+        self.ledger.real_steps += sum(chunk.n_frames for chunk in chunks)
         return Chunk(
-            pixels=np.stack([clip[-1] for clip in clips]),
-            n_frames=np.array(executed),
+            pixels=np.stack([chunk.frames[-1] for chunk in chunks]),
+            n_frames=np.array([chunk.n_frames for chunk in chunks]),
             is_success=success,
             success_prob=success.astype(np.float64),
-            frames=np.stack([_padded(clip, actions.shape[1]) for clip in clips])
+            frames=np.stack([_padded(chunk.frames, actions.shape[1]) for chunk in chunks])
             if self.wants_frames
             else None,
         )
 
-    def _run(self, simulator: Simulator, actions: np.ndarray) -> tuple[list[np.ndarray], int]:
-        """Execute actions (K, D) up to success; return the frames that are needed and the steps executed."""
-        frames: list[np.ndarray] = []
-        for n_frames, action in enumerate(actions, start=1):
-            simulator.step(action)
-            over = simulator.success or n_frames == len(actions)
-            if over or self.wants_frames:
-                frames.append(simulator.render())
-            if over:
-                break
-        return frames, n_frames
-
     def _dump_rows(self, rows: np.ndarray) -> State:
-        return {"simulator": np.stack([self._simulators[row].get_state() for row in rows])}
+        assert self._rows is not None, "opened by the reset"
+        return {"simulator": np.stack(self._rows.dump(rows.tolist()))}
 
     def _load_rows(self, rows: np.ndarray, state: State) -> None:
-        for row, packed in zip(rows, state["simulator"], strict=True):
-            self._simulators[row].set_state(packed)
+        assert self._rows is not None, "opened by the reset"
+        self._rows.load(rows.tolist(), list(state["simulator"]))
 
     def close_extras(self, **kwargs: Any) -> None:
         """Release the simulators."""
-        self._simulators = []
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
 
 
 def _padded(clip: list[np.ndarray], length: int) -> np.ndarray:
