@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -165,6 +166,7 @@ class WorkerRows:
 
 def _serve(pipe: Connection, task: Task, variant: str, n_rows: int) -> None:
     """What a worker does until its pipe is closed."""
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer; there is a process per core
     rows: SimulatorRows | None = None
     while True:
         try:
