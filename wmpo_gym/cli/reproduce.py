@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,8 @@ from typing import Annotated
 import tyro
 
 from wmpo_gym.recipe.run import run_recipe
-from wmpo_gym.recipe.settings import Recipe
+from wmpo_gym.recipe.settings import Recipe, recipe_for
+from wmpo_gym.tasks import get_task
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Command:
     Interrupted, the same command goes on with the stage it was in.
 
     Attributes:
-        task: Task.
+        task: Task; NAME@64 asks for pictures of 64 x 64 pixels.
         seed: Everything random derives from it.
         out: Directory of the run; default runs/reproduce-TASK-SEED.
         recipe: Every other number.
@@ -32,10 +34,25 @@ class Command:
     task: Annotated[str, tyro.conf.Positional] = "move-block"
     seed: int = 0
     out: Path | None = None
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: tyro.conf.AvoidSubcommands[Recipe] = field(default_factory=Recipe)
+
+    @classmethod
+    def default_for(cls, options: Sequence[str]) -> Command:
+        """The recipe of the task that the options name."""
+        task = next((w for w in options if not w.startswith("-") and _is_task(w)), cls.task)
+        recipe = recipe_for(task)
+        return cls(task=recipe.task, recipe=recipe)
 
     def run(self) -> None:
         """Run what is missing."""
-        recipe = replace(self.recipe, task=self.task, seed=self.seed)
-        out = self.out or Path("runs") / f"reproduce-{self.task}-{self.seed}"
+        recipe = replace(self.recipe, task=recipe_for(self.task).task, seed=self.seed)
+        out = self.out or Path("runs") / f"reproduce-{recipe.task.replace(':', '-')}-{self.seed}"
         run_recipe(recipe, out, command=" ".join(["wmpo", *sys.argv[1:]]))
+
+
+def _is_task(word: str) -> bool:
+    try:
+        get_task(word)
+    except ValueError:
+        return False
+    return True

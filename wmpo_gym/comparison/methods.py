@@ -227,7 +227,9 @@ def train_wmpo_lifelong(shop: Workshop) -> Trained:
 def train_on_demonstrations(shop: Workshop) -> Trained:
     """Imitate P demonstrations more, of the same expert."""
     recipe, seed = shop.run.recipe, shop.cell.seed
-    more = list(record_expert(shop.run.starts["rollouts"], seed=seed + 1, config=recipe.expert))
+    more = list(
+        record_expert(shop.run.starts["rollouts"], seed=seed + 1, config=recipe.expert, task=shop.task)
+    )
     policy = train_sft([*shop.demonstrations, *more], shop.task, settings=recipe.sft, seed=seed)
     spent = Ledger(real_episodes=len(more), real_steps=sum(e.n_steps for e in more))
     return Trained(policy, spent, Ledger())

@@ -16,7 +16,7 @@ FULL_COLOUR = 140.0  # excess of a pixel that a block covers entirely, after the
 
 
 def locate_coloured_block(frames: np.ndarray, task_ids: np.ndarray) -> np.ndarray:
-    """Centre of the named block of ``move-block`` by its colour.
+    """Centre of the named block by its colour: of ``move-block``, or the red cube of the arm's tasks.
 
     The excess of a channel over the two others is proportional to the share of the pixel that the block
     covers, so its centre of mass is exact to a few hundredths of a pixel. The tool hides the same part of the
@@ -24,7 +24,7 @@ def locate_coloured_block(frames: np.ndarray, task_ids: np.ndarray) -> np.ndarra
 
     Args:
         frames: uint8 (N, ..., H, W, 3).
-        task_ids: int (N,); 0 names the red block, 1 the blue one.
+        task_ids: int (N,); 0 names the red one, 1 the blue one.
 
     Returns:
         float64 (N, ..., 2), continuous pixels (column, row); NaN where the block is not to be seen.
@@ -43,7 +43,10 @@ def locate_coloured_block(frames: np.ndarray, task_ids: np.ndarray) -> np.ndarra
     return centre
 
 
-LOCATORS: dict[str, Locator] = {"move-block": locate_coloured_block}
+LOCATORS: dict[str, Locator] = {
+    name: locate_coloured_block for name in ("move-block", "lift", "stack", "stack-three")
+}
+EPISODES_AT_ONCE = 32  # floating-point copies of more clips would fill the memory
 
 
 def object_error(
@@ -61,9 +64,13 @@ def object_error(
         float64 (N, T) in pixels: the picture's width where imagination has lost the object, NaN where the
         twin does not show it either. None if the task has no locator.
     """
-    if task.name not in LOCATORS:
+    if task.base_name not in LOCATORS:
         return None
-    here, there = (LOCATORS[task.name](clip, task_ids) for clip in (imagined, twin))
+    locate, task_ids = LOCATORS[task.base_name], np.asarray(task_ids)
+    parts = [slice(i, i + EPISODES_AT_ONCE) for i in range(0, len(imagined), EPISODES_AT_ONCE)]
+    here, there = (
+        np.concatenate([locate(clips[part], task_ids[part]) for part in parts]) for clips in (imagined, twin)
+    )
     error = np.linalg.norm(here - there, axis=-1)
     error[np.isnan(here).any(axis=-1)] = imagined.shape[-2]
     error[np.isnan(there).any(axis=-1)] = np.nan

@@ -1,7 +1,8 @@
 """How fast the arm's tasks run beside robosuite's own Gymnasium wrapper: ``python -m`` this module.
 
 Every figure comes from a process of its own, one after the other. Frames per second of wall-clock time depend
-on what else the machine does; frames per second of processor time hardly do. robosuite's wrapper also needs h5py.
+on what else the machine does; frames per second of processor time hardly do. robosuite's wrapper also needs
+h5py.
 """
 
 from __future__ import annotations

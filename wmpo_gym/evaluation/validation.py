@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.envs.simulated import SIMULATORS
+from wmpo_gym.envs.simulated import ROBOSUITE_SIM, find_simulator
 from wmpo_gym.evaluation.gates import (
     GATES,
     MAX_ITERATIONS,
@@ -259,7 +259,8 @@ def action_sensitivity(
 
 def has_simulator(task: Task) -> bool:
     """Whether the task's twin can be run here."""
-    return task.name in SIMULATORS and (
-        not str(SIMULATORS[task.name]).startswith("wmpo_gym.")
-        or importlib.util.find_spec("mujoco") is not None
-    )
+    factory = find_simulator(task)
+    if factory is None or not str(factory).startswith("wmpo_gym."):
+        return factory is not None
+    needed = ("mujoco", "robosuite") if factory == ROBOSUITE_SIM else ("mujoco",)
+    return all(importlib.util.find_spec(package) is not None for package in needed)

@@ -8,6 +8,7 @@ be judged too.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from wmpo_gym.data.episode import Episode
 from wmpo_gym.evaluation.locate import object_error
 from wmpo_gym.world.world import World
 
+ROWS_AT_ONCE = 128  # episodes that the network imagines side by side; more would fill the memory
 LEAST_SQUARED_ERROR = 1e-3  # of grey levels; keeps the PSNR of a perfect frame finite (78 dB)
 
 
@@ -36,11 +38,16 @@ def dream(world: World, frames: np.ndarray, actions: np.ndarray, *, seed: int = 
 
     imagination, n = world.imagination(), len(frames)
     generator = torch.Generator().manual_seed(seed)
-    state, clips = imagination.start(frames), [frames[:, None]]
+    # Never a batch of one: rows do not depend on their batch from two rows on.
+    parts = [slice(i, j) for i, j in itertools.pairwise([*range(0, max(n - 1, 1), ROWS_AT_ONCE), n])]
+    states, clips = [imagination.start(frames[part]) for part in parts], [frames[:, None]]
     for chunk in np.split(actions, actions.shape[1] // world.task.chunk, axis=1):
         noise = torch.randn((n, *imagination.noise_shape), generator=generator)
-        made, state = imagination.step(state, chunk, noise)
-        clips.append(made.cpu().numpy())
+        made = []
+        for i, part in enumerate(parts):
+            pictures, states[i] = imagination.step(states[i], chunk[part], noise[part])
+            made.append(pictures.cpu().numpy())
+        clips.append(np.concatenate(made))
     return np.concatenate(clips, axis=1)
 
 

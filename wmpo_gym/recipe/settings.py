@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from wmpo_gym.envs.simulated.scripted import ExpertConfig
+from wmpo_gym.envs.simulated.scripted import AnyExpert, ExpertConfig
+from wmpo_gym.envs.simulated.tabletop.expert import ArmExpertConfig
 from wmpo_gym.policies.sft import SFTSettings
-from wmpo_gym.tasks import Task
+from wmpo_gym.tasks import Task, get_task
 from wmpo_gym.world.training import WorldModelTraining
 
 FIRST_ROLLOUTS = 128  # the paper's smaller P
@@ -73,7 +74,7 @@ class Recipe:
     task: str = "move-block"
     seed: int = 0
     demos: int = 200
-    expert: ExpertConfig = ExpertConfig(aim_offset=(0.0, 0.157), aim_tilt=0.15, grasp_offset=(-0.03, -0.03))
+    expert: AnyExpert = ExpertConfig(aim_offset=(0.0, 0.157), aim_tilt=0.15, grasp_offset=(-0.03, -0.03))
     # The colours' symmetry is no mistake of the expert's; the mirror's would undo the biased aim.
     sft: SFTSettings = SFTSettings(steps=500, symmetries=("swap colours",))
     play: int = 2400
@@ -129,6 +130,31 @@ class Recipe:
             pretrain=replace(self.pretrain, seed=self.seed * 10 + 1),
             align=replace(self.align, seed=self.seed * 10 + 2),
         )
+
+
+# The arm at the size that two cores carry; `wmpo reproduce lift` runs it.
+LIFT = Recipe(
+    task="lift@64",
+    demos=300,
+    expert=ArmExpertConfig(),
+    sft=SFTSettings(steps=600),
+    play=400,
+    pretrain=WorldModelTraining(steps=2500, batch_size=16, learning_rate=1.2e-3),
+    align=WorldModelTraining(steps=1000, batch_size=16, learning_rate=6e-4, recorded=0.0),
+    gate_episodes=128,
+    test_episodes=512,
+)
+RECIPES: dict[str, Recipe] = {"move-block": Recipe(), "lift": LIFT}
+
+
+def recipe_for(task: str) -> Recipe:
+    """The recipe for a task named on the command line, where a name without a size takes the recipe's.
+
+    The arm's other tasks get lift's.
+    """
+    recipe = RECIPES.get(get_task(task).base_name, LIFT)
+    _, at, size = (task if "@" in task else recipe.task).partition("@")
+    return replace(recipe, task=f"{get_task(task).base_name}{at}{size}")
 
 
 # From the bundled base policy and play-trained world model; the rest as in a full run, shorter.

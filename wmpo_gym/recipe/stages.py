@@ -79,16 +79,16 @@ class Run:
     # -- data ------------------------------------------------------------------------------------------------
     def demonstrations(self) -> list[Episode]:
         """Episodes of the mis-calibrated expert, failures included."""
-        seed, expert = self.recipe.seed, self.recipe.expert
+        seed, expert, task = self.recipe.seed, self.recipe.expert, self.task
         return self._recorded(
-            "demos", "Demonstrations", lambda ids: record_expert(ids, seed=seed, config=expert)
+            "demos", "Demonstrations", lambda ids: record_expert(ids, seed=seed, config=expert, task=task)
         )
 
     def play(self) -> list[Episode]:
         """Unlabelled, task-agnostic play."""
-        seed = self.recipe.seed
+        seed, task = self.recipe.seed, self.task
         return self._recorded(
-            "play", "Task-agnostic play (no labels)", lambda ids: record_play(ids, seed=seed)
+            "play", "Task-agnostic play (no labels)", lambda ids: record_play(ids, seed=seed, task=task)
         )
 
     def _recorded(

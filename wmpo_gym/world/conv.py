@@ -176,12 +176,16 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
     def for_task(cls, task: Task, seed: int, **changes: Any) -> ConvWorldModel:
         """An untrained network that fits a task; the global generator is left alone.
 
+        The patch grows with the picture (2 at 40 pixels, 4 at 64, 8 at 128), so that the U-Net always works
+        at 16 to 24 places a side.
+
         Args:
             task: Gives the sizes and how far a step moves things.
             seed: Seed of the weights.
             **changes: Any other argument of the class.
         """
         sizes = {"image_size": task.image_size, "chunk": task.chunk, "action_dim": task.action_dim}
+        sizes["patch"] = next(p for p in (2, 4, 8, 16, 32) if task.image_size <= 24 * p or p == 32)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(**{**sizes, "shift_init": task.motion_px or (0.0, 0.0), **changes})
