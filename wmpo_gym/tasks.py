@@ -125,13 +125,13 @@ class Task:
         if image_size < 1:
             raise ValueError(f"The image size must be a positive number of pixels, got {image_size}.")
         scale = image_size / self.image_size
-        motion = self.motion_px and (self.motion_px[0] * scale, self.motion_px[1] * scale)
+        motion, tolerance = self.motion_px, self.success_tolerance_px
         return replace(
             self,
             name=f"{self.base_name}@{image_size}",
             image_size=image_size,
-            success_tolerance_px=self.success_tolerance_px * scale,
-            motion_px=motion,
+            success_tolerance_px=None if tolerance is None else tolerance * scale,
+            motion_px=None if motion is None else (motion[0] * scale, motion[1] * scale),
         )
 
     def split_ids(self, split: str) -> range:
@@ -307,7 +307,7 @@ def robosuite_task(
         start_states=start_states,
         action_low=(-1.0,) * action_dim,
         action_high=(1.0,) * action_dim,
-        success_tolerance_px=image_size / 25,
+        success_tolerance_px=None,
         simulator=settings,
     )
 

@@ -15,8 +15,10 @@ import wmpo_gym  # noqa: F401
 from wmpo_gym.envs.simulated import make_simulator
 from wmpo_gym.tasks import PANDA_TASKS, get_task, robosuite_task
 
-pytest.importorskip("robosuite", exc_type=ImportError)
+robosuite = pytest.importorskip("robosuite", exc_type=ImportError)
 
+from wmpo_gym.data.importers.base import SourceError  # noqa: E402
+from wmpo_gym.data.importers.replay import make_state_renderer  # noqa: E402
 from wmpo_gym.envs.simulated.scripted import ExpertConfig, record_expert, record_play  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop import camera  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop.expert import ArmExpertConfig  # noqa: E402
@@ -338,6 +340,35 @@ def test_displacement_moves_the_object_that_matters() -> None:
     after = {n: sim.scene.data.body(n).xpos for n in before}
     assert np.allclose(after["cubeA_main"] - before["cubeA_main"], (0.002, -0.001, 0), atol=1e-12)
     assert np.array_equal(after["cubeB_main"], before["cubeB_main"])
+
+
+def test_recorded_states_are_drawn_as_they_looked() -> None:
+    sim = sim_of("lift")
+    sim.reset(0)
+    scene, states, seen = sim.scene, [], []
+    for action in wave(0, 3):
+        sim.step(action)
+        states.append(np.concatenate([[scene.data.time], scene.data.qpos, scene.data.qvel]))
+        seen.append(sim.render())
+    elsewhere = scene.env.sim.model.get_xml().replace(
+        os.path.dirname(robosuite.__file__), "/home/me/robosuite"
+    )
+    assert "/home/me/robosuite/models" in elsewhere
+    args = {"env_name": "Lift", "type": 1}
+    drawer = make_state_renderer(args, "agentview_image", 64, "lift.hdf5")
+    drawn = drawer.render(np.stack(states), elsewhere)
+    # Saved as text, the scene loses its last digits.
+    assert np.abs(drawn.astype(int) - np.stack(seen)).mean() < 0.05
+    with pytest.raises(SourceError, match="states of 32 numbers, the file holds"):
+        drawer.render(np.zeros((2, 31)), elsewhere)
+    with pytest.raises(SourceError, match="no scene"):
+        drawer.render(np.stack(states), None)
+    with pytest.raises(SourceError, match="link0.stl of package 'robosuite', which does not have it"):
+        drawer.render(np.stack(states), elsewhere.replace("robots/panda", "robots/pando"))
+    with pytest.raises(SourceError, match="of package 'mimicgen_', which is not installed"):
+        drawer.render(np.stack(states), elsewhere.replace("me/robosuite/models", "me/mimicgen_/models"))
+    drawer.close()
+    drawer.close()
 
 
 # -- any robosuite environment -------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ StateRendererFactory = Callable[[Mapping[str, Any], str, int], StateRenderer]
 
 # Name of the environment in the file -> factory, or "module:name" of one, imported when it is needed.
 STATE_RENDERERS: dict[str, str | StateRendererFactory] = {}
+# What robomimic calls the type of an environment -> the same, for environments without an entry of their own.
+STATE_RENDERERS_BY_TYPE: dict[int, str | StateRendererFactory] = {
+    1: "wmpo_gym.envs.simulated.tabletop.replay:RobosuiteStates",
+}
 
 
 def register_state_renderer(env_name: str, factory: str | StateRendererFactory) -> None:
@@ -65,14 +69,14 @@ def make_state_renderer(
         SourceError: If nothing can draw them.
     """
     name = env_args.get("env_name")
-    if name not in STATE_RENDERERS:
+    factory = STATE_RENDERERS.get(str(name)) or STATE_RENDERERS_BY_TYPE.get(env_args.get("type", -1))
+    if factory is None:
         raise SourceError(
             f"{where} holds simulator states of {name!r} and no pictures, and nothing here can draw them "
             f"(known: {', '.join(STATE_RENDERERS) or 'none'}). Add the pictures with robomimic's "
             "dataset_states_to_obs, or name what draws them with "
             "wmpo_gym.data.importers.register_state_renderer."
         )
-    factory = STATE_RENDERERS[name]
     if isinstance(factory, str):
         module, _, attribute = factory.partition(":")
         factory = getattr(importlib.import_module(module), attribute)
