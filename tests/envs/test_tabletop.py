@@ -15,13 +15,13 @@ import wmpo_gym  # noqa: F401
 from wmpo_gym.envs.simulated import make_simulator
 from wmpo_gym.tasks import PANDA_TASKS, get_task, robosuite_task
 
-robosuite = pytest.importorskip("robosuite", exc_type=ImportError)
+robosuite = pytest.importorskip("robosuite")
 
 from wmpo_gym.data.importers.base import SourceError  # noqa: E402
 from wmpo_gym.data.importers.replay import make_state_renderer  # noqa: E402
 from wmpo_gym.envs.simulated.scripted import ExpertConfig, record_expert, record_play  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop import camera  # noqa: E402
-from wmpo_gym.envs.simulated.tabletop.expert import ArmExpertConfig  # noqa: E402
+from wmpo_gym.envs.simulated.tabletop.expert import ArmExpertConfig, arm_expert  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop.osc import ArmControl, is_plain_osc  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop.scene import Scene, shared_scene  # noqa: E402
 
@@ -301,6 +301,18 @@ def test_expert_lifts_and_its_mistakes_show() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_experts_mostly_succeed(task: str) -> None:
     assert sum(demonstrate(task, range(20))) >= 16
+
+
+@pytest.mark.parametrize(("height", "last"), [(0.0, "held"), (0.06, "missed")])
+def test_contact_tells_a_grasp_from_a_miss(height: float, last: str) -> None:
+    sim = sim_of("lift")
+    sim.reset(0)
+    act = arm_expert(sim, ArmExpertConfig(grasp_offset=(0.0, 0.0, height)), np.random.default_rng(0))
+    seen = []
+    for _ in range(40):
+        sim.step(act(sim))
+        seen.append(sim.contact)
+    assert seen[0] is None and seen[-1] == last and ("held" in seen) == (last == "held")
 
 
 def test_play_is_unlabelled_and_repeats() -> None:

@@ -26,6 +26,7 @@ class RobosuiteSim:
         self.task, self.variant = get_task(task), variant
         self.start_state_id = -1
         self.saved: np.ndarray | None = None
+        self._closing = False  # whether the last action closed the gripper
         self._shared = shared_scene(self.task, variant)
 
     @property
@@ -42,10 +43,11 @@ class RobosuiteSim:
         """
         self.task.split_of(start_state_id)
         self.scene.start(start_state_id)
-        self.start_state_id = start_state_id
+        self.start_state_id, self._closing = start_state_id, False
 
     def step(self, action: np.ndarray) -> None:
         """Advance one control step; ``action`` is ``(action_dim,)`` in [-1, 1]."""
+        self._closing = bool(action[-1] > 0)
         self.scene.step(np.asarray(action, dtype=np.float64))
 
     def render(self) -> np.ndarray:
@@ -68,7 +70,7 @@ class RobosuiteSim:
             ValueError: If the array has another length.
         """
         self.scene.load(np.asarray(state)[:-1])
-        self.start_state_id = int(state[-1])
+        self.start_state_id, self._closing = int(state[-1]), False
 
     @property
     def main_body(self) -> str:
@@ -84,6 +86,20 @@ class RobosuiteSim:
             )
         model = self._shared.model
         return model.body(int(model.joint(joint).bodyid[0])).name
+
+    @property
+    def contact(self) -> str | None:
+        """``"held"`` with the main object between the fingers, ``"missed"`` with them closing without it.
+
+        Raises:
+            ValueError: If it is not known which object matters.
+        """
+        model, env = self._shared.model, self.scene.env
+        geoms = np.flatnonzero(model.geom_bodyid == model.body(self.main_body).id)
+        names = [model.geom(int(i)).name for i in geoms if model.geom_contype[i]]
+        if env._check_grasp(gripper=env.robots[0].gripper, object_geoms=names):
+            return "held"
+        return "missed" if self._closing else None
 
     # -- for the gates ---------------------------------------------------------------------------------------
     def displace_block(self, offset: tuple[float, float] | np.ndarray) -> None:
