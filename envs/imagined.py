@@ -239,12 +239,10 @@ class ImaginedVectorEnv(ChunkVectorEnv):
 
     def _networks(self) -> list[torch.nn.Module]:
         """The world's networks, and the copies that compute in another dtype."""
-        parts = [self.world.classifier]
+        parts: list[Any] = [self.world.classifier]
         for owner in (self.world, self._imagination):
-            parts += [
-                getattr(owner.network, "original", owner.network),
-                getattr(owner.autoencoder, "vae", None),
-            ]
+            parts += [owner.network, getattr(owner.autoencoder, "vae", None)]
+        parts = [getattr(part, "original", part) for part in parts]  # not the compiled way to call it
         return list({id(network): network for network in parts if network is not None}.values())
 
     def _move_to(self, place: str) -> None:

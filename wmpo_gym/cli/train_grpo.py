@@ -18,10 +18,10 @@ MICRO_BATCH = 128  # decisions at once, where nothing is said
 
 
 def usual_rows(device: str) -> int | None:
-    """Rollouts imagined at once, where nothing is said; None is all of them."""
-    from wmpo_gym.envs.imagined import CPU_BATCH
+    """Rollouts imagined at once, where nothing is said (by other networks fewer); None is all of them."""
+    from wmpo_gym.world.conv import ConvWorldModel
 
-    return CPU_BATCH if device == "cpu" else None
+    return ConvWorldModel.cpu_batch if device == "cpu" else None
 
 
 @dataclass(frozen=True)
