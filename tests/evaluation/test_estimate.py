@@ -22,6 +22,7 @@ from wmpo_gym.evaluation.capacity import Machine, TooLittleMemoryError, make_pla
 from wmpo_gym.evaluation.estimate import GIB, Estimator, Option, options
 from wmpo_gym.evaluation.meter import measure
 from wmpo_gym.evaluation.workload import published_workload, saved_workload
+from wmpo_gym.kernels import ordinary_kernels
 from wmpo_gym.policies import VLAPolicy
 from wmpo_gym.policies.memory import PolicyMemory
 from wmpo_gym.policies.weights import add_lora
@@ -58,7 +59,8 @@ def test_operations_are_those_that_running_counts(bundled):
     env = ImaginedVectorEnv(ROWS, "move-block", threshold=1.0, max_batch=ROWS)
     counts: dict[str, int] = {}
     seen, traces = [], []
-    with sdpa_kernel(SDPBackend.MATH):  # torch does not count the CPU's fused attention
+    # torch counts neither the CPU's fused attention nor oneDNN's linear layers
+    with sdpa_kernel(SDPBackend.MATH), ordinary_kernels():
         obs, _ = env.reset(seed=0)
         for _ in range(env.max_episode_steps):
             tensors = {name: torch.as_tensor(value) for name, value in obs.items()}
