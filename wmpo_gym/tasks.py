@@ -76,6 +76,8 @@ class Task:
             moves the tool by, where that is known; a starting point for the world model.
         variants: Names of the scene variants of the simulator; the first is the nominal one.
         symmetries: Transformations under which the task is invariant.
+        gradual_steps: Control steps before a success in which the picture already looks like one, where
+            success is a line that is crossed slowly; the success classifier does not learn from them.
         simulator: Settings of the simulator that belong to the task, as JSON (see :func:`robosuite_task`).
     """
 
@@ -94,6 +96,7 @@ class Task:
     motion_px: tuple[float, float] | None = None
     variants: tuple[str, ...] = ("nominal",)
     symmetries: tuple[Symmetry, ...] = ()
+    gradual_steps: int = 0
     simulator: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -170,8 +173,9 @@ class Task:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` restores it."""
         data = asdict(self)
-        if not self.simulator:  # results and worlds from before there were settings compare as equal
-            del data["simulator"]
+        for name in ("gradual_steps", "simulator"):
+            if not data[name]:  # results and worlds from before there was such a thing compare as equal
+                del data[name]
         return data
 
     @classmethod
@@ -236,6 +240,7 @@ def _panda_task(
         action_high=(0.05, 0.05, 0.05, 0.5, 0.5, 0.5, 1.0),
         success_tolerance_px=tolerance_px,
         variants=variants,
+        gradual_steps=4,
     )
 
 
@@ -244,6 +249,7 @@ MOVABLE = ("nominal", "moved-goal", "background", "texture")
 # Horizons and instructions of the last four are the published ones; docs/tasks.md has all sources.
 PANDA_TASKS = (
     _panda_task("lift", "lift the cube", 64, 10.0, LOOKS),
+    _panda_task("lift-close", "lift the cube", 64, 15.0, LOOKS),  # for small pictures: the camera sees less
     _panda_task("stack", "stack the red cube on the green cube", 128, 10.0, LOOKS),
     _panda_task("square", "insert the square into the stick", 184, 15.0, MOVABLE),
     _panda_task("stack-three", "stack_three", 320, 10.0, LOOKS),
@@ -264,6 +270,7 @@ def robosuite_task(
     action_dim: int = 7,
     image_size: int = 256,
     camera: str = "agentview",
+    fovy: float | None = None,
     robots: str = "Panda",
     controller: str | dict[str, Any] | None = None,
     packages: tuple[str, ...] = (),
@@ -282,6 +289,7 @@ def robosuite_task(
         action_dim: Numbers per action of robot and controller.
         image_size: Side of the observation in pixels.
         camera: Name of the camera.
+        fovy: Vertical opening of the camera in degrees; None leaves it as it is.
         robots: Name of the robot.
         controller: Name, file or contents of a robosuite controller configuration; None is the robot's own.
         packages: Packages to import first because they register the environment.
@@ -291,6 +299,7 @@ def robosuite_task(
     settings: dict[str, Any] = {
         "env_name": env_name,
         "camera": camera,
+        "fovy": fovy,
         "robots": robots,
         "controller": controller,
         "packages": list(packages),

@@ -344,6 +344,17 @@ def test_camera_sees_the_cube_where_projection_says(size: int) -> None:
     )  # its top is the brightest
 
 
+def test_the_nearer_camera_sees_the_same_scene_larger() -> None:
+    lift, close = sim_of("lift"), sim_of("lift-close")
+    lift.reset(4)
+    close.reset(4)
+    assert np.array_equal(lift.scene.data.qpos, close.scene.data.qpos)
+    red = [(sim.render()[..., 0].astype(int) - sim.render()[..., 1] > 60).sum() for sim in (lift, close)]
+    assert 2.5 < red[1] / red[0] < 5
+    hand = close.to_pixels(close.scene.data.site("gripper0_right_grip_site").xpos)
+    assert (hand > 0).all() and (hand < 64).all()  # it is in the picture from the start
+
+
 def test_displacement_moves_the_object_that_matters() -> None:
     sim = sim_of("stack")
     sim.reset(0)

@@ -20,7 +20,7 @@ from wmpo_gym.world.world import World
 FEW_STEPS = WorldModelTraining(steps=2, batch_size=2, checkpoint_every=2)
 TINY = replace(
     LIFT,
-    task="lift@32",
+    task="lift-close@32",
     demos=16,
     expert=ArmExpertConfig(grasp_noise=0.02),
     sft=SFTSettings(steps=2, batch=8),
@@ -39,7 +39,9 @@ TINY = replace(
 
 def test_every_arm_task_has_a_recipe() -> None:
     assert recipe_for("lift") == LIFT and recipe_for("move-block") == RECIPES["move-block"]
+    assert LIFT.task == recipe_for("lift-close").task == "lift-close@64"
     assert recipe_for("lift@128") == replace(LIFT, task="lift@128")
+    assert recipe_for("move-block@48") == replace(RECIPES["move-block"], task="move-block@48")
     assert recipe_for("square") == replace(LIFT, task="square@64")
     assert recipe_for("coffee@128").task == "coffee@128"
 
@@ -58,7 +60,7 @@ def test_every_stage_runs_on_lift(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert results["wmpo"]["n"] == 4 and results["budget"]["real_episodes"] == 4
     assert all(results["gates"][name]["passed"] is not None for name in ("physics", "faithful", "honest"))
     world = World.from_pretrained(tmp_path / "world")
-    assert world.task.name == "lift@32" and world.task.n_chunks == 8
+    assert world.task.name == "lift-close@32" and world.task.n_chunks == 8
     assert (tmp_path / "report.html").exists()
 
 

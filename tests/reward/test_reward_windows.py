@@ -106,6 +106,14 @@ def test_positive_ends_at_the_finish():
     assert torch.equal(clip, table.frames[5:7])
 
 
+def test_windows_that_already_look_like_success_are_left_out():
+    episodes = [square_episode(0, True, steps=6), square_episode(1, False, steps=6)]
+    table = ClipTable.from_episodes(episodes, 2, late_steps=3, gradual_steps=2)
+    assert table.end[table.pools["positive"]].tolist() == [6]
+    assert table.end[table.pools["negative"]].tolist() == [1, 2, 3, *(7 + t for t in range(1, 7))]
+    assert table.end[table.pools["late"]].tolist() == [7 + 4, 7 + 5, 7 + 6]
+
+
 def test_failures_and_offsets():
     episodes = [square_episode(0, True, steps=5), square_episode(1, False, task_id=1, steps=6)]
     table = ClipTable.from_episodes(episodes, 3, late_steps=2)

@@ -25,7 +25,8 @@ class Command:
     Interrupted, the same command goes on with the stage it was in.
 
     Attributes:
-        task: Task; NAME@64 asks for pictures of 64 x 64 pixels.
+        task: Task; NAME@64 asks for pictures of 64 x 64 pixels. lift alone is lift-close@64, with the camera
+            nearer.
         seed: Everything random derives from it.
         out: Directory of the run; default runs/reproduce-TASK-SEED.
         recipe: Every other number.

@@ -44,7 +44,7 @@ def locate_coloured_block(frames: np.ndarray, task_ids: np.ndarray) -> np.ndarra
 
 
 LOCATORS: dict[str, Locator] = {
-    name: locate_coloured_block for name in ("move-block", "lift", "stack", "stack-three")
+    name: locate_coloured_block for name in ("move-block", "lift", "lift-close", "stack", "stack-three")
 }
 EPISODES_AT_ONCE = 32  # floating-point copies of more clips would fill the memory
 

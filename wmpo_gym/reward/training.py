@@ -199,6 +199,7 @@ def _prepare(
         window,
         imagined=trained_on,
         late_steps=config.late_steps,
+        gradual_steps=task.gradual_steps,
         other_instructions=range(len(task.instructions)) if task.exclusive_instructions else (),
     )
     held_replays = [e for e in replays if e.start_state_id in held_ids]

@@ -135,6 +135,7 @@ class ClipTable:
         *,
         imagined: Sequence[Episode] = (),
         late_steps: int = 6,
+        gradual_steps: int = 0,
         other_instructions: Sequence[int] = (),
     ) -> ClipTable:
         """Label every window of every episode.
@@ -147,6 +148,7 @@ class ClipTable:
             imagined: World-model replays of recorded actions, labelled by the recorded outcome. The imagined
                 success may come a little early, so earlier windows of successes are left out.
             late_steps: A negative within this many frames of the episode's end is a late one.
+            gradual_steps: So many windows right before a success are left out.
             other_instructions: Task ids that are certainly unfulfilled where another one is fulfilled: the
                 positive clip of one is a negative of the others. Empty if that is not certain.
 
@@ -170,7 +172,8 @@ class ClipTable:
             finish = episode.finish_step
             check_window_fits(finish + 1, window)
             if not (episode.success and n >= len(episodes)):
-                for t in range(window - 1, finish + (not episode.success)):
+                end_of_negatives = finish - gradual_steps if episode.success else finish + 1
+                for t in range(window - 1, end_of_negatives):
                     add(
                         offset + t,
                         episode.task_id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mujoco
@@ -24,6 +24,8 @@ class Definition:
         env_name: Name of the environment in robosuite's registry.
         packages: Packages that register it.
         camera: Camera of the observation.
+        fovy: Vertical opening of the camera in degrees; None leaves it as it is (45 for ``agentview``).
+        tilt: Degrees by which the camera looks higher than it does by itself.
         robots: Name of the robot.
         controller: Controller configuration; None is the robot's default.
         env_kwargs: Further arguments of ``robosuite.make``.
@@ -36,6 +38,8 @@ class Definition:
     env_name: str
     packages: tuple[str, ...] = ()
     camera: str = "agentview"
+    fovy: float | None = None
+    tilt: float = 0.0
     robots: str = "Panda"
     controller: str | dict[str, Any] | None = None
     env_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +49,14 @@ class Definition:
     goal_shift: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (0.0, 0.0))
 
     def apply(self, model: mujoco.MjModel, variant: str) -> None:
-        """Change the looks of a fresh model to those of a variant, in place."""
+        """Change a fresh model to what the task and a variant want, in place."""
+        if self.fovy is not None:
+            model.camera(self.camera).fovy = self.fovy
+        if self.tilt:
+            half = np.deg2rad(self.tilt) / 2
+            turn, seen = np.array([np.cos(half), np.sin(half), 0.0, 0.0]), np.empty(4)
+            mujoco.mju_mulQuat(seen, model.camera(self.camera).quat, turn)
+            model.camera(self.camera).quat = seen
         if variant == "background":
             model.geom_matid[model.geom("table_visual").id] = model.material(GREY_TABLE).id
         elif variant == "texture":
@@ -57,8 +68,10 @@ class Definition:
             model.body_pos[model.body(self.goal).id, :2] += rng.uniform(*self.goal_shift)
 
 
+LIFT = Definition("Lift", main_object="cube_joint0", wooden="cube_redwood")
 DEFINITIONS: dict[str, Definition] = {
-    "lift": Definition("Lift", main_object="cube_joint0", wooden="cube_redwood"),
+    "lift": LIFT,
+    "lift-close": replace(LIFT, fovy=26.0, tilt=6.0),  # from the cube up to the hand at its start
     "stack": Definition("Stack", main_object="cubeA_joint0", wooden="cubeB_greenwood"),
     "square": Definition(
         "NutAssemblySquare",

@@ -270,6 +270,7 @@ def make_coffee(arm: Arm) -> Script:
 
 SCRIPTS: dict[str, Callable[[Arm], Script]] = {
     "lift": lift,
+    "lift-close": lift,
     "stack": stack,
     "square": square,
     "stack-three": stack_three,
