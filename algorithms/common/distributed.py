@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -64,9 +65,13 @@ class Ranks:
 
     @staticmethod
     def leave() -> None:
-        """Say goodbye at the end of a script, as NCCL wants it."""
+        """Say goodbye at the end of a script, as NCCL wants it and gloo needs it."""
         if dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
+            # gloo's threads outlive the group. One that has not yet let go of the last message's tensors when
+            # the interpreter ends aborts the process, so they are given the time.
+            time.sleep(0.5)
 
     @property
     def is_main(self) -> bool:
