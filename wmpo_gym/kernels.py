@@ -84,44 +84,40 @@ class Moments:
     """Sums of pictures ``(N, C, h, w)`` over their places, which is all a group norm needs to know of them.
 
     Attributes:
-        first: ``(N, C)``, sums of the values.
-        second: ``(N, C)``, sums of their squares.
+        sums: ``(2, N, C)``, of the values and of their squares.
         places: h w.
     """
 
-    first: Tensor
-    second: Tensor
+    sums: Tensor
     places: int
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
         """The moments of ``(N, C, h, w)``."""
-        return cls(x.sum(dim=(2, 3)), (x * x).sum(dim=(2, 3)), x.shape[2] * x.shape[3])
+        return cls(torch.stack([x.sum(dim=(2, 3)), (x * x).sum(dim=(2, 3))]), x.shape[2] * x.shape[3])
 
     def enlarged(self) -> Moments:
         """Those of the same pictures with every pixel repeated twice along each side."""
-        return Moments(4 * self.first, 4 * self.second, 4 * self.places)
+        return Moments(4 * self.sums, 4 * self.places)
 
     def beside(self, other: Moments) -> Moments:
         """Those of the pictures with the channels of others of the same size behind their own."""
-        return Moments(
-            torch.cat([self.first, other.first], 1), torch.cat([self.second, other.second], 1), self.places
-        )
+        return Moments(torch.cat([self.sums, other.sums], dim=2), self.places)
 
     def affine(
         self, norm: nn.GroupNorm, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """A group norm, and a modulation ``(N, C, 1, 1)`` behind it, as factor and summand per channel."""
-        first, second = (x.unflatten(1, (norm.num_groups, -1)) for x in (self.first, self.second))
-        n = self.places * first.shape[2]
-        mean = first.sum(dim=2, keepdim=True) / n
-        variance = (second.sum(dim=2, keepdim=True) / n - mean * mean).clamp(min=0)
-        factor = (variance + norm.eps).rsqrt() * norm.weight.view_as(first[0])
-        summand = norm.bias.view_as(first[0]) - mean * factor
+        by_group = self.sums.unflatten(2, (norm.num_groups, -1))
+        mean, square = (by_group.mean(dim=3, keepdim=True) / self.places).unbind()
+        variance = torch.addcmul(square, mean, mean, value=-1).clamp_(min=0)
+        factor = (variance + norm.eps).rsqrt_() * norm.weight.view_as(by_group[0, 0])
+        summand = torch.addcmul(norm.bias.view_as(by_group[0, 0]), mean, factor, value=-1)
         factor, summand = (x.flatten(1)[:, :, None, None] for x in (factor, summand))
         if scale is None or shift is None:
             return factor, summand
-        return factor * (1 + scale), summand * (1 + scale) + shift
+        scale = 1 + scale
+        return factor * scale, torch.addcmul(shift, summand, scale)
 
 
 def affine_silu(x: Tensor, factor: Tensor, summand: Tensor) -> Tensor:

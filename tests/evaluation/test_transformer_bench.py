@@ -61,7 +61,7 @@ def test_finished_rows_are_dropped_and_plain_ones_are_not(tiny_world, monkeypatc
         return step(self, state, actions, noise)
 
     monkeypatch.setattr(type(imagination), "step", counted)
-    finish = [8, 20, 9, 16]
+    finish = [8, 20, 9, 16] * 3  # every length as often in the batch
     r = bench_transformer(imagination, tiny_world.classifier, finish, 20, rows=4, repeats=1)
     one_batch = [(4, 1), (3, 1), (1, 1)], [(4, 1)] * 3  # ours, plain
     assert calls == 2 * (one_batch[0] + one_batch[1])

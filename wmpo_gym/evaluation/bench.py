@@ -169,7 +169,7 @@ def bench(
     most = max(rows)
 
     def compare() -> None:
-        result["plain"] = bench_plain(world, policy, rows=most, repeats=min(repeats, 3), seed=seed, **options)
+        result["plain"] = bench_plain(world, policy, rows=most, repeats=repeats, seed=seed, **options)
 
     def compare_transformer() -> None:
         size = {"rows": 16, **(transformer or {})}

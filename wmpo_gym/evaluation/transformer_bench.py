@@ -122,47 +122,47 @@ def bench_transformer(
     Args:
         imagination: See :func:`cpu_imagination`.
         classifier: Success classifier for its frames; what it says decides nothing here.
-        finish: Frames that episodes last; batch after batch takes the next of them.
+        finish: Frames that episodes last; the batch takes ``rows`` of them, evenly from shortest to longest.
         horizon: Frames that the plain way imagines of each.
         sampling: Denoising steps.
         rows: Batch size.
-        repeats: Batches.
+        repeats: How often the batch is imagined each way; the best counts.
         seed: Seed of frames, actions and noise.
 
     Returns:
-        ``ratio`` and ``ratio_few_step`` (plain over ours, medians over the batches); what they are made of:
-        ``early_stop``, ``cached_context`` and ``kernels``; ``frames_per_second`` with all and with few steps;
-        ``split``; ``largest_difference`` of the frames (on [-1, 1], before they are rounded to levels); and
+        ``ratio`` and ``ratio_few_step`` (plain over ours); what they are made of: ``early_stop``,
+        ``cached_context`` and ``kernels``; ``frames_per_second`` with all and with few steps; ``split``;
+        ``largest_difference`` of the frames (on [-1, 1], before they are rounded to levels); and
         ``peak_fraction``, the share of the machine's matmul peak that a denoising step reaches.
     """
     sampling = sampling or Sampling()
     imagination = copy.copy(imagination)
     executed = imagination.nfe_per_chunk = sampling.executed or sampling.steps
-    pairs = []
-    for repeat in range(-1, repeats):  # the first warms up
-        batch = np.resize(np.roll(np.asarray(finish), -max(repeat, 0) * rows), rows)
-        job = partial(_episodes, imagination, classifier, batch, horizon, seed + repeat + 1)
-        pairs.append((job(plain=False), job(plain=True)))
-    ours, plain = zip(*pairs[1:], strict=True)
+    places = (np.arange(rows) + 0.5) / rows
+    batch = np.quantile(np.asarray(finish), places, method="nearest")
+    job = partial(_episodes, imagination, classifier, batch, horizon, seed)
+    pairs = [(job(plain=False), job(plain=True)) for _ in range(repeats + 1)][1:]  # the first warms up
     times, few_times = sampling.steps / executed, sampling.few / executed
-    seconds, few_seconds = (np.array([run.counting(n) for run in ours]) for n in (times, few_times))
-    plain_seconds, frames = (
-        np.array([run.counting(times) for run in plain]),
-        np.array([run.frames for run in ours]),
+    ours = min((run for run, _ in pairs), key=lambda run: run.counting(times))
+    plain = min((run for _, run in pairs), key=lambda run: run.counting(times))
+    seconds, few_seconds, plain_seconds = (
+        ours.counting(times),
+        ours.counting(few_times),
+        plain.counting(times),
     )
     return {
         "rows": rows,
         "denoising_steps": sampling.steps,
         "few_steps": sampling.few,
         "executed_steps": executed,
-        "seconds_per_episode": float(np.median(seconds)) / rows,
-        "plain_seconds_per_episode": float(np.median(plain_seconds)) / rows,
-        "ratio": float(np.median(plain_seconds / seconds)),
-        "ratio_few_step": float(np.median(plain_seconds / few_seconds)),
-        "early_stop": sum(run.frames for run in plain) / int(frames.sum()),
-        "frames_per_second": float(np.median(frames / seconds)),
-        "frames_per_second_few_step": float(np.median(frames / few_seconds)),
-        "split": ours[int(np.argsort(seconds)[len(seconds) // 2])].split(times),
+        "seconds_per_episode": seconds / rows,
+        "plain_seconds_per_episode": plain_seconds / rows,
+        "ratio": plain_seconds / seconds,
+        "ratio_few_step": plain_seconds / few_seconds,
+        "early_stop": plain.frames / ours.frames,
+        "frames_per_second": ours.frames / seconds,
+        "frames_per_second_few_step": ours.frames / few_seconds,
+        "split": ours.split(times),
         "largest_difference": largest_difference(imagination, sampling.steps, seed=seed),
         **_step_figures(imagination, rows, repeats, seed),
     }
@@ -259,14 +259,14 @@ def _step_figures(imagination: Any, rows: int, repeats: int, seed: int) -> dict[
     with torch.no_grad():
         cache = network.encode_context(context)
         works = (step, ordinary_step, plain_step)
-        times = np.array([[timed(work, device)[0] for work in works] for _ in range(repeats + 1)])[1:]
-    ours, ordinary, plain = np.median(times, axis=0)
+        times = [[timed(work, device)[0] for work in works] for _ in range(repeats + 1)]
+    ours, ordinary, plain = np.min(times[1:], axis=0)
     original = getattr(network, "original", network)  # what is compiled cannot be counted
-    rate = flops_of(lambda: original.denoise(z, time_, actions, cache)) / times[:, 0].min()
+    rate = flops_of(lambda: original.denoise(z, time_, actions, cache)) / ours
     return {
-        "step_ms": 1000 * float(ours),
-        "cached_context": float(plain / ordinary),
-        "kernels": float(ordinary / ours),
+        "step_ms": 1000 * ours,
+        "cached_context": plain / ordinary,
+        "kernels": ordinary / ours,
         "gflops_per_second": rate / 1e9,
         "peak_fraction": rate / matmul_peak(device, z.dtype),
     }

@@ -205,10 +205,11 @@ class SuccessClassifier(nn.Module, abc.ABC):
         count = state.count.to(new.device)
         ready = count[:, None] + torch.arange(1, chunk + 1, device=new.device) >= self.window
         clips = torch.stack([seen[:, k : k + chunk] for k in range(self.window)], dim=2)
-        probs = new.new_full((batch, chunk), torch.nan)
-        if ready.any():
-            rows = task_ids[:, None].expand(-1, chunk)[ready]
-            probs[ready] = self.probabilities(clips[ready], rows)
+        rows, probs = task_ids[:, None].expand(-1, chunk), new.new_full((batch, chunk), torch.nan)
+        if ready.all():  # as after the first chunks always: nothing to pick out
+            probs = self.probabilities(clips.flatten(0, 1), rows.flatten()).view(batch, chunk)
+        elif ready.any():
+            probs[ready] = self.probabilities(clips[ready], rows[ready])
         return probs, StreamState(seen[:, chunk:].contiguous(), count + chunk)
 
     def scores(self, frames: Tensor | np.ndarray, task_id: int) -> np.ndarray:

@@ -47,11 +47,17 @@ def _pixelwise(x: Tensor) -> Tensor:
     return x if in_ordinary_kernels() else x.contiguous(memory_format=torch.channels_last)
 
 
+def _unshuffled(clips: Tensor, patch: int) -> Tensor:
+    """Frames ``(B K, C p p, h / p, w / p)`` of clips ``(B, C, K, h, w)``, as ``pixel_unshuffle`` makes them."""
+    blocks = clips.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
+    return _pixelwise(blocks.permute(0, 2, 1, 4, 6, 3, 5).flatten(2, 4).flatten(0, 1))
+
+
 def _for_enlarged(weight: Tensor) -> Tensor:
     """Weights ``(out, in, 3, 3)`` as those of a transposed convolution ``(in, out, 4, 4)`` of stride 2."""
-    each = weight.flip(2, 3).flatten(0, 1)[:, None]
-    summed = F.conv2d(each, each.new_ones(1, 1, 2, 2), padding=1)  # a small pixel meets two places per axis
-    return summed.view(*weight.shape[:2], 4, 4).transpose(0, 1)
+    wide = F.pad(weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
+    rows = wide[:, :, :-1] + wide[:, :, 1:]  # a small pixel meets two places per axis
+    return rows[..., :-1] + rows[..., 1:]
 
 
 class FiLMBlock(nn.Module):
@@ -101,8 +107,9 @@ class FiLMBlock(nn.Module):
         )
         hidden += F.conv2d(of_large, weight[:, n:], padding=1)
         skip = F.conv2d(small, by_skip[:, :n], self.skip.bias, dilation=2)
-        out = self._second_half(hidden, cond).add_(F.interpolate(skip, scale_factor=2.0))
-        return out.add_(F.conv2d(large, by_skip[:, n:], dilation=2))
+        out = self._second_half(hidden, cond).add_(F.conv2d(large, by_skip[:, n:], dilation=2))
+        out.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).add_(skip[:, :, :, None, :, None])  # enlarged
+        return out
 
 
 class ConvWorldModel(ModelMixin, ConfigMixin):
@@ -258,8 +265,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         shifted = self._moved(last, shift)
         # Scaled down where there is only noise to see, so that it does not drown the context.
         scaled = noisy * (1 - 0.9 * sigma)[:, None, None, None, None]
-        frames = torch.cat([scaled, shifted], dim=1).transpose(1, 2).flatten(0, 1)  # (B K, 2 C, h, w)
-        x = self.frame_stem(_pixelwise(F.pixel_unshuffle(frames, self.patch)))
+        x = self.frame_stem(_unshuffled(torch.cat([scaled, shifted], dim=1), self.patch))
         x = (x.unflatten(0, (batch, chunk)) + self._stem(cache.frames)[:, None]).flatten(0, 1)
         features = F.pixel_shuffle(self._unet(x, self._condition(sigma, actions, cache)), self.patch)
         sharp = torch.cat([features, self._per_frame(last), shifted.transpose(1, 2).flatten(0, 1)], dim=1)
@@ -292,15 +298,15 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
 
     def _moved(self, last: Tensor, shift: Tensor) -> Tensor:
         """The last frame displaced by ``shift`` ``(B, K, h | 1, w | 1, 2)``: ``(B, C, K, h, w)``."""
-        batch, channels, height, width = last.shape
+        height, width = last.shape[2:]
         rows = torch.linspace(-1 + 1 / height, 1 - 1 / height, height)
         cols = torch.linspace(-1 + 1 / width, 1 - 1 / width, width)
         grid = torch.stack(torch.meshgrid(rows, cols, indexing="ij")[::-1], dim=-1).to(last)
-        source = last[:, None].expand(-1, self.chunk, -1, -1, -1).reshape(-1, channels, height, width)
+        # All frames of a row are read from the same picture, so they may stand below each other in one.
         moved = F.grid_sample(
-            source, (grid - shift).flatten(0, 1), mode="bilinear", padding_mode="border", align_corners=False
+            last, (grid - shift).flatten(1, 2), mode="bilinear", padding_mode="border", align_corners=False
         )
-        return moved.view(batch, self.chunk, channels, height, width).transpose(1, 2)
+        return moved.unflatten(2, (self.chunk, height))
 
     def _condition(self, sigma: Tensor, actions: Tensor, cache: ConvContext) -> Tensor:
         """Conditioning ``(B K, cond_dim)``: frame k knows its own action and those before, none after it."""

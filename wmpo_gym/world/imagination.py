@@ -194,8 +194,10 @@ class Imagination:
         # Recorded frames lie on the grid of 256 levels and so do the pixels a network trained on them should
         # see. A lossy autoencoder is left out of the loop instead: encoding anew each chunk would add its
         # losses up (the published loop keeps the generated latents for that reason).
-        latents = self.autoencoder.encode(frames) if self.autoencoder.lossless else latents
-        known = [state.context[:, :, self.chunk :], latents[:, :, -self.context_frames :]]
+        latents = latents[:, :, -self.context_frames :]
+        if self.autoencoder.lossless:
+            latents = self.autoencoder.encode(frames[:, -self.context_frames :])
+        known = [state.context[:, :, self.chunk :], latents]
         return frames, ImaginationState(torch.cat(known, dim=2), actions[:, -1].clone())
 
     def _sample(self, noise: Tensor, context: Tensor, actions: Tensor, prev_action: Tensor) -> Tensor:
