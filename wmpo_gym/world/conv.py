@@ -48,7 +48,7 @@ def _pixelwise(x: Tensor) -> Tensor:
 
 
 def _unshuffled(clips: Tensor, patch: int) -> Tensor:
-    """Frames ``(B K, C p p, h / p, w / p)`` of clips ``(B, C, K, h, w)``, as ``pixel_unshuffle`` makes them."""
+    """Frames ``(B K, C p p, h / p, w / p)`` of clips ``(B, C, K, h, w)``, as ``pixel_unshuffle`` has it."""
     blocks = clips.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
     return _pixelwise(blocks.permute(0, 2, 1, 4, 6, 3, 5).flatten(2, 4).flatten(0, 1))
 
