@@ -101,12 +101,21 @@ def test_a_finished_run_is_only_read(
     run = Run(TINY, out, progress=False)
     demos = run.demonstrations()
     run.base_policy(demos)
-    assert len(run.rollouts(None)) == 8  # type: ignore[arg-type]
+    rounds = [run.round(number).rollouts(None) for number in (1, 2)]  # type: ignore[arg-type]
+    assert [len(episodes) for episodes in rounds] == [4, 4]
+    assert not {e.start_state_id for e in rounds[0]} & {e.start_state_id for e in rounds[1]}
+
+
+def test_the_gates_of_every_round_are_kept(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, results = finished
+    first, second = (json.loads((out / part / "gates.json").read_text()) for part in ("", "round-2"))
+    assert results["gates"] == first and World.from_pretrained(out / "world").card["gates"] == second
+    assert first["learnable"] == second["learnable"] and first["honest"] != second["honest"]
 
 
 def test_other_settings_are_refused(finished: tuple[Path, dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="other settings"):
-        Run(replace(TINY, rollouts=9), finished[0], progress=False)
+        Run(replace(TINY, rollouts=10), finished[0], progress=False)
 
 
 def test_seeds_share_no_start_state_and_splits_stay_apart() -> None:

@@ -90,7 +90,14 @@ class Workshop:
     @cached_property
     def run(self) -> Run:
         """The seed's run with this cell's budget; methods of one budget share its rollouts and its world."""
-        return self._run(f"-{self.cell.budget}", rollouts=self.cell.budget)
+        return self._run(f"-{self.cell.budget}", rollouts=self.cell.budget, rounds=1)
+
+    @cached_property
+    def wmpo_run(self) -> Run:
+        """That run in as many rounds as the recipe has, of which further ones have rollouts of their own."""
+        if self.plan.recipe.rounds == 1:
+            return self.run
+        return self._run(f"-{self.cell.budget}-rounds", rollouts=self.cell.budget)
 
     def rollouts(self) -> list[Episode]:
         """P labelled rollouts of the base policy."""
@@ -114,7 +121,8 @@ class Workshop:
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of the shared stages as they stand on the disk, by name; all sittings together."""
-        own = self.lifelong_run if self.cell.method == "wmpo-lifelong" else self.run
+        runs = {"wmpo-lifelong": lambda: self.lifelong_run, "wmpo": lambda: self.wmpo_run}
+        own = runs.get(self.cell.method, lambda: self.run)()
         return {**own.seconds, **self.shared.seconds}
 
     def simulated(self, rows: int) -> Any:
@@ -214,7 +222,7 @@ def train_sac(shop: Workshop, *, demonstrations: bool = False, imagined: bool = 
 
 def train_wmpo(shop: Workshop) -> Trained:
     """GRPO in imagination."""
-    practised = practise(shop.run, shop.shared, shop.base())
+    practised = practise(shop.wmpo_run, shop.shared, shop.base())
     return Trained(practised.policy, practised.real + practised.imagined, Ledger())
 
 

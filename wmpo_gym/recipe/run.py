@@ -69,6 +69,7 @@ class Practised:
         real: What the rollouts of all rounds have cost.
         imagined: What practice has cost.
         curve: Learning curve over all rounds.
+        gates: Of the first round's world, before any practice; those of the last one are in its card.
     """
 
     policy: VLAPolicy
@@ -76,6 +77,7 @@ class Practised:
     real: Ledger
     imagined: Ledger
     curve: list[dict[str, Any]]
+    gates: dict[str, dict[str, Any]]
 
 
 def practise(
@@ -88,28 +90,28 @@ def practise(
         shared: The run that holds demonstrations, play and the play-pretrained network.
         policy: To start from.
         rounds: Stop after so many of the recipe's rounds.
-        gates: Measure the gates before the first optimisation.
+        gates: Measure the gates before every optimisation.
     """
     demos, play = shared.demonstrations(), shared.play()
     network, spent, imagined = shared.pretrained_network(play), Ledger(), Ledger()
     real: list[Episode] = []
     curve: list[dict[str, Any]] = []
-    measured: dict[str, Any] = {}
+    first: dict[str, dict[str, Any]] = {}
     for number in range(1, (rounds or run.recipe.rounds) + 1):
         part = run.round(number)
         real += part.rollouts(policy)
         world = part.imagined_world(network, real, demos, play)
-        if gates and number == 1:
-            measured = part.gates(world, policy)
+        if gates:
+            measured = part.gates(world, policy, earlier=first)
+            first = first or measured
             if run.progress:
                 print(gates_text(measured))
-        world.card["gates"] = measured
         policy, log = optimise(part, world, policy, real)
         network = world.network
         spent, imagined = spent + part.spent_on_rollouts(), imagined + Ledger(**log["budget"])
         before = (number - 1) * run.recipe.grpo.iterations
         curve += [{**point, "iteration": before + point["iteration"]} for point in log["curve"]]
-    return Practised(policy, world, spent, imagined, curve)
+    return Practised(policy, world, spent, imagined, curve, first)
 
 
 # -- policy optimisation -------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ def optimise(
                 ShuffledGRPO if settings.shuffle_rewards else GRPO,
                 policy,
                 env,
-                learning_rate=settings.learning_rate,
+                learning_rate=lambda left: settings.learning_rate * (left + 1 / settings.iterations),
                 group_size=settings.group_size,
                 n_epochs=settings.n_epochs,
                 seed=run.recipe.seed,
@@ -254,7 +256,7 @@ def judge(
         greedy=(tested["base", True].success, tested["wmpo", True].success),
         budget=_budget(run.recipe, practised),
         seconds=run.seconds,
-        gates=practised.world.card["gates"],
+        gates=practised.gates,
         length_of_successes={
             name: tested[name, False].mean_length_of_successes for name in ("base", "wmpo")
         },

@@ -24,7 +24,7 @@ class GRPOSettings:
         iterations: Updates per round; a fixed number, because early stopping would need real episodes.
         n_groups: Groups per iteration.
         group_size: Rollouts from one start state.
-        learning_rate: Constant.
+        learning_rate: At the start of a round; it falls linearly, to a last update of 1 / iterations of it.
         n_epochs: Passes over an iteration's rollouts.
         dual_noise: Success counts only if it is imagined again under other noise.
         consecutive_windows: Frames in a row that must reach the classifier's threshold.
@@ -57,9 +57,10 @@ class Recipe:
         sft: Supervised fine-tuning of the base policy.
         play: Unlabelled play episodes for pre-training; 0 for none and no pre-training.
         pretrain: World-model training on play.
-        rollouts: P, labelled real episodes of the base policy; the only ones after supervised fine-tuning.
-        rounds: Times that P / rounds episodes are collected, the world refreshed and the policy optimised in
-            it; the paper's main results have one, its lifelong learning (Figure 6) several.
+        rollouts: P, labelled real episodes of the policy; the only ones after supervised fine-tuning.
+        rounds: Times that P / rounds episodes are collected by the policy as it is by then, the world refreshed
+            and the policy optimised in it; the paper's main results have one, its lifelong learning (Figure 6)
+            several.
         align: World-model training on rollouts, demonstrations and play.
         weights: How often an episode of (rollouts, demonstrations, play) is drawn while aligning.
         classifier_steps: Optimiser steps of the success classifier.
@@ -78,11 +79,11 @@ class Recipe:
     # The colours' symmetry is no mistake of the expert's; the mirror's would undo the biased aim.
     sft: SFTSettings = SFTSettings(steps=500, symmetries=("swap colours",))
     play: int = 2400
-    pretrain: WorldModelTraining = WorldModelTraining(steps=5000, batch_size=24, learning_rate=1.2e-3)
+    pretrain: WorldModelTraining = WorldModelTraining(steps=10000, batch_size=12, learning_rate=1e-3)
     rollouts: int = 128
-    rounds: int = 1
+    rounds: int = 2
     align: WorldModelTraining = WorldModelTraining(
-        steps=1000, batch_size=24, learning_rate=6e-4, recorded=0.0
+        steps=2000, batch_size=12, learning_rate=5e-4, recorded=0.0
     )
     weights: tuple[float, float, float] = (2.5, 1.0, 1.0)
     classifier_steps: int = 700
@@ -141,6 +142,7 @@ LIFT = Recipe(
     sft=SFTSettings(steps=600),
     play=400,
     pretrain=WorldModelTraining(steps=2500, batch_size=16, learning_rate=1.2e-3),
+    rounds=1,
     align=WorldModelTraining(steps=1000, batch_size=16, learning_rate=6e-4, recorded=0.0),
     gate_episodes=128,
     test_episodes=512,
@@ -163,7 +165,8 @@ def recipe_for(task: str) -> Recipe:
 # From the bundled base policy and play-trained world model; the rest as in a full run, shorter.
 DEMO = Recipe(
     play=200,
-    align=WorldModelTraining(steps=500, batch_size=24, learning_rate=5e-4, recorded=0.0),
+    rounds=1,
+    align=WorldModelTraining(steps=1000, batch_size=12, learning_rate=5e-4, recorded=0.0),
     classifier_steps=500,
     grpo=GRPOSettings(iterations=12),
     gate_episodes=128,

@@ -107,10 +107,10 @@ class Run:
         return store.load()
 
     def rollouts(self, policy: VLAPolicy) -> list[Episode]:
-        """P labelled episodes of the base policy: the only real ones after supervised fine-tuning."""
+        """Labelled episodes of the policy: the only real ones after supervised fine-tuning, P in all rounds."""
         store, ids = EpisodeStore(self.out / "rollouts"), self.starts["rollouts"]
         if len(store.ids()) < len(ids):
-            with self.stage("rollouts", f"Real rollouts of the base policy: {len(ids)} episodes"):
+            with self.stage("rollouts", f"Real rollouts of the policy: {len(ids)} episodes"):
                 env = make_rollout_env(
                     "WMPO-Simulated-v0", min(64, len(ids)), record_frames=True, task=self.task
                 )
@@ -125,7 +125,7 @@ class Run:
         episodes = store.load()
         if self.progress:
             print(
-                f"   the base policy succeeded in {sum(bool(e.success) for e in episodes)} of {len(episodes)}"
+                f"   the policy succeeded in {sum(bool(e.success) for e in episodes)} of {len(episodes)}"
             )
         return episodes
 
@@ -256,8 +256,16 @@ class Run:
         classifier = self.classifier(network, real, demos)
         return self.world(network, classifier, [*real, *demos, *play])
 
-    def gates(self, world: World, policy: VLAPolicy) -> dict[str, dict[str, Any]]:
-        """The four gates, measured on validation start states and written into the world's card."""
+    def gates(
+        self, world: World, policy: VLAPolicy, *, earlier: dict[str, dict[str, Any]] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """The four gates, measured on validation start states and written into the world's card.
+
+        Args:
+            world: The world.
+            policy: About to be optimised in it.
+            earlier: Those of the first round, of which *learnable* holds for all.
+        """
         file = self.out / "gates.json"
         if not file.exists():
             with self.stage("gates", "Is this world fit to train in?"):
@@ -276,11 +284,12 @@ class Run:
                         learning_rate=grpo.learning_rate,
                     )
 
+                world.card["gates"] = earlier or {}
                 gates = validate(
                     world,
                     policy,
                     episodes=n,
-                    learnable=learnable,
+                    learnable=None if earlier else learnable,
                     seed=self.recipe.seed,
                     progress=self.progress,
                 )
