@@ -13,12 +13,14 @@ SAW = {
     "base": "demonstrations",
     "sft": "demonstrations, and the successes among P rollouts of the base policy",
     "dpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
-    "dpo-imagined": "as wmpo, and imagined rollouts in groups of common start states",
+    "dpo-imagined": "as wmpo, but P rollouts of the base policy; imagined ones in groups of common start states",
     "grpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
     "sac": "P episodes of its own, from scratch",
     "sac-demos": "demonstrations in its replay buffer, and P episodes of its own",
-    "sac-imagined": "as wmpo, and imagined episodes of its own; demonstrations in its replay buffer",
-    "wmpo": "demonstrations, unlabelled play, P rollouts of the base policy, and imagined rollouts",
+    "sac-imagined": "as wmpo, but P rollouts of the base policy and imagined episodes of its own; demonstrations "
+    "in its replay buffer",
+    "wmpo": "demonstrations, unlabelled play, P rollouts (half of the base policy, half of the practised one), "
+    "and imagined rollouts",
     "demonstrations": "demonstrations, and P more of the same expert",
     "dpo-lifelong": "as dpo, the P rollouts collected in equal rounds by the policy as it was then",
     "wmpo-lifelong": "as wmpo, the P rollouts collected in equal rounds by the policy as it was then",
