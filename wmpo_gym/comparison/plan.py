@@ -13,13 +13,13 @@ SAW = {
     "base": "demonstrations",
     "sft": "demonstrations, and the successes among P rollouts of the base policy",
     "dpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
-    "dpo-imagined": "as wmpo, but P rollouts of the base policy; imagined ones in groups of common start states",
+    "dpo-imagined": "as wmpo, P rollouts all of the base policy; imagined ones in groups of common starts",
     "grpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
     "sac": "P episodes of its own, from scratch",
     "sac-demos": "demonstrations in its replay buffer, and P episodes of its own",
-    "sac-imagined": "as wmpo, but P rollouts of the base policy and imagined episodes of its own; demonstrations "
+    "sac-imagined": "as wmpo, P rollouts all of the base policy; imagined episodes of its own; demonstrations "
     "in its replay buffer",
-    "wmpo": "demonstrations, unlabelled play, P rollouts (half of the base policy, half of the practised one), "
+    "wmpo": "demonstrations, unlabelled play, P rollouts (half by the base policy, half after some practice), "
     "and imagined rollouts",
     "demonstrations": "demonstrations, and P more of the same expert",
     "dpo-lifelong": "as dpo, the P rollouts collected in equal rounds by the policy as it was then",

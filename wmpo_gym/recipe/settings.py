@@ -58,9 +58,9 @@ class Recipe:
         play: Unlabelled play episodes for pre-training; 0 for none and no pre-training.
         pretrain: World-model training on play.
         rollouts: P, labelled real episodes of the policy; the only ones after supervised fine-tuning.
-        rounds: Times that P / rounds episodes are collected by the policy as it is by then, the world refreshed
-            and the policy optimised in it; the paper's main results have one, its lifelong learning (Figure 6)
-            several.
+        rounds: Times that P / rounds episodes are collected by the policy as it is then, the world refreshed
+            and the policy optimised in it; the paper's main results have one, its lifelong learning
+            (Figure 6) several.
         align: World-model training on rollouts, demonstrations and play.
         weights: How often an episode of (rollouts, demonstrations, play) is drawn while aligning.
         classifier_steps: Optimiser steps of the success classifier.

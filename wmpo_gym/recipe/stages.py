@@ -107,7 +107,7 @@ class Run:
         return store.load()
 
     def rollouts(self, policy: VLAPolicy) -> list[Episode]:
-        """Labelled episodes of the policy: the only real ones after supervised fine-tuning, P in all rounds."""
+        """Labelled episodes of the policy, P in all rounds: the only real ones after fine-tuning."""
         store, ids = EpisodeStore(self.out / "rollouts"), self.starts["rollouts"]
         if len(store.ids()) < len(ids):
             with self.stage("rollouts", f"Real rollouts of the policy: {len(ids)} episodes"):
@@ -124,9 +124,7 @@ class Run:
                     env.close()
         episodes = store.load()
         if self.progress:
-            print(
-                f"   the policy succeeded in {sum(bool(e.success) for e in episodes)} of {len(episodes)}"
-            )
+            print(f"   the policy succeeded in {sum(bool(e.success) for e in episodes)} of {len(episodes)}")
         return episodes
 
     @property
