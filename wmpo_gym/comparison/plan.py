@@ -17,9 +17,9 @@ SAW = {
     "grpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
     "sac": "P episodes of its own, from scratch",
     "sac-demos": "demonstrations in its replay buffer, and P episodes of its own",
-    "sac-imagined": "as wmpo, P rollouts all of the base policy; imagined episodes of its own; demonstrations "
+    "sac-imagined": "as wmpo, P rollouts all of the base policy; its own imagined episodes; demonstrations "
     "in its replay buffer",
-    "wmpo": "demonstrations, unlabelled play, P rollouts (half by the base policy, half after some practice), "
+    "wmpo": "demonstrations, unlabelled play, P rollouts (half by the base policy, half after practice), "
     "and imagined rollouts",
     "demonstrations": "demonstrations, and P more of the same expert",
     "dpo-lifelong": "as dpo, the P rollouts collected in equal rounds by the policy as it was then",
