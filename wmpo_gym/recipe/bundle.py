@@ -28,7 +28,7 @@ Made by
 |---|---|---|
 | `policy/` | base policy (tiny OpenVLA-OFT) | {demos} demonstrations of a mis-calibrated expert |
 | `play/` | world model before it saw any policy | {play} episodes of unlabelled play |
-| `world/` | aligned world model, classifier, start frames | the above, {rollouts} labelled base rollouts |
+| `world/` | the former aligned, classifier, start frames | the above, {rollouts} labelled rollouts in {rounds} rounds |
 
 Networks of `play/` and `world/` are stored in half precision and computed in single.
 
@@ -64,10 +64,10 @@ def bundle(run: Path, target: Path, revision: str = "") -> None:
     world.save_pretrained(target / "world", dtype="float16")
     play.save_pretrained(target / "play", dtype="float16")
     VLAPolicy.from_pretrained(run / "base_policy").save_pretrained(target / "policy")
+    last = run / f"round-{recipe['rounds']}" if recipe["rounds"] > 1 else run
+    classifier, gates = read_json(last / "classifier.json"), world.card["gates"]
     with write_file_atomic(target / "MODEL_CARD.md") as temporary:
-        temporary.write_text(
-            _card(results, recipe, read_json(run / "classifier.json"), revision), encoding="utf-8"
-        )
+        temporary.write_text(_card(results, gates, recipe, classifier, revision), encoding="utf-8")
 
 
 def _some(frames: StartFrames, n: int) -> StartFrames:
@@ -75,21 +75,25 @@ def _some(frames: StartFrames, n: int) -> StartFrames:
     return StartFrames(frames.frames[chosen], frames.ids[chosen], frames.task_ids[chosen])
 
 
-def _card(results: dict[str, Any], recipe: dict[str, Any], classifier: dict[str, Any], revision: str) -> str:
+def _card(
+    results: dict[str, Any],
+    gates: dict[str, dict[str, Any]],
+    recipe: dict[str, Any],
+    classifier: dict[str, Any],
+    revision: str,
+) -> str:
     words = {True: "passed", False: "failed", None: "not measurable"}
-    gates = [
-        f"| gate *{k}*: {words[g['passed']]} | {g['explanation']} |" for k, g in results["gates"].items()
-    ]
+    rows = [f"| gate *{k}*: {words[g['passed']]} | {g['explanation']} |" for k, g in gates.items()]
     calibration = classifier["calibration"]
     return CARD.format(
-        **{name: recipe[name] for name in ("task", "seed", "demos", "play", "rollouts")},
+        **{name: recipe[name] for name in ("task", "seed", "demos", "play", "rollouts", "rounds")},
         revision=f"    # at revision {revision}" if revision else "",
         base=show_rate(results["base"]),
         wmpo=show_rate(results["wmpo"]),
         gain=show_points(results["paired_gain"]),
         greedy_base=show_rate(results["greedy"]["base"]),
         greedy_wmpo=show_rate(results["greedy"]["wmpo"]),
-        gates="\n".join(gates),
+        gates="\n".join(rows),
         **{name: calibration[name] for name in ("f1", "precision", "recall", "n")},
     )
 
