@@ -28,7 +28,7 @@ Made by
 |---|---|---|
 | `policy/` | base policy (tiny OpenVLA-OFT) | {demos} demonstrations of a mis-calibrated expert |
 | `play/` | world model before it saw any policy | {play} episodes of unlabelled play |
-| `world/` | `play/` aligned, classifier, start frames | all that, {rollouts} labelled rollouts in {rounds} rounds |
+| `world/` | `play/` aligned, classifier, start frames | {rollouts} labelled rollouts in {rounds} rounds |
 
 Networks of `play/` and `world/` are stored in half precision and computed in single.
 
