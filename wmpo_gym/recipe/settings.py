@@ -79,7 +79,7 @@ class Recipe:
     # The colours' symmetry is no mistake of the expert's; the mirror's would undo the biased aim.
     sft: SFTSettings = SFTSettings(steps=500, symmetries=("swap colours",))
     play: int = 2400
-    pretrain: WorldModelTraining = WorldModelTraining(steps=10000, batch_size=12, learning_rate=1e-3)
+    pretrain: WorldModelTraining = WorldModelTraining(steps=5000, batch_size=24, learning_rate=1.2e-3)
     rollouts: int = 128
     rounds: int = 2
     align: WorldModelTraining = WorldModelTraining(
