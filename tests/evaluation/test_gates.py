@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,3 +160,22 @@ def test_replay_is_deterministic(fetch):
     actions, _ = simulate_full_horizon(TASK, fetch(6.0), IDS, deterministic=True)
     a, b = (replay(TASK, IDS, actions, record_frames=True) for _ in range(2))
     assert (a.frames == b.frames).all() and (a.success_step == b.success_step).all()
+
+
+def test_objects_that_a_recording_moved_are_looked_for_where_it_left_them(monkeypatch):
+    from wmpo_gym.envs.simulated.scripted import ExpertConfig, record_expert
+    from wmpo_gym.evaluation import world_quality
+
+    episodes = list(record_expert(range(4), seed=0, config=ExpertConfig(), task=TASK))
+    still = [replace(e, frames=np.repeat(e.frames[:1], len(e.frames), 0)) for e in episodes]
+    world = SimpleNamespace(task=TASK)
+
+    def error(imagined, recorded):
+        monkeypatch.setattr(world_quality, "imagined_replays", lambda *a, **k: imagined)
+        return world_quality.moved_object_error(world, recorded)
+
+    assert any(e.success for e in episodes) and error(episodes, episodes) == 0.0
+    assert error(still, episodes) > TASK.success_tolerance_px
+    assert error(still, still) is None  # nothing moved
+    world.task = replace(TASK, name="unknown")
+    assert error(still, episodes) is None  # nothing can be located

@@ -119,6 +119,30 @@ def imagined_replays(world: World, episodes: Sequence[Episode], *, seed: int = 0
     ]
 
 
+def moved_object_error(world: World, episodes: Sequence[Episode], *, seed: int = 0) -> float | None:
+    """How far from its recorded place the named object ends in imagination, where the recording moved it.
+
+    Args:
+        world: The world; its classifier is not used.
+        episodes: Recordings, of whom no labels are needed.
+        seed: Seed of the imagination.
+
+    Returns:
+        Median over those episodes in pixels; None if there are none, or if objects cannot be located.
+    """
+    tolerance, errors = world.task.success_tolerance_px, []
+    for imagined, recorded in zip(imagined_replays(world, episodes, seed=seed), episodes, strict=True):
+        first, last, task_id = recorded.frames[None, :1], recorded.frames[None, -1:], [recorded.task_id]
+        way = object_error(world.task, first, last, np.array(task_id))
+        if way is None or tolerance is None:
+            return None
+        if way[0, 0] > tolerance:
+            error = object_error(world.task, imagined.frames[None, -1:], last, np.array(task_id))
+            assert error is not None  # the same task as above
+            errors.append(error[0, 0])
+    return float(np.nanmedian(errors)) if errors else None
+
+
 def sample_video(world: World, episodes: Sequence[Episode], *, n: int = 6, seed: int = 0) -> np.ndarray:
     """Recordings (left) beside their imagination (right), one below the other.
 
