@@ -121,8 +121,10 @@ class Workshop:
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of the shared stages as they stand on the disk, by name; all sittings together."""
-        runs = {"wmpo-lifelong": lambda: self.lifelong_run, "wmpo": lambda: self.wmpo_run}
-        own = runs.get(self.cell.method, lambda: self.run)()
+        if self.cell.method == "wmpo":
+            own = self.wmpo_run
+        else:
+            own = self.lifelong_run if self.cell.method == "wmpo-lifelong" else self.run
         return {**own.seconds, **self.shared.seconds}
 
     def simulated(self, rows: int) -> Any:
