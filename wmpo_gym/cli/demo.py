@@ -14,8 +14,8 @@ from wmpo_gym.recipe.settings import DEMO
 class Command:
     """Live the whole method: from real rollouts over imagination to a better policy.
 
-    Collect 128 real rollouts, align the world model, train the classifier, check the gates, optimise in
-    imagination, and compare before and after in the simulated twin.
+    Collect 64 real rollouts, align the world model, train the classifier, check the gates, optimise in
+    imagination, all of it twice, and compare before and after in the simulated twin.
 
     Interrupted, the same command goes on with the stage it was in.
 

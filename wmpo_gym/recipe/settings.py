@@ -173,11 +173,10 @@ def recipe_for(task: str) -> Recipe:
 # From the bundled base policy and play-trained world model; the rest as in a full run, shorter.
 DEMO = Recipe(
     play=200,
-    rounds=1,
-    align=WorldModelTraining(steps=1000, batch_size=12, learning_rate=5e-4, recorded=0.0),
+    align=WorldModelTraining(steps=600, batch_size=12, learning_rate=5e-4, recorded=0.0),
     classifier_steps=500,
-    grpo=GRPOSettings(iterations=12),
+    grpo=GRPOSettings(iterations=8),
     gate_episodes=128,
-    curve_every=6,
+    curve_every=4,
     test_episodes=512,
 )
