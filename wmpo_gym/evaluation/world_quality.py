@@ -132,12 +132,16 @@ def moved_object_error(world: World, episodes: Sequence[Episode], *, seed: int =
     """
     tolerance, errors = world.task.success_tolerance_px, []
     for imagined, recorded in zip(imagined_replays(world, episodes, seed=seed), episodes, strict=True):
-        first, last, task_id = recorded.frames[None, :1], recorded.frames[None, -1:], [recorded.task_id]
-        way = object_error(world.task, first, last, np.array(task_id))
+        first, last, task_id = (
+            recorded.frames[None, :1],
+            recorded.frames[None, -1:],
+            np.array([recorded.task_id]),
+        )
+        way = object_error(world.task, first, last, task_id)
         if way is None or tolerance is None:
             return None
         if way[0, 0] > tolerance:
-            error = object_error(world.task, imagined.frames[None, -1:], last, np.array(task_id))
+            error = object_error(world.task, imagined.frames[None, -1:], last, task_id)
             assert error is not None  # the same task as above
             errors.append(error[0, 0])
     return float(np.nanmedian(errors)) if errors else None

@@ -163,11 +163,8 @@ class Run:
         if not play:
             return ConvWorldModel.for_task(self.task, self.recipe.seed)
         if not directory.exists():
-            world, again = (
-                self._play_world("pretrain", self.recipe.pretrain, play),
-                self.recipe.pretrain_again,
-            )
-            error = world.card["moved_object_error_px"]
+            world = self._play_world("pretrain", self.recipe.pretrain, play)
+            again, error = self.recipe.pretrain_again, world.card["moved_object_error_px"]
             if again is not None and error is not None and error > error_limit(self.task):
                 second = self._play_world("pretrain-again", again, play)
                 world = min((world, second), key=lambda w: w.card["moved_object_error_px"])
