@@ -152,23 +152,6 @@ def test_controls_run_and_change_what_they_name(
     assert not (tmp_path / "play_world").exists() and (tmp_path / "aligned").exists()
 
 
-@pytest.mark.parametrize(
-    ("errors", "trained", "kept"),
-    [([9.0, 0.5], 2, 0.5), ([2.0, 3.0], 2, 2.0), ([0.8], 1, 0.8), ([None], 1, None)],
-)
-def test_a_pre_training_that_did_not_come_off_is_done_again(
-    errors: list[Any], trained: int, kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured = iter(errors)
-    monkeypatch.setattr("wmpo_gym.recipe.stages.moved_object_error", lambda *a, **k: next(measured))
-    recipe = replace(TINY, pretrain_again=replace(FEW_STEPS, steps=2, batch_size=2))
-    run = Run(recipe, tmp_path, progress=False)
-    run.pretrained_network(run.play())
-    assert World.from_pretrained(tmp_path / "play_world").card["moved_object_error_px"] == kept
-    assert len(list((tmp_path / "checkpoints").iterdir())) == trained
-    run.pretrained_network(run.play())  # is only read
-
-
 def test_shuffled_rewards_keep_their_number_and_lose_their_owners() -> None:
     from wmpo_gym.algorithms.grpo import GRPO
 

@@ -21,7 +21,14 @@ from wmpo_gym.world.world import StartFrames, World, WorldConfig
 SIDE = 8
 TASK = replace(MOVE_BLOCK, image_size=SIDE, symmetries=())
 QUICK = WorldModelTraining(
-    steps=60, batch_size=8, learning_rate=3e-3, recorded=0.0, warmup=2, ema_decay=0.9, checkpoint_every=30
+    muon=0.0,
+    steps=60,
+    batch_size=8,
+    learning_rate=3e-3,
+    recorded=0.0,
+    warmup=2,
+    ema_decay=0.9,
+    checkpoint_every=30,
 )
 
 

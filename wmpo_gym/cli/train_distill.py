@@ -48,7 +48,7 @@ class Command:
     teacher_steps: int | None = None
     holdout: float = 0.1
     training: Flat[WorldModelTraining] = field(
-        default_factory=lambda: WorldModelTraining(steps=1000, learning_rate=3e-4, recorded=0.0)
+        default_factory=lambda: WorldModelTraining(steps=1000, learning_rate=3e-4, muon=0.0, recorded=0.0)
     )
 
     def run(self) -> None:

@@ -57,8 +57,6 @@ class Recipe:
         sft: Supervised fine-tuning of the base policy.
         play: Unlabelled play episodes for pre-training; 0 for none and no pre-training.
         pretrain: World-model training on play.
-        pretrain_again: Training from the start again, if after the first one objects that play moved are off
-            by more than the gate *faithful* allows; the better of both counts. None to leave it at one.
         rollouts: P, labelled real episodes of the policy; the only ones after supervised fine-tuning.
         rounds: Times that P / rounds episodes are collected by the policy as it is then, the world refreshed
             and the policy optimised in it; the paper's main results have one, its lifelong learning
@@ -81,10 +79,7 @@ class Recipe:
     # The colours' symmetry is no mistake of the expert's; the mirror's would undo the biased aim.
     sft: SFTSettings = SFTSettings(steps=500, symmetries=("swap colours",))
     play: int = 2400
-    pretrain: WorldModelTraining = WorldModelTraining(steps=5000, batch_size=24, learning_rate=1.2e-3)
-    pretrain_again: WorldModelTraining | None = WorldModelTraining(
-        steps=10000, batch_size=12, learning_rate=1e-3
-    )
+    pretrain: WorldModelTraining = WorldModelTraining(steps=2500, batch_size=24, learning_rate=1.2e-3)
     rollouts: int = 128
     rounds: int = 2
     align: WorldModelTraining = WorldModelTraining(
@@ -131,11 +126,9 @@ class Recipe:
 
     def seeded(self) -> Recipe:
         """The recipe with the seeds of its trainings derived from its own."""
-        again = self.pretrain_again
         return replace(
             self,
             pretrain=replace(self.pretrain, seed=self.seed * 10 + 1),
-            pretrain_again=again and replace(again, seed=self.seed * 10 + 1),
             align=replace(self.align, seed=self.seed * 10 + 2),
         )
 
@@ -149,7 +142,6 @@ LIFT = Recipe(
     sft=SFTSettings(steps=600),
     play=400,
     pretrain=WorldModelTraining(steps=2500, batch_size=16, learning_rate=1.2e-3),
-    pretrain_again=None,
     rounds=1,
     align=WorldModelTraining(steps=1000, batch_size=16, learning_rate=6e-4, recorded=0.0),
     gate_episodes=128,

@@ -16,7 +16,6 @@ from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.envs.ledger import Ledger
 from wmpo_gym.envs.simulated.scripted import record_expert, record_play
-from wmpo_gym.evaluation.gates import error_limit
 from wmpo_gym.evaluation.rollouts import collect_episodes, make_rollout_env
 from wmpo_gym.evaluation.validation import measure_learnable, validate
 from wmpo_gym.evaluation.world_quality import imagined_replays, moved_object_error
@@ -31,7 +30,7 @@ from wmpo_gym.world.conv import ConvWorldModel
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 from wmpo_gym.world.world import StartFrames, World, WorldConfig, find_pretrained
 
-PLAY_JUDGED = 200  # play episodes that say whether pre-training came off
+PLAY_JUDGED = 200  # play episodes that say how well pre-training came off
 
 
 class Run:
@@ -163,25 +162,20 @@ class Run:
         if not play:
             return ConvWorldModel.for_task(self.task, self.recipe.seed)
         if not directory.exists():
-            world = self._play_world("pretrain", self.recipe.pretrain, play)
-            again, error = self.recipe.pretrain_again, world.card["moved_object_error_px"]
-            if again is not None and error is not None and error > error_limit(self.task):
-                second = self._play_world("pretrain-again", again, play)
-                world = min((world, second), key=lambda w: w.card["moved_object_error_px"])
-            world.save_pretrained(directory)
+            config = self.recipe.pretrain
+            with self.stage("pretrain", f"World-model pre-training on play: {config.steps} steps"):
+                network = ConvWorldModel.for_task(self.task, self.recipe.seed)
+                card: dict[str, Any] = {
+                    "name": f"{self.task.name} (play only)", "recipe": self.recipe.to_dict(),
+                    "history": self._train("pretrain", network, play, config, None),
+                }  # fmt: skip
+                frames = StartFrames.from_episodes(play)
+                world = World(self.task, network, PixelAutoencoder(), None, frames, card=card)
+                error = card["moved_object_error_px"] = moved_object_error(world, play[:PLAY_JUDGED])
+                if self.progress and error is not None:
+                    print(f"   objects that play moved are off by {error:.2f} px in the median")
+                world.save_pretrained(directory)
         return World.from_pretrained(directory).network
-
-    def _play_world(self, name: str, config: WorldModelTraining, play: list[Episode]) -> World:
-        with self.stage("pretrain", f"World-model pre-training on play: {config.steps} steps"):
-            network = ConvWorldModel.for_task(self.task, self.recipe.seed)
-            card: dict[str, Any] = {"name": f"{self.task.name} (play only)", "recipe": self.recipe.to_dict()}
-            card["history"] = self._train(name, network, play, config, None)
-            frames = StartFrames.from_episodes(play)
-            world = World(self.task, network, PixelAutoencoder(), None, frames, card=card)
-            error = card["moved_object_error_px"] = moved_object_error(world, play[:PLAY_JUDGED])
-            if self.progress and error is not None:
-                print(f"   objects that play moved are off by {error:.2f} px in the median")
-        return world
 
     def aligned_network(
         self, network: ConvWorldModel, real: list[Episode], demos: list[Episode], play: list[Episode]

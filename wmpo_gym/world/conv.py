@@ -206,6 +206,11 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
                 shift[axis, k, 1 : k + 2, axis] = pixels[axis] * 2 / cfg.image_size
         return shift.flatten(2)
 
+    def inner_weights(self) -> list[Tensor]:
+        """Convolution weights between features: all but those that read frames or write them."""
+        inner = [*self.down, *self.up, self.to_pixels, self.sharpen]
+        return [m.weight for part in inner for m in part.modules() if isinstance(m, nn.Conv2d)]
+
     # -- the published signature -----------------------------------------------------------------------------
     def forward(
         self,

@@ -24,10 +24,11 @@ from wmpo_gym.data.atomic import (
     write_json_atomic,
 )
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.data.optimizer_state import pack_slots, unpack_slots
 from wmpo_gym.progress import progress_bar
 from wmpo_gym.tasks import Task
+from wmpo_gym.world.conv import ConvWorldModel
 from wmpo_gym.world.objectives import ChunkObjective, PatchCritic
+from wmpo_gym.world.optimizers import JointOptimizer
 from wmpo_gym.world.streams import ChunkBatch, EpisodeStreams
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ class WorldModelTraining:
         learning_rate: Peak; linear warm-up over ``warmup`` steps, then cosine to ``final_lr`` of it.
         warmup: Steps of warm-up.
         final_lr: Share of the learning rate left at the end.
-        weight_decay: AdamW's.
+        muon: Step size of Muon in units of ``learning_rate``. It trains the inner weights of a network that
+            names them (``ConvWorldModel``); 0 for AdamW throughout, as published.
+        weight_decay: Of AdamW and Muon.
         grad_clip: Bound of the gradient norm.
         ema_decay: Decay of the averaged weights that are kept (paper: 0.9999, release 0.99).
         pure_noise: Share of rows trained at noise level 1, which is where one-step sampling happens.
@@ -66,6 +69,7 @@ class WorldModelTraining:
     learning_rate: float = 1e-3
     warmup: int = 50
     final_lr: float = 0.02
+    muon: float = 4.0
     weight_decay: float = 1e-4
     grad_clip: float = 1.0
     ema_decay: float = 0.998
@@ -126,9 +130,11 @@ class WorldModelTrainer:
             denoising_steps=denoising_steps,
         )
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.optimizer = torch.optim.AdamW(
-            network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        self.optimizer = JointOptimizer(
+            network, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
+            inner=network.inner_weights() if isinstance(network, ConvWorldModel) else (),
+            muon=config.muon * config.learning_rate,
+        )  # fmt: skip
         self.ema = {k: p.detach().clone() for k, p in network.named_parameters()}
         self.critic = None
         if config.adversarial > 0:
@@ -172,9 +178,6 @@ class WorldModelTrainer:
 
     def _train_step(self) -> dict[str, float]:
         cfg = self.config
-        decay = cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * self.step / cfg.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = cfg.learning_rate * decay * warmup_share(self.step, cfg.warmup)
         batch = self._batch()
         losses, prediction = self.objective(self.network, batch, self.generator)
         self.streams.report(losses.detach().numpy())
@@ -182,7 +185,7 @@ class WorldModelTrainer:
         figures = {"loss": float(loss.detach())}
         if self.critic is not None:
             loss = loss + cfg.adversarial * self.critic.generator_loss(batch, prediction)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), cfg.grad_clip)
         if not torch.isfinite(norm):
@@ -190,7 +193,8 @@ class WorldModelTrainer:
                 f"The gradient is not finite at step {self.step}; the last checkpoint is intact. Lower "
                 f"learning_rate (now {cfg.learning_rate})."
             )
-        self.optimizer.step()
+        cosine = cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * self.step / cfg.steps))
+        self.optimizer.step(cosine * warmup_share(self.step, cfg.warmup))
         if self.critic is not None:
             figures["critic_loss"] = self.critic.train_step(batch, prediction.detach())
         decay = min(cfg.ema_decay, (self.step + 1) / (self.step + 10))
@@ -251,7 +255,7 @@ class WorldModelTrainer:
         stream = self.streams.get_state()
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
-        tensors |= pack_slots(self.optimizer, "optimizer.")
+        tensors |= self.optimizer.pack()
         if self.critic is not None:
             tensors |= self.critic.checkpoint()
         tensors |= {
@@ -287,7 +291,7 @@ class WorldModelTrainer:
         self.network.load_state_dict(part("network."))
         averages = part("ema.")
         self.ema = {name: averages[name] for name in self.ema}  # files keep no order
-        unpack_slots(self.optimizer, tensors, "optimizer.")
+        self.optimizer.unpack(tensors)
         if self.critic is not None:
             self.critic.restore(tensors)
         self.streams.set_state({k: v.numpy() for k, v in part("stream.").items()} | {"rng": meta["rng"]})

@@ -1,0 +1,75 @@
+"""Muon beside AdamW."""
+
+import pytest
+import torch
+
+from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.world.optimizers import JointOptimizer
+
+
+def small_network() -> ConvWorldModel:
+    torch.manual_seed(0)
+    return ConvWorldModel(image_size=8, chunk=2, action_dim=2, widths=(8, 16), cond_dim=8)
+
+
+def backward(network: torch.nn.Module) -> None:
+    torch.manual_seed(1)
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+
+
+def joint(network: ConvWorldModel, muon: float) -> JointOptimizer:
+    return JointOptimizer(
+        network, learning_rate=1e-3, weight_decay=0.0, inner=network.inner_weights(), muon=muon
+    )
+
+
+def test_without_muon_it_is_adamw():
+    ours, theirs = small_network(), small_network()
+    backward(ours), backward(theirs)
+    joint(ours, 0.0).step(0.5)
+    torch.optim.AdamW(theirs.parameters(), lr=5e-4, weight_decay=0.0).step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_muon_moves_inner_weights_in_all_directions_alike():
+    network = small_network()
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    backward(network)
+    inner = {id(p) for p in network.inner_weights()}
+    joint(network, 0.02).step(0.5)
+    for name, p in network.named_parameters():
+        change = (p.detach() - before[name]).flatten(1) if p.ndim > 1 else None
+        if id(p) in inner:
+            strengths = torch.linalg.svdvals(change) / (
+                0.01 * max(1, change.shape[0] / change.shape[1]) ** 0.5
+            )
+            assert strengths.min() > 0.5 and strengths.max() < 1.5, name
+        else:  # AdamW's first step is the step size, in every element
+            torch.testing.assert_close(
+                (p.detach() - before[name]).abs(), torch.full_like(p, 5e-4), rtol=1e-3, atol=0
+            )
+
+
+def test_inner_weights_neither_read_nor_write_frames():
+    network = small_network()
+    inner = {id(p) for p in network.inner_weights()}
+    edges = {"context_stem.weight", "frame_stem.weight", "head.weight"}
+    convolutions = {name for name, p in network.named_parameters() if p.ndim == 4}
+    assert {name for name, p in network.named_parameters() if id(p) in inner} == convolutions - edges
+
+
+@pytest.mark.parametrize("muon", [0.0, 0.02])
+def test_goes_on_the_same_from_its_packed_moments(muon):
+    network, twin = small_network(), small_network()
+    first, second = joint(network, muon), joint(twin, muon)
+    backward(network)
+    first.step(1.0)
+    twin.load_state_dict(network.state_dict())
+    second.unpack({name: tensor.clone() for name, tensor in first.pack().items()})
+    for n, optimizer in ((network, first), (twin, second)):
+        backward(n)
+        optimizer.step(1.0)
+    for a, b in zip(network.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
