@@ -128,6 +128,23 @@ def test_policies_of_another_comparison_are_tested_again_without_training(
         run_study(plan, tmp_path / "other", trained_in=tmp_path, progress=False)
 
 
+def test_cells_side_by_side_are_those_one_by_one(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    plan = replace(QUICK, methods=("base", "sft", "demonstrations"), self_correction=False)
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        run_study(plan, tmp_path, jobs=0, progress=False)
+    cells = run_study(plan, tmp_path, jobs=2, progress=False)["cells"]
+    alone = {(c["method"], c["variant"]): c for c in finished[1]["cells"]}
+    assert [(c["method"], c["variant"]) for c in cells] == [
+        (m, v) for m in plan.methods for v in plan.variants
+    ]
+    for cell in cells:
+        same = alone[cell["method"], cell["variant"]]
+        assert cell["outcomes"] == same["outcomes"], cell["method"]
+        assert cell["ledger"]["real_steps"] == same["ledger"]["real_steps"], cell["method"]
+
+
 def test_table_and_plots_come_from_the_results_alone(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -30,6 +30,8 @@ class Command:
         bundled: Start from the bundled base policy and play-trained world model for all seeds.
         trained_in: Directory of another comparison: test its policies, as far as it has them, instead of
             training new ones (for instance table2 and behaviour on those of table1).
+        jobs: Processes that train side by side, each with its share of the cores; 2 are quicker than 1 on two
+            cores.
         summary_only: Only write table and plots from the results.json in the directory.
     """
 
@@ -42,6 +44,7 @@ class Command:
     episodes: int | None = None
     bundled: bool = False
     trained_in: Path | None = None
+    jobs: int = 1
     summary_only: bool = False
 
     def run(self) -> None:
@@ -59,7 +62,7 @@ class Command:
         if self.summary_only:
             results = read_json(out / "results.json")
         else:
-            results = run_study(plan, out, trained_in=self.trained_in)
+            results = run_study(plan, out, trained_in=self.trained_in, jobs=self.jobs)
         write_summary(results, out)
         print(markdown_table(results))
         print(f"Table, plots and results.json are in {out}")

@@ -1,13 +1,18 @@
-"""Runs the cells of a comparison one by one; an interrupted one goes on with the cell it was in."""
+"""Runs the cells of a comparison; an interrupted one goes on with the cells it was in."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from wmpo_gym.comparison.methods import METHODS, STAGES, Workshop
 from wmpo_gym.comparison.plan import SAW, Cell, Plan
@@ -25,7 +30,12 @@ TRAINING = ("task", "selection_episodes", "bundled", "recipe", "baselines")
 
 
 def run_study(
-    plan: Plan, out: str | Path, *, trained_in: str | Path | None = None, progress: bool = True
+    plan: Plan,
+    out: str | Path,
+    *,
+    trained_in: str | Path | None = None,
+    jobs: int = 1,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Train and test every cell that is not complete yet.
 
@@ -34,6 +44,7 @@ def run_study(
         out: Directory of the comparison.
         trained_in: Directory of another comparison, whose policies are tested instead of training new ones,
             as far as it has them. SB3's SAC is not kept, so its cells are always trained.
+        jobs: Processes that train side by side, each with its share of the cores.
         progress: Show a progress bar with the time left.
 
     Returns:
@@ -41,20 +52,81 @@ def run_study(
 
     Raises:
         ValueError: If the directory holds a comparison with another plan, or ``trained_in`` one whose
-            policies were trained with other settings.
+            policies were trained with other settings, or if there is to be no job.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs is the number of processes that train, at least 1; got {jobs}.")
     out = Path(out)
     kept = [out] if trained_in is None else [out, _same_training(plan, Path(trained_in))]
     keep_settings(out / "plan.json", plan.to_dict())
-    cells, done = list(plan.cells()), []
+    cells = list(plan.cells())
+    finished = (
+        _one_by_one(plan, cells, kept, progress) if jobs == 1 else _side_by_side(plan, cells, kept, jobs)
+    )
     with progress_bar(total=len(cells), desc="cells", disable=not progress) as bar:
-        for cell in cells:
-            bar.set_postfix_str(cell.name)
-            done += _cell(plan, cell, kept, progress)
-            results = collect(plan, done)
+        for n in finished:
+            results = collect(plan, _complete(cells, out))
             write_json_atomic(out / "results.json", results)
-            bar.update(1)
+            bar.update(n)
     return results
+
+
+def _one_by_one(plan: Plan, cells: list[Cell], kept: list[Path], progress: bool) -> Iterator[int]:
+    """Complete the cells in turn; yields how many came to it."""
+    for cell in cells:
+        _cell(plan, cell, kept, progress)
+        yield 1
+
+
+def _side_by_side(plan: Plan, cells: list[Cell], kept: list[Path], jobs: int) -> Iterator[int]:
+    """The same in ``jobs`` processes: what a seed's cells share first, then those that share a world."""
+    context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        try:
+            prepared, groups = {}, {}
+            for seed in dict.fromkeys(cell.seed for cell in cells):
+                own = [cell for cell in cells if cell.seed == seed]
+                prepared[pool.submit(_prepare, plan, own, kept)] = own
+            for ready in as_completed(prepared):
+                ready.result()
+                for group in _groups(prepared[ready]):
+                    groups[pool.submit(_cells, plan, group, kept)] = len(group)
+            for ready in as_completed(groups):
+                ready.result()
+                yield groups[ready]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _groups(cells: list[Cell]) -> list[list[Cell]]:
+    """Cells of one seed by what they share: rollouts and world of a budget, or the rounds of a lifetime."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        key = cell.method if cell.method.endswith("-lifelong") else str(cell.budget)
+        groups.setdefault(key, []).append(cell)
+    return sorted(groups.values(), key=lambda group: -group[0].budget)  # the longest first
+
+
+def _prepare(plan: Plan, cells: list[Cell], kept: list[Path]) -> None:
+    """Make what those of a seed's cells stand on that are still to be trained."""
+    missing = [cell for cell in cells if _kept(cell, kept) is None]
+    if missing:
+        shared = Workshop(plan, missing[0], kept[0]).shared
+        shared.base_policy(shared.demonstrations())
+        if any("pretrain" in STAGES[cell.method] for cell in missing):
+            shared.pretrained_network(shared.play())
+
+
+def _cells(plan: Plan, cells: list[Cell], kept: list[Path]) -> None:
+    for cell in cells:
+        _cell(plan, cell, kept, progress=False)
+
+
+def _complete(cells: list[Cell], out: Path) -> list[dict[str, Any]]:
+    """Results of all cells that are on the disk, one per variant."""
+    files = [out / "cells" / cell.name / "results.json" for cell in cells]
+    return [entry for file in files if file.exists() for entry in read_json(file)["cells"]]
 
 
 def collect(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -85,8 +157,8 @@ def _same_training(plan: Plan, directory: Path) -> Path:
     return directory
 
 
-def _cell(plan: Plan, cell: Cell, kept: list[Path], progress: bool) -> list[dict[str, Any]]:
-    """Results of a cell, one per variant; trains and tests if they are not on the disk."""
+def _cell(plan: Plan, cell: Cell, kept: list[Path], progress: bool) -> None:
+    """Train and test a cell, if its results are not on the disk."""
     file = kept[0] / "cells" / cell.name / "results.json"
     if not file.exists():
         policy, costs = _trained(plan, cell, kept, progress)
@@ -102,15 +174,19 @@ def _cell(plan: Plan, cell: Cell, kept: list[Path], progress: bool) -> list[dict
             for variant in plan.variants
         ]
         write_json_atomic(file, {"cells": entries})
-    return read_json(file)["cells"]
+
+
+def _kept(cell: Cell, kept: list[Path]) -> Path | None:
+    """The first directory that has a cell's policy."""
+    places = (out / "cells" / cell.name for out in kept)
+    return next((place for place in places if (place / "costs.json").exists()), None)
 
 
 def _trained(plan: Plan, cell: Cell, kept: list[Path], progress: bool) -> tuple[Any, dict[str, Any]]:
-    """A cell's policy and what it cost, from the first directory that has it; else trained in the first."""
-    for directory in (out / "cells" / cell.name for out in kept):
-        if (directory / "costs.json").exists():
-            policy = VLAPolicy.from_pretrained(directory / "policy", seed=cell.seed)
-            return policy, read_json(directory / "costs.json")
+    """A cell's policy and what it cost, from where it is kept; else trained in the first directory."""
+    if (place := _kept(cell, kept)) is not None:
+        policy = VLAPolicy.from_pretrained(place / "policy", seed=cell.seed)
+        return policy, read_json(place / "costs.json")
     shop = Workshop(plan, cell, kept[0], progress=progress)
     began, before = time.perf_counter(), sum(shop.stage_seconds().values())
     trained = METHODS[cell.method](shop)
