@@ -30,8 +30,7 @@ class Command:
         bundled: Start from the bundled base policy and play-trained world model for all seeds.
         trained_in: Directory of another comparison: test its policies, as far as it has them, instead of
             training new ones (for instance table2 and behaviour on those of table1).
-        jobs: Processes that train side by side, each with its share of the cores; 2 are quicker than 1 on two
-            cores.
+        jobs: Processes that train side by side, each with its share of the cores.
         summary_only: Only write table and plots from the results.json in the directory.
     """
 

@@ -48,7 +48,8 @@ def run_study(
         progress: Show a progress bar with the time left.
 
     Returns:
-        The contents of ``results.json``, which is written anew after every cell.
+        The contents of ``results.json``, which is written anew after every cell; side by side, after
+        those that share a world.
 
     Raises:
         ValueError: If the directory holds a comparison with another plan, or ``trained_in`` one whose
@@ -60,10 +61,11 @@ def run_study(
     kept = [out] if trained_in is None else [out, _same_training(plan, Path(trained_in))]
     keep_settings(out / "plan.json", plan.to_dict())
     cells = list(plan.cells())
-    finished = (
-        _one_by_one(plan, cells, kept, progress) if jobs == 1 else _side_by_side(plan, cells, kept, jobs)
-    )
     with progress_bar(total=len(cells), desc="cells", disable=not progress) as bar:
+        if jobs == 1:
+            finished = _one_by_one(plan, cells, kept, bar, progress)
+        else:
+            finished = _side_by_side(plan, cells, kept, jobs)
         for n in finished:
             results = collect(plan, _complete(cells, out))
             write_json_atomic(out / "results.json", results)
@@ -71,9 +73,10 @@ def run_study(
     return results
 
 
-def _one_by_one(plan: Plan, cells: list[Cell], kept: list[Path], progress: bool) -> Iterator[int]:
+def _one_by_one(plan: Plan, cells: list[Cell], kept: list[Path], bar: Any, progress: bool) -> Iterator[int]:
     """Complete the cells in turn; yields how many came to it."""
     for cell in cells:
+        bar.set_postfix_str(cell.name)
         _cell(plan, cell, kept, progress)
         yield 1
 

@@ -124,11 +124,6 @@ def learnable_gate(before: np.ndarray, after: np.ndarray, iterations: int) -> Ga
     )
 
 
-def error_limit(task: Task) -> float:
-    """Pixels by which an imagined object may be off; infinite where the task names no tolerance."""
-    return np.inf if task.success_tolerance_px is None else TOLERANCE_SHARE * task.success_tolerance_px
-
-
 def faithful_gate(
     task: Task,
     error_at_success: np.ndarray | None,
@@ -150,7 +145,7 @@ def faithful_gate(
     obeys = sensitivity["different_actions"] > sensitivity["different_noise"]
     median, passed = float("nan"), None if obeys else False
     if error_at_success is not None and task.success_tolerance_px is not None:
-        limit = error_limit(task)
+        limit = TOLERANCE_SHARE * task.success_tolerance_px
         median = float(np.median(error_at_success)) if len(error_at_success) else float("nan")
         passed = bool(median < limit and obeys)
         measured, wanted = f"{median:.2f} px", f"median object error < {limit:.2f} px"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,32 +38,28 @@ class JointOptimizer:
         self._inner = list(inner) if muon > 0 else []
         theirs = {id(p) for p in self._inner}
         rest = [p for p in network.parameters() if id(p) not in theirs]
-        self._parts: list[tuple[torch.optim.Optimizer, float]] = [
-            (torch.optim.AdamW(rest, lr=learning_rate, weight_decay=weight_decay), learning_rate)
-        ]
+        self._parts: dict[str, tuple[torch.optim.Optimizer, float]] = {
+            "optimizer.": (torch.optim.AdamW(rest, weight_decay=weight_decay), learning_rate)
+        }
         # torch's Muon takes matrices only; these share the kernels' memory.
         self._matrices = [nn.Parameter(p.data.flatten(1)) for p in self._inner]
         if self._matrices:
-            self._parts.append((torch.optim.Muon(self._matrices, lr=muon, weight_decay=weight_decay), muon))
+            self._parts["muon."] = (torch.optim.Muon(self._matrices, weight_decay=weight_decay), muon)
 
     def step(self, share: float) -> None:
         """Move the weights along their gradients, with ``share`` of the peak step sizes."""
         for matrix, weight in zip(self._matrices, self._inner, strict=True):
             matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
-        for optimizer, peak in self._parts:
+        for optimizer, peak in self._parts.values():
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
             optimizer.step()
 
     def pack(self) -> dict[str, Tensor]:
         """Moments, for a checkpoint."""
-        return {k: v for prefix, part in self._named() for k, v in pack_slots(part, prefix).items()}
+        return {k: v for name, (part, _) in self._parts.items() for k, v in pack_slots(part, name).items()}
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Put :meth:`pack`'s result back; tensors of other names are left alone."""
-        for prefix, part in self._named():
-            unpack_slots(part, tensors, prefix)
-
-    def _named(self) -> Iterator[tuple[str, torch.optim.Optimizer]]:
-        names = ("optimizer.", "muon.")
-        return ((name, part) for name, (part, _) in zip(names, self._parts, strict=False))
+        for name, (part, _) in self._parts.items():
+            unpack_slots(part, tensors, name)

@@ -26,7 +26,6 @@ from wmpo_gym.data.atomic import (
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.progress import progress_bar
 from wmpo_gym.tasks import Task
-from wmpo_gym.world.conv import ConvWorldModel
 from wmpo_gym.world.objectives import ChunkObjective, PatchCritic
 from wmpo_gym.world.optimizers import JointOptimizer
 from wmpo_gym.world.streams import ChunkBatch, EpisodeStreams
@@ -132,7 +131,7 @@ class WorldModelTrainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.optimizer = JointOptimizer(
             network, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
-            inner=network.inner_weights() if isinstance(network, ConvWorldModel) else (),
+            inner=getattr(network, "inner_weights", list)(),
             muon=config.muon * config.learning_rate,
         )  # fmt: skip
         self.ema = {k: p.detach().clone() for k, p in network.named_parameters()}
