@@ -71,6 +71,23 @@ def test_a_frame_depends_on_the_actions_up_to_it_only(network: ConvWorldModel) -
 
 
 @torch.no_grad()
+def test_two_ways_to_the_same_place_are_told_apart_where_they_part(network: ConvWorldModel) -> None:
+    """The picture of the way differs beside the detour, not only in the conditioning vector."""
+    last = torch.full((2, 3, 16, 16), -1.0)
+    last[:, :, 8, 3] = 1.0
+    actions = torch.zeros(2, 4, 3)
+    actions[:, :, 0] = 1.0
+    actions[1, 0, 1], actions[1, 2, 1] = 1.0, -1.0  # a detour in row 7, back in row 8 in the last two frames
+    shift = network._shift(torch.cat([torch.zeros(2, 1, 3), actions], dim=1))[:, :, None, None]
+    shifted = network._moved(last, shift)
+    torch.testing.assert_close(shifted[0, :, 3], shifted[1, :, 3])
+    way = network._way(last, shifted, actions * 0)
+    straight, detour = way[0, 3], way[1, 3]
+    parted = (straight - detour).abs().amax(dim=0) > 1e-4
+    assert parted[:, 1:5].any() and not parted[:2].any() and not parted[:, 6:].any()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_fast_way_gives_the_numbers_of_the_ordinary_one(network: ConvWorldModel, blocks: int) -> None:
     if blocks == 2:

@@ -22,9 +22,9 @@ SIDE = 8
 TASK = replace(MOVE_BLOCK, image_size=SIDE, symmetries=())
 QUICK = WorldModelTraining(
     muon=0.0,
-    steps=60,
+    steps=90,
     batch_size=8,
-    learning_rate=3e-3,
+    learning_rate=8e-4,
     recorded=0.0,
     warmup=2,
     ema_decay=0.9,

@@ -55,7 +55,7 @@ def test_muon_moves_inner_weights_in_all_directions_alike():
 def test_inner_weights_neither_read_nor_write_frames():
     network = small_network()
     inner = {id(p) for p in network.inner_weights()}
-    edges = {"context_stem.weight", "frame_stem.weight", "head.weight"}
+    edges = {"context_stem.weight", "frame_stem.weight", "way_stem.weight", "head.weight"}
     convolutions = {name for name, p in network.named_parameters() if p.ndim == 4}
     assert {name for name, p in network.named_parameters() if id(p) in inner} == convolutions - edges
 

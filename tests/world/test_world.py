@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from wmpo_gym.data.atomic import ArtifactError
+from wmpo_gym.data.atomic import ArtifactError, sha256
 from wmpo_gym.tasks import MOVE_BLOCK
 from wmpo_gym.world.autoencoder import PixelAutoencoder
 from wmpo_gym.world.conv import ConvWorldModel
@@ -105,6 +106,16 @@ def test_edited_configurations_are_refused(saved: Path, change: dict, message: s
     file = saved / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ArtifactError, match=message):
+        World.from_pretrained(saved)
+
+
+def test_weights_of_another_network_are_refused(saved: Path) -> None:
+    file = saved / "network/diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if not k.startswith("way_")}, file)
+    config = json.loads((saved / "config.json").read_text())
+    config["files"][str(file.relative_to(saved))] = sha256(file)
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"lack way_stem.weight, .*way_gate.bias, which a ConvWorldModel"):
         World.from_pretrained(saved)
 
 

@@ -162,6 +162,8 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         self.shift = nn.Parameter(self._initial_shift(shift_init))
         self.context_stem = nn.Conv2d(context_frames * channels * patch**2 + 2, widths[0], 3, padding=1)
         self.frame_stem = nn.Conv2d(2 * channels * patch**2, widths[0], 3, padding=1)
+        self.way_stem = nn.Conv2d(2 * channels * patch**2, widths[0], 3, padding=1)
+        self.way_gate = RowLinear(action_dim, 2 * widths[0])
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths):
             level = nn.ModuleList(FiLMBlock(width, width, cond_dim) for _ in range(blocks))
@@ -176,8 +178,9 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         self.to_pixels = nn.Conv2d(widths[0], detail * patch**2, 3, padding=1)
         self.sharpen = nn.Conv2d(detail + 2 * channels, detail, 3, padding=1)
         self.head = nn.Conv2d(detail, channels + 3, 3, padding=1)  # residual, mask and displacement
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        for layer in (self.head, self.way_gate):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     @classmethod
     def for_task(cls, task: Task, seed: int, **changes: Any) -> ConvWorldModel:
@@ -271,7 +274,8 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         # Scaled down where there is only noise to see, so that it does not drown the context.
         scaled = noisy * (1 - 0.9 * sigma)[:, None, None, None, None]
         x = self.frame_stem(_unshuffled(torch.cat([scaled, shifted], dim=1), self.patch))
-        x = (x.unflatten(0, (batch, chunk)) + self._stem(cache.frames)[:, None]).flatten(0, 1)
+        x = x.unflatten(0, (batch, chunk)) + self._stem(cache.frames)[:, None]
+        x = (x + self._way(last, shifted, actions)).flatten(0, 1)
         features = F.pixel_shuffle(self._unet(x, self._condition(sigma, actions, cache)), self.patch)
         sharp = torch.cat([features, self._per_frame(last), shifted.transpose(1, 2).flatten(0, 1)], dim=1)
         out = self.head(F.silu(self.sharpen(sharp)))
@@ -292,6 +296,18 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         return self.context_stem(
             _pixelwise(torch.cat([frames, self._coordinates(batch, height, width)], dim=1))
         )
+
+    def _way(self, last: Tensor, shifted: Tensor, actions: Tensor) -> Tensor:
+        """Where things were on the way to each frame, ``(B, K, widths[0], h / p, w / p)``.
+
+        A step shows what was moved before it and after it, weighed by its action, and a frame the sum of its
+        steps: a magnet that was on in passing may have gripped, wherever it is at the end.
+        """
+        before = torch.cat([last[:, :, None], shifted[:, :, :-1]], dim=2)
+        steps = self.way_stem(_unshuffled(torch.cat([before, shifted], dim=1), self.patch))
+        scale, summand = self.way_gate(actions)[..., None, None].chunk(2, dim=2)
+        steps = steps.unflatten(0, (len(actions), self.chunk)) * (1 + scale) + summand
+        return steps.cumsum(dim=1)
 
     def _per_frame(self, x: Tensor) -> Tensor:
         """Repeat rows ``(B, ...)`` for each of the chunk's frames: ``(B K, ...)``."""

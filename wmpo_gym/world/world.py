@@ -289,6 +289,12 @@ def _load_component(directory: Path, kind: str) -> Any:
             f"{directory}: could not load a {kind}: {error}. Fetch the directory again, or make it anew with "
             "the command in the world's card."
         ) from error
+    named = loaded.named_parameters() if hasattr(loaded, "named_parameters") else ()
+    if absent := [name for name, p in named if p.is_meta]:  # diffusers leaves them empty and says nothing
+        raise ArtifactError(
+            f"{directory}: the weights lack {', '.join(absent)}, which a {kind} of this release has. "
+            "Use the release that made it, or make it anew with the command in the world's card."
+        )
     return loaded.float().eval() if hasattr(loaded, "eval") else loaded
 
 
