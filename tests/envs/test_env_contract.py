@@ -53,7 +53,7 @@ def test_both_check_envs_pass_without_a_warning(name: str, render_mode: str | No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_types_and_fresh_arrays(kind: str) -> None:
-    env = make_single(kind)
+    env = make_single(kind, **({"threshold": 1.0} if kind == "imagined" else {}))  # all three steps are taken
     obs, info = env.reset(seed=1)
     assert obs in env.observation_space and obs["pixels"].dtype == np.uint8
     kept = obs["pixels"].copy()
