@@ -11,8 +11,10 @@ from kills import disk_states
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.policies.sft import (
+    READS_INSTRUCTION,
     SFTSettings,
     apply_symmetry,
+    instruction_gap,
     make_windows,
     shift_images,
     token_loss,
@@ -98,6 +100,21 @@ def test_a_few_windows_are_learned_by_heart():
     assert [d for d, *_ in losses] == list(range(1, 61)) and losses[0][1] == 60
     assert losses[-1][2] < 0.7 * losses[0][2]
     assert not policy.training
+
+
+def test_the_instruction_gap_tells_whether_the_words_decide():
+    seen = episode(8)
+    told = [
+        replace(seen, task_id=i, actions=np.full((8, 3), level, np.float32))
+        for i, level in enumerate((-0.8, 0.8))
+    ]
+    deaf = [replace(e, actions=told[0].actions) for e in told]
+    settings = SFTSettings(steps=40, batch=16, shift=0)
+    assert instruction_gap(train_sft(told, "move-block", settings=settings), told, MOVE_BLOCK) > 1.0
+    untold = instruction_gap(train_sft(deaf, "move-block", settings=settings), deaf, MOVE_BLOCK)
+    assert abs(untold) < READS_INSTRUCTION
+    one = replace(MOVE_BLOCK, instructions=MOVE_BLOCK.instructions[:1], symmetries=())
+    assert instruction_gap(None, told, one) is None
 
 
 def test_same_seed_same_weights_and_no_global_randomness():

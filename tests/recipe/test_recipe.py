@@ -12,6 +12,7 @@ import pytest
 from wmpo_gym.evaluation.results import show_rate
 from wmpo_gym.policies.sft import SFTSettings
 from wmpo_gym.recipe import run as recipe_run
+from wmpo_gym.recipe import stages
 from wmpo_gym.recipe.run import run_recipe
 from wmpo_gym.recipe.settings import GRPOSettings, Recipe
 from wmpo_gym.recipe.stages import Run
@@ -104,6 +105,24 @@ def test_a_finished_run_is_only_read(
     rounds = [run.round(number).rollouts(None) for number in (1, 2)]  # type: ignore[arg-type]
     assert [len(episodes) for episodes in rounds] == [4, 4]
     assert not {e.start_state_id for e in rounds[0]} & {e.start_state_id for e in rounds[1]}
+
+
+def test_a_policy_that_does_not_read_the_instruction_is_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gaps, trained, real = iter([0.01, 0.5]), [], stages.train_sft
+
+    def training(*args: Any, **kwargs: Any) -> Any:
+        trained.append((kwargs["policy"], kwargs["seed"], kwargs["checkpoint_dir"].name))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(stages, "train_sft", training)
+    monkeypatch.setattr(stages, "instruction_gap", lambda *a: next(gaps))
+    run = Run(TINY, tmp_path, progress=False)
+    run.base_policy(run.demonstrations())
+    (first, *then), (second, *later) = trained
+    assert first is None and second is not None
+    assert then == [0, "sft"] and later == [1000, "sft-2"]
 
 
 def test_the_gates_of_every_round_are_kept(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wmpo_gym.cli.common import Flat, choose_device, load_episodes, load_policy, task_of
 from wmpo_gym.policies.memory import PolicyMemory
-from wmpo_gym.policies.sft import SFTSettings, train_sft
+from wmpo_gym.policies.sft import READS_INSTRUCTION, SFTSettings, instruction_gap, train_sft
 
 if TYPE_CHECKING:
     from wmpo_gym.policies.vla_policy import VLAPolicy
@@ -87,6 +87,12 @@ class Command:
             },
         )
         print(f"fine-tuned on {len(episodes)} episodes; the policy is in {self.out}")
+        gap = instruction_gap(policy, episodes, task)
+        if gap is not None and gap < READS_INSTRUCTION:
+            print(
+                "The policy hardly reads the instruction: told another one, it explains the episodes only "
+                f"{gap:.2f} nats per token worse (wanted {READS_INSTRUCTION}). Train on with --policy {self.out}."
+            )
 
     def _start(self, kwargs: dict[str, Any]) -> VLAPolicy:
         """The policy to go on from, if the device has room to train it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from wmpo_gym.tasks import Symmetry, Task, get_task
 
 Progress = Callable[[int, int, dict[str, float]], None]
 CHECKPOINT_EVERY = 100  # steps
+READS_INSTRUCTION = 0.2  # nats; policies of move-block that tell the colours reach 0.8, others 0.0
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,37 @@ def train_sft(
         writer.close()
     policy.set_training_mode(False)
     return policy
+
+
+@torch.no_grad()
+def instruction_gap(
+    policy: VLAPolicy, episodes: Sequence[Episode], task: Task, *, windows: int = 512, seed: int = 0
+) -> float | None:
+    """How much worse a policy explains recorded actions when it is told another instruction.
+
+    Binding words to things is learned late and all at once; a training that ends before imitates the mean
+    over all instructions, at a loss that does not look wrong.
+
+    Args:
+        policy: The policy.
+        episodes: Demonstrations.
+        task: The task they belong to.
+        windows: Control steps to look at, at most.
+        seed: Which ones.
+
+    Returns:
+        Mean cross-entropy per action token under a wrong instruction minus that under the right one, in nats;
+        near 0 if the instruction is not read, :data:`READS_INSTRUCTION` and more if it is. None if the task
+        has one instruction only.
+    """
+    n = len(task.instructions)
+    if n < 2:
+        return None
+    told = make_windows(episodes, task.chunk)
+    chosen = np.random.default_rng(seed).permutation(len(told))[:windows]
+    told = told.rows(torch.from_numpy(chosen))
+    other = replace(told, task_id=(told.task_id + 1) % n)
+    return token_loss(policy, other)[0].item() - token_loss(policy, told)[0].item()
 
 
 def _check_fit(windows: Windows, task: Task) -> None:

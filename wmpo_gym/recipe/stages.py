@@ -19,7 +19,7 @@ from wmpo_gym.envs.simulated.scripted import record_expert, record_play
 from wmpo_gym.evaluation.rollouts import collect_episodes, make_rollout_env
 from wmpo_gym.evaluation.validation import measure_learnable, validate
 from wmpo_gym.evaluation.world_quality import imagined_replays, moved_object_error
-from wmpo_gym.policies.sft import train_sft
+from wmpo_gym.policies.sft import READS_INSTRUCTION, instruction_gap, train_sft
 from wmpo_gym.policies.vla_policy import VLAPolicy
 from wmpo_gym.progress import progress_bar
 from wmpo_gym.recipe.settings import Recipe
@@ -30,6 +30,7 @@ from wmpo_gym.world.conv import ConvWorldModel
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 from wmpo_gym.world.world import StartFrames, World, WorldConfig, find_pretrained
 
+SFT_ATTEMPTS = 3  # trainings of the base policy, each going on from the one before
 PLAY_JUDGED = 200  # play episodes that say how well pre-training came off
 
 
@@ -145,14 +146,27 @@ class Run:
         directory = self.out / "base_policy"
         if not directory.exists():
             steps = self.recipe.sft.steps
-            with self.stage("sft", f"Supervised fine-tuning: {steps} steps"), self._bar(steps, "sft") as bar:
-                policy = train_sft(
-                    demonstrations, self.task, settings=self.recipe.sft, seed=self.recipe.seed,
-                    progress=lambda done, total, metrics: bar.update(1),
-                    checkpoint_dir=self.out / "checkpoints" / "sft",
-                )  # fmt: skip
-                policy.save_pretrained(directory)
+            with self.stage("sft", f"Supervised fine-tuning: {steps} steps"):
+                self._fine_tuned(demonstrations).save_pretrained(directory)
         return VLAPolicy.from_pretrained(directory, seed=self.recipe.seed)
+
+    def _fine_tuned(self, demonstrations: list[Episode]) -> VLAPolicy:
+        """A new policy, trained again if it does not tell the instructions apart by then."""
+        recipe, policy = self.recipe, None
+        for attempt in range(SFT_ATTEMPTS):
+            again = f"-{attempt + 1}" if attempt else ""
+            with self._bar(recipe.sft.steps, f"sft{again}") as bar:
+                policy = train_sft(
+                    demonstrations, self.task, settings=recipe.sft, seed=recipe.seed + 1000 * attempt,
+                    policy=policy, progress=lambda done, total, metrics, bar=bar: bar.update(1),
+                    checkpoint_dir=self.out / "checkpoints" / f"sft{again}",
+                )  # fmt: skip
+            gap = instruction_gap(policy, demonstrations, self.task)
+            if gap is None or gap >= READS_INSTRUCTION:
+                break
+            if self.progress:
+                print(f"   the instruction is hardly read ({gap:.2f} nats; wanted {READS_INSTRUCTION})")
+        return policy
 
     def pretrained_network(self, play: list[Episode]) -> ConvWorldModel:
         """World model trained on play alone: the counterpart of the paper's Open X-Embodiment checkpoint."""
