@@ -91,7 +91,7 @@ class Command:
         if gap is not None and gap < READS_INSTRUCTION:
             print(
                 "The policy hardly reads the instruction: told another one, it explains the episodes only "
-                f"{gap:.2f} nats per token worse (wanted {READS_INSTRUCTION}). Train on with --policy {self.out}."
+                f"{gap:.2f} nats per token worse (wanted {READS_INSTRUCTION}); train on with --policy."
             )
 
     def _start(self, kwargs: dict[str, Any]) -> VLAPolicy:
