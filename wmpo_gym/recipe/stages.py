@@ -150,23 +150,23 @@ class Run:
                 self._fine_tuned(demonstrations).save_pretrained(directory)
         return VLAPolicy.from_pretrained(directory, seed=self.recipe.seed)
 
-    def _fine_tuned(self, demonstrations: list[Episode]) -> VLAPolicy:
-        """A new policy, trained again if it does not tell the instructions apart by then."""
-        recipe, policy = self.recipe, None
-        for attempt in range(SFT_ATTEMPTS):
-            again = f"-{attempt + 1}" if attempt else ""
-            with self._bar(recipe.sft.steps, f"sft{again}") as bar:
-                policy = train_sft(
-                    demonstrations, self.task, settings=recipe.sft, seed=recipe.seed + 1000 * attempt,
-                    policy=policy, progress=lambda done, total, metrics, bar=bar: bar.update(1),
-                    checkpoint_dir=self.out / "checkpoints" / f"sft{again}",
-                )  # fmt: skip
-            gap = instruction_gap(policy, demonstrations, self.task)
-            if gap is None or gap >= READS_INSTRUCTION:
-                break
-            if self.progress:
-                print(f"   the instruction is hardly read ({gap:.2f} nats; wanted {READS_INSTRUCTION})")
-        return policy
+    def _fine_tuned(
+        self, demonstrations: list[Episode], policy: VLAPolicy | None = None, attempt: int = 1
+    ) -> VLAPolicy:
+        """A new policy, trained on if it does not tell the instructions apart by then."""
+        again, recipe = f"-{attempt}" if attempt > 1 else "", self.recipe
+        with self._bar(recipe.sft.steps, f"sft{again}") as bar:
+            policy = train_sft(
+                demonstrations, self.task, settings=recipe.sft, seed=recipe.seed + 1000 * (attempt - 1),
+                policy=policy, progress=lambda done, total, metrics: bar.update(1),
+                checkpoint_dir=self.out / "checkpoints" / f"sft{again}",
+            )  # fmt: skip
+        gap = instruction_gap(policy, demonstrations, self.task)
+        if gap is None or gap >= READS_INSTRUCTION:
+            return policy
+        if self.progress:
+            print(f"   the instruction is hardly read ({gap:.2f} nats; wanted {READS_INSTRUCTION})")
+        return policy if attempt == SFT_ATTEMPTS else self._fine_tuned(demonstrations, policy, attempt + 1)
 
     def pretrained_network(self, play: list[Episode]) -> ConvWorldModel:
         """World model trained on play alone: the counterpart of the paper's Open X-Embodiment checkpoint."""
