@@ -87,7 +87,8 @@ class Command:
             },
         )
         print(f"fine-tuned on {len(episodes)} episodes; the policy is in {self.out}")
-        gap = instruction_gap(policy, episodes, task)
+        at_once = self.memory.micro_batch or self.settings.batch
+        gap = instruction_gap(policy, episodes, task, batch=at_once)
         if gap is not None and gap < READS_INSTRUCTION:
             print(
                 "The policy hardly reads the instruction: told another one, it explains the episodes only "

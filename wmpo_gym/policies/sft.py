@@ -288,7 +288,7 @@ def train_sft(
 
 @torch.no_grad()
 def instruction_gap(
-    policy: VLAPolicy, episodes: Sequence[Episode], task: Task, *, windows: int = 512, seed: int = 0
+    policy: VLAPolicy, episodes: Sequence[Episode], task: Task, *, windows: int = 512, batch: int = 64
 ) -> float | None:
     """How much worse a policy explains recorded actions when it is told another instruction.
 
@@ -300,21 +300,25 @@ def instruction_gap(
         episodes: Demonstrations.
         task: The task they belong to.
         windows: Control steps to look at, at most.
-        seed: Which ones.
+        batch: So many at once.
 
     Returns:
         Mean cross-entropy per action token under a wrong instruction minus that under the right one, in nats;
-        near 0 if the instruction is not read, :data:`READS_INSTRUCTION` and more if it is. None if the task
-        has one instruction only.
+        near 0 if the instruction is not read, :data:`READS_INSTRUCTION` and more if it is. None if the
+        episodes have one instruction only.
     """
-    n = len(task.instructions)
-    if n < 2:
-        return None
     told = make_windows(episodes, task.chunk)
-    chosen = np.random.default_rng(seed).permutation(len(told))[:windows]
-    told = told.rows(torch.from_numpy(chosen))
-    other = replace(told, task_id=(told.task_id + 1) % n)
-    return token_loss(policy, other)[0].item() - token_loss(policy, told)[0].item()
+    given, place = told.task_id.unique(return_inverse=True)
+    if len(given) < 2:
+        return None
+    other = replace(told, task_id=given[(place + 1) % len(given)])
+    chosen = torch.from_numpy(np.random.default_rng(0).permutation(len(told))[:windows])
+    total = 0.0
+    for index in chosen.split(batch):
+        share = told.mask[index].sum().item() / told.mask[chosen].sum().item()
+        worse = token_loss(policy, other.rows(index))[0] - token_loss(policy, told.rows(index))[0]
+        total += share * worse.item()
+    return total
 
 
 def _check_fit(windows: Windows, task: Task) -> None:
