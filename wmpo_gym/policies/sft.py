@@ -174,13 +174,17 @@ def token_loss(policy: VLAPolicy, batch: Windows) -> tuple[torch.Tensor, float]:
     return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean().item()
 
 
+def _parts(windows: Windows, size: int | None) -> Iterator[tuple[Windows, torch.Tensor]]:
+    """Some windows at a time, None for all, each with its share of the recorded actions."""
+    total = windows.mask.sum()
+    for part in map(windows.rows, torch.arange(len(windows)).split(size or len(windows))):
+        yield part, part.mask.sum() / total
+
+
 def accumulate_gradient(policy: VLAPolicy, batch: Windows, micro_batch: int | None) -> tuple[float, float]:
     """Add the gradient of :func:`token_loss` to ``.grad``, micro-batch by micro-batch; its two values."""
     loss = accuracy = 0.0
-    total = batch.mask.sum()
-    for index in torch.arange(len(batch)).split(micro_batch or len(batch)):
-        part = batch.rows(index)
-        share = part.mask.sum() / total
+    for part, share in _parts(batch, micro_batch):
         part_loss, part_accuracy = token_loss(policy, part)
         (part_loss * share).backward()
         loss, accuracy = loss + part_loss.item() * share.item(), accuracy + part_accuracy * share.item()
@@ -292,8 +296,7 @@ def instruction_gap(
 ) -> float | None:
     """How much worse a policy explains recorded actions when it is told another instruction.
 
-    Binding words to things is learned late and all at once; a training that ends before imitates the mean
-    over all instructions, at a loss that does not look wrong.
+    Words are bound to things late and all at once; before, the mean over all instructions is imitated.
 
     Args:
         policy: The policy.
@@ -303,9 +306,8 @@ def instruction_gap(
         batch: So many at once.
 
     Returns:
-        Mean cross-entropy per action token under a wrong instruction minus that under the right one, in nats;
-        near 0 if the instruction is not read, :data:`READS_INSTRUCTION` and more if it is. None if the
-        episodes have one instruction only.
+        Mean cross-entropy per action token under a wrong instruction minus that under the right one, in nats:
+        near 0 if it is not read, else above :data:`READS_INSTRUCTION`. None if there is one instruction only.
     """
     told = make_windows(episodes, task.chunk)
     given, place = told.task_id.unique(return_inverse=True)
@@ -313,12 +315,11 @@ def instruction_gap(
         return None
     other = replace(told, task_id=given[(place + 1) % len(given)])
     chosen = torch.from_numpy(np.random.default_rng(0).permutation(len(told))[:windows])
-    total = 0.0
-    for index in chosen.split(batch):
-        share = told.mask[index].sum().item() / told.mask[chosen].sum().item()
-        worse = token_loss(policy, other.rows(index))[0] - token_loss(policy, told.rows(index))[0]
-        total += share * worse.item()
-    return total
+
+    def loss(all_: Windows) -> float:
+        return sum((token_loss(policy, p)[0] * share).item() for p, share in _parts(all_.rows(chosen), batch))
+
+    return loss(other) - loss(told)
 
 
 def _check_fit(windows: Windows, task: Task) -> None:
