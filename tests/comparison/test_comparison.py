@@ -104,6 +104,23 @@ def test_other_settings_are_refused(finished: tuple[Path, dict[str, Any]]) -> No
         run_study(replace(QUICK, episodes=4), out, progress=False)
 
 
+def test_more_cells_are_added_to_what_is_there(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    def untouched(shop: Any) -> Any:
+        raise AssertionError("trained again")
+
+    plan = replace(QUICK, methods=("base",), variants=("nominal",))
+    first = run_study(plan, tmp_path, progress=False)["cells"]
+    more = replace(plan, methods=("sft", "base"), budgets=(64,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "base", untouched)
+        second = run_study(more, tmp_path, progress=False)["cells"]
+    assert [(c["method"], c["budget"]) for c in second] == [("sft", 64), ("base", 0)]
+    assert second[1] == first[0]
+    lifelong = replace(plan, methods=("dpo-lifelong",), budgets=(32, 64))
+    with pytest.raises(ValueError, match="budgets"):
+        run_study(lifelong, tmp_path, progress=False)
+
+
 def test_policies_of_another_comparison_are_tested_again_without_training(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

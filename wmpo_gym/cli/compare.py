@@ -16,7 +16,8 @@ from wmpo_gym.data.atomic import read_json
 class Command:
     """Compare methods on identical environments, budgets and start states.
 
-    Writes results.json, table.md and plots. Interrupted, the same command goes on with the cell it was in.
+    Writes results.json, table.md and plots. Interrupted, the same command goes on with the cell it was in;
+    with more seeds, methods or budgets it trains only what is new.
 
     Attributes:
         preset: The paper's question: table1 (sample efficiency and final success), table2 (changed scenes),

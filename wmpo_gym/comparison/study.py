@@ -27,6 +27,8 @@ from wmpo_gym.tasks import get_task
 
 TRAINING = ("task", "selection_episodes", "bundled", "recipe", "baselines")
 """What of a plan decides how the policy of a cell is trained; the rest says which cells, and how to test."""
+EXTENDED = ("methods", "budgets", "seeds")
+"""What of a plan only says which cells: a directory may be taken up again with others."""
 
 
 def run_study(
@@ -40,7 +42,8 @@ def run_study(
     """Train and test every cell that is not complete yet.
 
     Args:
-        plan: What to compare; a directory is only taken up again with the same plan.
+        plan: What to compare; a directory is only taken up again with the same plan, but for the methods,
+            the seeds and (lifelong methods apart) the budgets: what it has of those asked for is not run again.
         out: Directory of the comparison.
         trained_in: Directory of another comparison, whose policies are tested instead of training new ones,
             as far as it has them. SB3's SAC is not kept, so its cells are always trained.
@@ -59,7 +62,8 @@ def run_study(
         raise ValueError(f"jobs is the number of processes that train, at least 1; got {jobs}.")
     out = Path(out)
     kept = [out] if trained_in is None else [out, _same_training(plan, Path(trained_in))]
-    keep_settings(out / "plan.json", plan.to_dict())
+    settings = plan.to_dict()
+    keep_settings(out / "plan.json", {k: v for k, v in settings.items() if k not in _extended(plan)})
     cells = list(plan.cells())
     with progress_bar(total=len(cells), desc="cells", disable=not progress) as bar:
         if jobs == 1:
@@ -145,13 +149,19 @@ def collect(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _extended(plan: Plan) -> tuple[str, ...]:
+    """What may differ when a directory is taken up again; the rounds of a lifetime are set by its budgets."""
+    lifelong = any(method.endswith("-lifelong") for method in plan.methods)
+    return tuple(name for name in EXTENDED if not (lifelong and name == "budgets"))
+
+
 def _same_training(plan: Plan, directory: Path) -> Path:
     """The directory, if what decides the training of its policies is as in the plan."""
     file = directory / "plan.json"
     if not file.exists():
         raise ValueError(f"{directory} holds no comparison (no plan.json); name the --out of another one.")
     given, there = plain(plan.to_dict()), read_json(file)
-    names = [*TRAINING, *(["budgets"] if any(m.endswith("-lifelong") for m in plan.methods) else [])]
+    names = [*TRAINING, *(set(EXTENDED) - set(_extended(plan)))]
     if other := [name for name in names if json.loads(json.dumps(given[name])) != there.get(name)]:
         raise ValueError(
             f"The policies in {directory} were trained with other settings ({', '.join(other)}); use the "

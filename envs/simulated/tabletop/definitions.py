@@ -71,7 +71,7 @@ class Definition:
 LIFT = Definition("Lift", main_object="cube_joint0", wooden="cube_redwood")
 DEFINITIONS: dict[str, Definition] = {
     "lift": LIFT,
-    "lift-close": replace(LIFT, fovy=26.0, tilt=6.0),  # from the cube up to the hand at its start
+    "lift-close": replace(LIFT, fovy=32.0, tilt=8.0),  # from the cube up to the whole hand at its start
     "stack": Definition("Stack", main_object="cubeA_joint0", wooden="cubeB_greenwood"),
     "square": Definition(
         "NutAssemblySquare",
