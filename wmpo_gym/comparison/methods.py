@@ -27,10 +27,9 @@ from wmpo_gym.evaluation.learning import grpo_from_policy
 from wmpo_gym.evaluation.rollouts import evaluate_policy_on, make_rollout_env
 from wmpo_gym.policies.sft import train_sft
 from wmpo_gym.policies.vla_policy import VLAPolicy
-from wmpo_gym.recipe.run import practise
+from wmpo_gym.recipe.run import Practised, practise
 from wmpo_gym.recipe.stages import Run
 from wmpo_gym.tasks import Task
-from wmpo_gym.world.world import World
 
 GROUP = 8  # rollouts from one start state
 SAC_ROWS = 16
@@ -89,24 +88,18 @@ class Workshop:
 
     @cached_property
     def run(self) -> Run:
-        """The seed's run with this cell's budget; methods of one budget share its rollouts and its world."""
-        return self._run(f"-{self.cell.budget}", rollouts=self.cell.budget, rounds=1)
+        """The seed's run with this cell's budget, which the methods that imagine share with WMPO."""
+        return self._run(f"-{self.cell.budget}", rollouts=self.cell.budget)
 
     @cached_property
-    def wmpo_run(self) -> Run:
-        """That run in as many rounds as the recipe has, of which further ones have rollouts of their own."""
-        if self.plan.recipe.rounds == 1:
-            return self.run
-        return self._run(f"-{self.cell.budget}-rounds", rollouts=self.cell.budget)
+    def practised(self) -> Practised:
+        """WMPO's policy, its last world and what it spent."""
+        return practise(self.run, self.shared, self.base())
 
-    def rollouts(self) -> list[Episode]:
-        """P labelled rollouts of the base policy."""
-        return self.run.rollouts(self.base())
-
-    def world(self) -> World:
-        """The world model and classifier learned from them."""
-        real, demos, play = self.rollouts(), self.demonstrations, self.shared.play()
-        return self.run.imagined_world(self.shared.pretrained_network(play), real, demos, play)
+    @cached_property
+    def base_run(self) -> Run:
+        """A run of one round: all P rollouts are the base policy's."""
+        return self._run(f"-{self.cell.budget}-base", rollouts=self.cell.budget, rounds=1)
 
     @cached_property
     def lifelong_run(self) -> Run:
@@ -121,19 +114,17 @@ class Workshop:
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of the shared stages as they stand on the disk, by name; all sittings together."""
-        if self.cell.method == "wmpo":
-            own = self.wmpo_run
-        else:
-            own = self.lifelong_run if self.cell.method == "wmpo-lifelong" else self.run
-        return {**own.seconds, **self.shared.seconds}
+        name = {"sft": "base_run", "wmpo-lifelong": "lifelong_run"}.get(self.cell.method, "run")
+        return {**getattr(self, name).seconds, **self.shared.seconds}
 
     def simulated(self, rows: int) -> Any:
         """Simulated rows on training start states."""
         return make_rollout_env("WMPO-Simulated-v0", rows, task=self.task)
 
     def imagined(self, rows: int) -> Any:
-        """Imagined rows in :meth:`world`."""
-        return make_rollout_env("WMPO-Imagined-v0", rows, task=self.task, world=self.world())
+        """Imagined rows in WMPO's last world."""
+        world = self.practised.world
+        return make_rollout_env("WMPO-Imagined-v0", rows, task=self.task, world=world)
 
 
 # -- methods -------------------------------------------------------------------------------------------------
@@ -144,13 +135,13 @@ def train_base(shop: Workshop) -> Trained:
 
 def train_sft_filtered(shop: Workshop) -> Trained:
     """Go on imitating, now the successes among the rollouts."""
-    successes = [e for e in shop.rollouts() if e.success]
     policy = shop.base()
+    successes = [e for e in shop.base_run.rollouts(policy) if e.success]
     if successes:
         policy = train_sft(
             successes, shop.task, settings=shop.plan.baselines.sft, seed=shop.cell.seed, policy=policy
         )
-    return Trained(policy, shop.run.spent_on_rollouts(), Ledger())
+    return Trained(policy, shop.base_run.spent_on_rollouts(), Ledger())
 
 
 def train_grpo_real(shop: Workshop) -> Trained:
@@ -176,8 +167,7 @@ def train_dpo(shop: Workshop) -> Trained:
 
 def train_dpo_imagined(shop: Workshop) -> Trained:
     """DPO from imagined episodes of the base policy."""
-    shop.world()
-    return _dpo(shop, shop.imagined, shop.plan.baselines.dpo_imagined_groups, shop.run.spent_on_rollouts())
+    return _dpo(shop, shop.imagined, shop.plan.baselines.dpo_imagined_groups, shop.practised.spent)
 
 
 def train_dpo_lifelong(shop: Workshop) -> Trained:
@@ -205,8 +195,8 @@ def train_sac(shop: Workshop, *, demonstrations: bool = False, imagined: bool = 
     """SB3's SAC until its episodes are spent."""
     settings, n_chunks = shop.plan.baselines, shop.task.n_chunks
     name = "WMPO-Imagined-v0" if imagined else "WMPO-Simulated-v0"
-    special: dict[str, Any] = {"world": shop.world()} if imagined else {}
-    spent = shop.run.spent_on_rollouts() if imagined else Ledger()
+    special: dict[str, Any] = {"world": shop.practised.world} if imagined else {}
+    spent = shop.practised.spent if imagined else Ledger()
     env = as_vec_env(gymnasium.make_vec(name, SAC_ROWS, task=shop.task, **special), SAC_ROWS)
     chunks = settings.sac_imagined_chunks if imagined else shop.cell.budget * n_chunks
     with closing(env):
@@ -224,14 +214,13 @@ def train_sac(shop: Workshop, *, demonstrations: bool = False, imagined: bool = 
 
 def train_wmpo(shop: Workshop) -> Trained:
     """GRPO in imagination."""
-    practised = practise(shop.wmpo_run, shop.shared, shop.base())
-    return Trained(practised.policy, practised.real + practised.imagined, Ledger())
+    return Trained(shop.practised.policy, shop.practised.spent, Ledger())
 
 
 def train_wmpo_lifelong(shop: Workshop) -> Trained:
     """GRPO in a world that is refreshed every round by what the policy has become."""
     practised = practise(shop.lifelong_run, shop.shared, shop.base(), rounds=shop.round)
-    return Trained(practised.policy, practised.real + practised.imagined, Ledger())
+    return Trained(practised.policy, practised.spent, Ledger())
 
 
 def train_on_demonstrations(shop: Workshop) -> Trained:
@@ -262,14 +251,13 @@ METHODS: dict[str, Callable[[Workshop], Trained]] = {
 
 
 _BASE = ("demos", "sft")
-_WORLD = (*_BASE, "play", "pretrain", "rollouts", "align", "reward")
+_WMPO = (*_BASE, "play", "pretrain", "rollouts", "align", "reward", "grpo")
 STAGES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(METHODS, _BASE),
     **dict.fromkeys(("sac", "demonstrations"), ()),
     "sac-demos": ("demos",),
     "sft": (*_BASE, "rollouts"),
-    **dict.fromkeys(("dpo-imagined", "sac-imagined"), _WORLD),
-    **dict.fromkeys(("wmpo", "wmpo-lifelong"), (*_WORLD, "grpo")),
+    **dict.fromkeys(("dpo-imagined", "sac-imagined", "wmpo", "wmpo-lifelong"), _WMPO),
 }
 """Shared stages each method stands on, whichever cell happened to run them; their time is the method's."""
 

@@ -13,12 +13,11 @@ SAW = {
     "base": "demonstrations",
     "sft": "demonstrations, and the successes among P rollouts of the base policy",
     "dpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
-    "dpo-imagined": "as wmpo, P rollouts all of the base policy; imagined ones in groups of common starts",
+    "dpo-imagined": "what wmpo saw, in whose last world it pairs imagined rollouts of the base policy",
     "grpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
     "sac": "P episodes of its own, from scratch",
     "sac-demos": "demonstrations in its replay buffer, and P episodes of its own",
-    "sac-imagined": "as wmpo, P rollouts all of the base policy; its own imagined episodes; demonstrations "
-    "in its replay buffer",
+    "sac-imagined": "what wmpo saw, in whose last world it acts; demonstrations in its replay buffer",
     "wmpo": "demonstrations, unlabelled play, P rollouts (half by the base policy, half after practice), "
     "and imagined rollouts",
     "demonstrations": "demonstrations, and P more of the same expert",

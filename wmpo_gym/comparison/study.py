@@ -43,7 +43,7 @@ def run_study(
 
     Args:
         plan: What to compare; a directory is only taken up again with the same plan, but for the methods,
-            the seeds and (lifelong methods apart) the budgets: what it has of those asked for is not run again.
+            the seeds and (lifelong methods apart) the budgets: only what it lacks of them is run.
         out: Directory of the comparison.
         trained_in: Directory of another comparison, whose policies are tested instead of training new ones,
             as far as it has them. SB3's SAC is not kept, so its cells are always trained.

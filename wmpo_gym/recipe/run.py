@@ -79,6 +79,11 @@ class Practised:
     curve: list[dict[str, Any]]
     gates: dict[str, dict[str, Any]]
 
+    @property
+    def spent(self) -> Ledger:
+        """Both together."""
+        return self.real + self.imagined
+
 
 def practise(
     run: Run, shared: Run, policy: VLAPolicy, *, rounds: int | None = None, gates: bool = False
