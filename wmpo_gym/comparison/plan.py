@@ -41,10 +41,10 @@ class Baselines:
         dpo_beta: DPO's hold on its reference.
         dpo_sft_weight: Weight of the winners' own likelihood.
         dpo_group_size: Rollouts from one start state.
-        dpo_imagined_groups: Imagined start states DPO pairs rollouts from.
+        dpo_imagined_groups: Imagined start states DPO pairs rollouts from; as many as 1,280 episodes have.
         sft: Fine-tuning on filtered successes, from the base policy on.
         sac_gradient_steps: SAC's updates per round of its 16 rows.
-        sac_imagined_chunks: Imagined action chunks SAC trains on.
+        sac_imagined_chunks: Imagined action chunks SAC trains on; as many as 1,280 episodes have.
     """
 
     grpo_iterations: int = 4
@@ -54,10 +54,10 @@ class Baselines:
     dpo_beta: float = 0.1
     dpo_sft_weight: float = 1.0
     dpo_group_size: int = 8
-    dpo_imagined_groups: int = 256
+    dpo_imagined_groups: int = 160
     sft: SFTSettings = SFTSettings(steps=200, lr=5e-4, symmetries=("swap colours",))
     sac_gradient_steps: int = 16
-    sac_imagined_chunks: int = 20_000
+    sac_imagined_chunks: int = 6_400
 
 
 @dataclass(frozen=True)
