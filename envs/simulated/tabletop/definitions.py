@@ -71,7 +71,8 @@ class Definition:
 LIFT = Definition("Lift", main_object="cube_joint0", wooden="cube_redwood")
 DEFINITIONS: dict[str, Definition] = {
     "lift": LIFT,
-    "lift-close": replace(LIFT, fovy=32.0, tilt=8.0),  # from the cube up to the whole hand at its start
+    # Lower and nearer: the hand, seen from its start on, never hides the cube between its fingers.
+    "lift-close": replace(LIFT, camera="frontview", fovy=12.5, tilt=-3.0),
     "stack": Definition("Stack", main_object="cubeA_joint0", wooden="cubeB_greenwood"),
     "square": Definition(
         "NutAssemblySquare",
