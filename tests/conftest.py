@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-# MKL chooses its kernels by the processor, and some round up to 1e-5 away from the reference vectors. This one
-# rounds alike everywhere; it is read once, before the first matrix product.
+# MKL chooses its kernels by the processor, and some round up to 1e-5 away from the reference vectors. These
+# round alike everywhere; it is read once, before the first matrix product.
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 GOLDEN = Path(__file__).parent / "golden"
