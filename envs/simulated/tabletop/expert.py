@@ -300,7 +300,9 @@ def arm_expert(sim: RobosuiteSim, config: ArmExpertConfig, rng: np.random.Genera
 def arm_play(sim: RobosuiteSim, rng: np.random.Generator) -> Actor:
     """Motion without a task: wander, reach for the main object and often miss it, carry it about, drop it."""
     noise = float(rng.choice([0.05, 0.15, 0.4]))
-    arm = Arm(sim, ArmExpertConfig(grasp_noise=0.015, action_noise=noise), rng)
+    # About every second grip must fail: a world that saw few misses lifts whatever the fingers come near.
+    clumsy = ArmExpertConfig(grasp_noise=0.025, grasp_offset=(0.0, 0.0, 0.005), action_noise=noise)
+    arm = Arm(sim, clumsy, rng)
     return _actor(arm, _play(arm, sim.main_body))
 
 
