@@ -22,6 +22,8 @@ from wmpo_gym.policies.base import GroupPolicy
 
 logger = logging.getLogger(__name__)
 
+ROUNDING = 1e-4  # nats; before the first step every margin is zero but for rounding
+
 SelfDPO = TypeVar("SelfDPO", bound="DPO")
 
 
@@ -229,7 +231,7 @@ class DPO(GroupAlgorithm):
             self._backward(loss)
             margin = (winner - loser).detach()
             total["loss"] += loss.item()
-            total["pair_accuracy"] += (margin > 0).float().sum().item() / len(pairs)
+            total["pair_accuracy"] += (margin > ROUNDING).float().sum().item() / len(pairs)
             total["margin"] += margin.sum().item() / len(pairs)
         self._blank_passes(n_short, rollouts)
         return {**self.ranks.add(total), "grad_norm": self._step_optimizer(self.max_grad_norm)}
