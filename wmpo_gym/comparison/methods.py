@@ -99,6 +99,8 @@ class Workshop:
     @cached_property
     def base_run(self) -> Run:
         """A run of one round: all P rollouts are the base policy's."""
+        if self.plan.recipe.rounds == 1:
+            return self.run
         return self._run(f"-{self.cell.budget}-base", rollouts=self.cell.budget, rounds=1)
 
     @cached_property
