@@ -27,8 +27,6 @@ from wmpo_gym.tasks import get_task
 
 TRAINING = ("task", "selection_episodes", "bundled", "recipe", "baselines")
 """What of a plan decides how the policy of a cell is trained; the rest says which cells, and how to test."""
-EXTENDED = ("methods", "budgets", "seeds")
-"""What of a plan only says which cells: a directory may be taken up again with others."""
 
 
 def run_study(
@@ -62,8 +60,7 @@ def run_study(
         raise ValueError(f"jobs is the number of processes that train, at least 1; got {jobs}.")
     out = Path(out)
     kept = [out] if trained_in is None else [out, _same_training(plan, Path(trained_in))]
-    settings = plan.to_dict()
-    keep_settings(out / "plan.json", {k: v for k, v in settings.items() if k not in _extended(plan)})
+    keep_settings(out / "plan.json", _fixed(plan))
     cells = list(plan.cells())
     with progress_bar(total=len(cells), desc="cells", disable=not progress) as bar:
         if jobs == 1:
@@ -149,10 +146,16 @@ def collect(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _extended(plan: Plan) -> tuple[str, ...]:
-    """What may differ when a directory is taken up again; the rounds of a lifetime are set by its budgets."""
+def _training(plan: Plan) -> tuple[str, ...]:
+    """What of a plan decides the training of its policies; its budgets set the rounds of a lifetime."""
     lifelong = any(method.endswith("-lifelong") for method in plan.methods)
-    return tuple(name for name in EXTENDED if not (lifelong and name == "budgets"))
+    return (*TRAINING, "budgets") if lifelong else TRAINING
+
+
+def _fixed(plan: Plan) -> dict[str, Any]:
+    """What a directory is only taken up again with: all but which cells there are."""
+    cells = {"methods", "seeds", "budgets"}.difference(_training(plan))
+    return {name: value for name, value in plan.to_dict().items() if name not in cells}
 
 
 def _same_training(plan: Plan, directory: Path) -> Path:
@@ -161,8 +164,7 @@ def _same_training(plan: Plan, directory: Path) -> Path:
     if not file.exists():
         raise ValueError(f"{directory} holds no comparison (no plan.json); name the --out of another one.")
     given, there = plain(plan.to_dict()), read_json(file)
-    names = [*TRAINING, *(set(EXTENDED) - set(_extended(plan)))]
-    if other := [name for name in names if json.loads(json.dumps(given[name])) != there.get(name)]:
+    if other := [name for name in _training(plan) if json.loads(json.dumps(given[name])) != there.get(name)]:
         raise ValueError(
             f"The policies in {directory} were trained with other settings ({', '.join(other)}); use the "
             "same ones, or leave out --trained-in to train new policies."
