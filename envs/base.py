@@ -91,6 +91,7 @@ class TaskVectorEnv(ResumablePickle, VectorEnv):
         self._stepped = np.zeros(num_envs, np.bool_)  # rows that executed a chunk in this step
         self._clips = np.zeros((num_envs, self.task_spec.chunk, *self._episode.pixels.shape[1:]), np.uint8)
         self._clip_lengths = np.zeros(num_envs, np.int64)
+        self._proprio: dict[int, np.ndarray] = {}  # of the rows that executed a chunk, where robots tell it
 
     def set_autoreset(self, mode: str | AutoresetMode, *, skip_finished: bool = False) -> None:
         """Change what happens to finished rows; the arguments are those of the constructor.

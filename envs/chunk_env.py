@@ -219,6 +219,8 @@ class ChunkVectorEnv(TaskVectorEnv):
         self._stepped[rows] = True
         if self.wants_frames:
             self._clips[rows], self._clip_lengths[rows] = chunk.frames, chunk.n_frames
+        if chunk.proprio is not None:
+            self._proprio = dict(zip(rows.tolist(), chunk.proprio, strict=True))
 
     def _autoreset(self, finished: np.ndarray) -> dict[str, Any]:
         """Reset what the mode asks for; return the infos of the step."""
@@ -249,6 +251,9 @@ class ChunkVectorEnv(TaskVectorEnv):
         stepped = rows[self._stepped[rows]]
         if self.return_frames and stepped.size:
             add_info(infos, self.num_envs, stepped, {"frames": self._clips[stepped]})
+            if self._proprio:
+                told = np.stack([self._proprio[row] for row in stepped.tolist()])
+                add_info(infos, self.num_envs, stepped, {"proprio": told})
         return infos
 
     # -- state -----------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ class Chunk:
     success_prob: np.ndarray  # float64 (n,), of the last frame
     nfe: int | np.ndarray = 0  # network evaluations, for all rows or per row
     frames: np.ndarray | None = None  # uint8 (n, K, H, W, 3), the last one repeated after an early stop
+    proprio: np.ndarray | None = None  # float32 (n, K + 1, P), likewise, the state before the chunk first
 
 
 @dataclass

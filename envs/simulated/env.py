@@ -44,7 +44,8 @@ class SimulatedVectorEnv(ChunkVectorEnv):
     ## Info
     ``is_success``, ``success_prob`` (1.0 or 0.0), ``start_state_id``, ``instruction``, ``n_frames`` (control
     steps executed by this step, up to success), ``nfe`` (0), ``reward_<term>``; with ``return_frames`` also
-    ``frames`` on steps.
+    ``frames`` on steps, and from a robot that tells its state ``proprio`` (float32 ``(K + 1, P)``, before the
+    step and after each of its frames).
 
     ## Version History
     * v0: first release.
@@ -128,6 +129,9 @@ class SimulatedVectorEnv(ChunkVectorEnv):
             success_prob=success.astype(np.float64),
             frames=np.stack([_padded(chunk.frames, actions.shape[1]) for chunk in chunks])
             if self.wants_frames
+            else None,
+            proprio=np.stack([_padded(chunk.proprio, actions.shape[1] + 1) for chunk in chunks])
+            if chunks[0].proprio
             else None,
         )
 

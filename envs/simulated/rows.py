@@ -20,6 +20,7 @@ class RowChunk(NamedTuple):
     frames: list[np.ndarray]  # those that were asked for, the last one always
     n_frames: int  # control steps executed
     success: bool
+    proprio: list[np.ndarray]  # before the chunk and after each step, with all frames, if the robot tells it
 
 
 class SimulatorRows:
@@ -65,15 +66,19 @@ class SimulatorRows:
 
 def _run(simulator: Simulator, actions: np.ndarray, all_frames: bool) -> RowChunk:
     frames: list[np.ndarray] = []
+    proprio = getattr(simulator, "proprio", None) if all_frames else None
+    states = [] if proprio is None else [proprio()]
     for n_frames, action in enumerate(actions, start=1):
         simulator.step(action)
         success = simulator.success
         over = success or n_frames == len(actions)
         if over or all_frames:
             frames.append(simulator.render())
+        if proprio is not None:
+            states.append(proprio())
         if over:
             break
-    return RowChunk(frames, n_frames, success)
+    return RowChunk(frames, n_frames, success, states)
 
 
 class WorkerRows:

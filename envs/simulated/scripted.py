@@ -174,22 +174,37 @@ def player(sim: Any, rng: np.random.Generator) -> Controller:
     return makers[type(sim)](sim, rng)
 
 
-def record(
-    sim: Any, act: Controller, *, horizon: int, stop_at_success: bool
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Run a controller from the present state.
+@dataclass
+class Recording:
+    """What a controller did.
 
-    Returns:
-        Frames ``(T+1, H, W, 3)`` uint8, actions ``(T, D)`` float32, and whether the task succeeded.
+    Attributes:
+        frames: uint8 ``(T+1, H, W, 3)``.
+        actions: float32 ``(T, D)``.
+        success: Whether the task succeeded.
+        proprio: float32 ``(T+1, P)``, or None if the simulator's robot does not tell its state.
     """
-    frames, actions = [sim.render()], []
+
+    frames: np.ndarray
+    actions: np.ndarray
+    success: bool
+    proprio: np.ndarray | None
+
+
+def record(sim: Any, act: Controller, *, horizon: int, stop_at_success: bool) -> Recording:
+    """Run a controller from the present state."""
+    tells = hasattr(sim, "proprio")
+    frames, actions, proprio = [sim.render()], [], [sim.proprio()] if tells else None
     for _ in range(horizon):
         actions.append(act(sim))
         sim.step(actions[-1])
         frames.append(sim.render())
+        if proprio is not None:
+            proprio.append(sim.proprio())
         if stop_at_success and sim.success:
             break
-    return np.stack(frames), np.stack(actions), sim.success
+    states = None if proprio is None else np.stack(proprio)
+    return Recording(np.stack(frames), np.stack(actions), sim.success, states)
 
 
 def record_expert(
@@ -214,9 +229,9 @@ def record_expert(
     for start in start_state_ids:
         sim.reset(start)
         act = demonstrator(sim, config, np.random.default_rng([seed, start, 1]))
-        frames, actions, success = record(sim, act, horizon=sim.task.horizon, stop_at_success=True)
+        made = record(sim, act, horizon=sim.task.horizon, stop_at_success=True)
         yield _episode(
-            sim, frames, actions, success, {"source": "expert", "seed": seed, "expert": config.to_dict()}
+            sim, made, made.success, {"source": "expert", "seed": seed, "expert": config.to_dict()}
         )
 
 
@@ -232,16 +247,17 @@ def record_play(
     for start in start_state_ids:
         sim.reset(start)
         act = player(sim, np.random.default_rng([seed, start, 2]))
-        frames, actions, _ = record(sim, act, horizon=sim.task.horizon, stop_at_success=False)
-        yield _episode(sim, frames, actions, None, {"source": "play", "seed": seed})
+        made = record(sim, act, horizon=sim.task.horizon, stop_at_success=False)
+        yield _episode(sim, made, None, {"source": "play", "seed": seed})
 
 
-def _episode(sim: Any, frames: np.ndarray, actions: np.ndarray, success: bool | None, meta: dict) -> Episode:
+def _episode(sim: Any, made: Recording, success: bool | None, meta: dict) -> Episode:
     return Episode(
-        frames=frames,
-        actions=actions,
+        frames=made.frames,
+        actions=made.actions,
+        proprio=made.proprio,
         success=success,
-        finish_step=len(actions),
+        finish_step=len(made.actions),
         start_state_id=sim.start_state_id,
         task_id=sim.task_id,
         instruction=sim.task.instructions[sim.task_id],

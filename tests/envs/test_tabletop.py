@@ -24,6 +24,7 @@ from wmpo_gym.envs.simulated.tabletop import camera  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop.expert import ArmExpertConfig, arm_expert  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop.osc import ArmControl, is_plain_osc  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop.scene import Scene, shared_scene  # noqa: E402
+from wmpo_gym.evaluation.rollouts import make_rollout_env, rollout  # noqa: E402
 
 TASKS = tuple(task.name for task in PANDA_TASKS)
 
@@ -354,6 +355,31 @@ def test_the_nearer_camera_sees_the_same_scene_larger() -> None:
     for body in ("gripper0_right_eef", "gripper0_right_right_gripper"):  # in the picture from the start
         hand = close.to_pixels(close.scene.data.body(body).xpos)
         assert (hand > 0).all() and (hand < 64).all(), body
+
+
+class Wave:
+    """A policy that moves about."""
+
+    def predict(self, obs: dict[str, np.ndarray], deterministic: bool = False) -> tuple[np.ndarray, None]:
+        chunk = wave(int(obs["pixels"].sum()) % 97, 8)
+        return np.repeat(chunk[None].astype(np.float32), len(obs["pixels"]), axis=0), None
+
+
+def test_rollouts_and_recordings_tell_the_robots_state() -> None:
+    task = get_task("lift-close@32")
+    env = make_rollout_env("WMPO-Simulated-v0", 2, record_frames=True, task=task)
+    made = list(rollout(env, Wave(), [3, 4, 5], record_frames=True).episodes(task))
+    env.close()
+    made += record_play([6], seed=0, task=task)
+    sim = make_simulator(task)
+    for episode in made:
+        sim.reset(episode.start_state_id)
+        states = [sim.proprio()]
+        for action in episode.actions:
+            sim.step(action)
+            states.append(sim.proprio())
+        assert episode.proprio.shape == (episode.n_steps + 1, 12)  # joints, place of the hand, fingers
+        np.testing.assert_array_equal(episode.proprio, np.stack(states))
 
 
 def test_displacement_moves_the_object_that_matters() -> None:

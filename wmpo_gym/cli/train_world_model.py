@@ -15,6 +15,7 @@ from wmpo_gym.data.atomic import read_json, write_json_atomic
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.tasks import Task
+from wmpo_gym.world.motion import learn_motion, state_to_follow
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Command:
         known = load_world(self.init) if self.init else None
         task = known.task if known else task_of(self.task, self.episodes)
         episodes, play = load_episodes(self.episodes, task), load_episodes(self.play, task)
-        world = known or self._new_world(task, episodes)
+        world = known or self._new_world(task, episodes, state_to_follow(task, [*episodes, *play]))
         world.start_frames = world.start_frames.with_episodes(episodes)
         logs = self.out.with_name(self.out.name + ".training")
         keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k != "out"})
@@ -78,6 +79,7 @@ class Command:
         def judge(network: nn.Module, step: int) -> dict[str, float]:
             return _judge(replace(world, network=network), held, logs, step)
 
+        learn_motion(world.network, world.autoencoder, [*kept, *play], seed=self.training.seed, progress=True)
         trainer = WorldModelTrainer(
             world.network,
             world.autoencoder,
@@ -97,7 +99,7 @@ class Command:
         world.save_pretrained(self.out)
         print(_summary(history[-1] if history else {}, trainer.step, self.out))
 
-    def _new_world(self, task: Task, episodes: list[Episode]) -> World:
+    def _new_world(self, task: Task, episodes: list[Episode], state_dim: int) -> World:
         import torch
 
         from wmpo_gym.world.autoencoder import LatentAutoencoder, PixelAutoencoder
@@ -108,13 +110,13 @@ class Command:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.training.seed)
-            network = self._new_network(task, autoencoder)
+            network = self._new_network(task, autoencoder, state_dim)
         config = WorldConfig(context_frames=self.context_frames, denoising_steps=self.denoising_steps)
         return World(
             task, network, autoencoder, None, StartFrames.from_episodes(episodes), config, {"name": task.name}
         )
 
-    def _new_network(self, task: Task, autoencoder: Any) -> nn.Module:
+    def _new_network(self, task: Task, autoencoder: Any, state_dim: int) -> nn.Module:
         from wmpo_gym.world.conv import ConvWorldModel
         from wmpo_gym.world.stdit import STDiT
 
@@ -124,6 +126,7 @@ class Command:
         kind: Any
         if self.network == "conv":
             kind, fitted = ConvWorldModel, {"image_size": size, "channels": autoencoder.latent_channels}
+            fitted["state_dim"] = state_dim
             if task.motion_px is not None:
                 fitted["shift_init"] = tuple(px / autoencoder.downscale for px in task.motion_px)
         else:

@@ -21,6 +21,8 @@ class Episode:
         task_id: Index of the instruction in the task's list.
         instruction: The sentence.
         meta: Anything else, JSON-able (who acted, seed, control frequency ...).
+        proprio: The robot's own state (joint angles, place of the hand ...), float32 (T+1, P), a row per
+            frame; None if it was not recorded.
     """
 
     frames: np.ndarray
@@ -31,6 +33,7 @@ class Episode:
     task_id: int
     instruction: str
     meta: dict[str, Any] = field(default_factory=dict)
+    proprio: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.frames, self.actions = np.asarray(self.frames), np.asarray(self.actions)
@@ -51,6 +54,12 @@ class Episode:
             faults.append(f"actions must be finite, got {a[step, dim]} at step {step}, dimension {dim}")
         if len(f) != len(a) + 1:
             faults.append(f"{len(a)} actions need {len(a) + 1} frames, got {len(f)}")
+        p = self.proprio
+        if p is not None and (p.dtype != np.float32 or p.ndim != 2 or len(p) != len(f)):
+            faults.append(f"proprio must be float32 ({len(f)}, P), a row per frame, got {p.dtype} {p.shape}")
+        elif p is not None and not np.isfinite(p).all():
+            step, dim = np.argwhere(~np.isfinite(p))[0]
+            faults.append(f"proprio must be finite, got {p[step, dim]} at frame {step}, number {dim}")
         if self.finish_step != len(a):
             faults.append(f"finish_step must be the last frame, {len(a)}, got {self.finish_step}")
         if self.success not in (True, False, None):

@@ -4,7 +4,7 @@
 
     episode_000123/
         frames.mkv          lossless FFV1 video (or frames.npy)
-        data.safetensors    actions float32 (T, D)
+        data.safetensors    actions float32 (T, D); proprio float32 (T + 1, P) where it was recorded
         meta.json           outcome, ids, instruction, checksums of the two files above
 """
 
@@ -62,7 +62,10 @@ def save_episode(directory: str | Path, episode: Episode, *, codec: str = "ffv1"
     with write_dir_atomic(directory, durable=False) as temporary:
         frames_file, data_file = temporary / frames_name, temporary / "data.safetensors"
         frames_file.write_bytes(_encode(episode, codec))
-        save_safetensors(data_file, {"actions": episode.actions}, durable=False)
+        arrays = {"actions": episode.actions}
+        if episode.proprio is not None:
+            arrays["proprio"] = episode.proprio
+        save_safetensors(data_file, arrays, durable=False)
         meta = {
             "format_version": FORMAT_VERSION,
             "success": episode.success,
@@ -100,10 +103,13 @@ def load_episode(directory: str | Path) -> Episode:
             if sha256(directory / name) != digest:
                 raise ArtifactError(f"{name} is not what was written")
         frames_name = next(n for n in meta["sha256"] if n in FRAME_FILES.values())
-        actions = load_safetensors(directory / "data.safetensors", framework="np")["actions"]
+        arrays = load_safetensors(directory / "data.safetensors", framework="np")
         fields = ("success", "finish_step", "start_state_id", "task_id", "instruction", "meta")
         return Episode(
-            frames=_decode(directory / frames_name), actions=actions, **{name: meta[name] for name in fields}
+            frames=_decode(directory / frames_name),
+            actions=arrays["actions"],
+            proprio=arrays.get("proprio"),
+            **{name: meta[name] for name in fields},
         )
     except (ValueError, OSError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise BrokenEpisodeError(

@@ -39,6 +39,7 @@ class Rollouts:
         actions: float32 (N, n_chunks, K, D), the chunks the policy chose; NaN for those after the episode's
             end, so that they cannot be mistaken for actions.
         frames: Per episode uint8 (n_frames + 1, H, W, 3), or None if they were not recorded.
+        proprio: Per episode the robot's state, float32 (n_frames + 1, P), or None where it is not told.
         ledger: What the episodes cost.
         protocol: How they were measured, where :func:`evaluate_policy_on` made them.
     """
@@ -50,6 +51,7 @@ class Rollouts:
     success_prob: np.ndarray
     actions: np.ndarray
     frames: list[np.ndarray] | None = None
+    proprio: list[np.ndarray] | None = None
     ledger: Ledger = field(default_factory=Ledger)
     protocol: EvalProtocol | None = None
 
@@ -81,6 +83,7 @@ class Rollouts:
             yield Episode(
                 frames=frames,
                 actions=self.actions[i].reshape(-1, self.actions.shape[-1])[:n].copy(),
+                proprio=self.proprio[i] if self.proprio else None,
                 success=bool(self.success[i]),
                 finish_step=n,
                 start_state_id=int(self.start_state_ids[i]),
@@ -169,6 +172,7 @@ def _wave(
     task_ids = obs["task_id"][:n].copy()
     actions = np.full((n, env.max_episode_steps, *env.single_action_space.shape), np.nan, np.float32)
     clips: list[list[np.ndarray]] = [[obs["pixels"][i : i + 1]] for i in range(n)]
+    states: list[list[np.ndarray]] = [[] for _ in range(n)]
     n_frames, prob, success = np.zeros(n, np.int64), np.zeros(n), np.zeros(n, bool)
     live = np.arange(n)
     with acting(policy, deterministic=deterministic, seed=seed) as act:
@@ -179,6 +183,9 @@ def _wave(
             obs, _, terminated, truncated, info = env.step(batch)
             for i in live if record else ():
                 clips[i].append(info["frames"][i][: info["n_frames"][i]])
+                if "proprio" in info:
+                    first = 1 if states[i] else 0  # a chunk begins where the one before it ended
+                    states[i].append(info["proprio"][i][first : info["n_frames"][i] + 1])
             n_frames[live] += info["n_frames"][live]
             prob[live], success[live] = info["success_prob"][live], info["is_success"][live]
             over = (terminated | truncated)[live]
@@ -187,7 +194,8 @@ def _wave(
             if not live.size:
                 break
     frames = [np.concatenate(c) for c in clips] if record else None
-    return Rollouts(ids, task_ids, success, n_frames, prob, actions, frames)
+    proprio = [np.concatenate(s) for s in states] if states[0] else None
+    return Rollouts(ids, task_ids, success, n_frames, prob, actions, frames, proprio)
 
 
 def _begin(env: Any, ids: np.ndarray, seeds: list[int]) -> dict[str, np.ndarray]:
@@ -206,8 +214,10 @@ def _joined(waves: list[Rollouts], env: Any) -> Rollouts:
         return Rollouts(none, none, none.astype(bool), none, none.astype(float), np.zeros(shape, np.float32))
     names = ("start_state_ids", "task_ids", "success", "n_frames", "success_prob", "actions")
     columns: dict[str, Any] = {name: np.concatenate([getattr(w, name) for w in waves]) for name in names}
-    recorded = waves[0].frames is not None
-    return Rollouts(**columns, frames=[f for w in waves for f in w.frames or ()] if recorded else None)
+    for name in ("frames", "proprio"):
+        recorded = getattr(waves[0], name) is not None
+        columns[name] = [x for wave in waves for x in getattr(wave, name)] if recorded else None
+    return Rollouts(**columns)
 
 
 def make_rollout_env(env_id: str, num_envs: int, *, record_frames: bool = False, **kwargs: Any) -> VectorEnv:

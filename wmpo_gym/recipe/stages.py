@@ -27,6 +27,7 @@ from wmpo_gym.reward.training import train_classifier
 from wmpo_gym.tasks import get_task
 from wmpo_gym.world.autoencoder import PixelAutoencoder
 from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.world.motion import learn_motion, state_to_follow
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 from wmpo_gym.world.world import StartFrames, World, WorldConfig, find_pretrained
 
@@ -178,7 +179,8 @@ class Run:
         if not directory.exists():
             config = self.recipe.pretrain
             with self.stage("pretrain", f"World-model pre-training on play: {config.steps} steps"):
-                network = ConvWorldModel.for_task(self.task, self.recipe.seed)
+                state_dim = state_to_follow(self.task, play)
+                network = ConvWorldModel.for_task(self.task, self.recipe.seed, state_dim=state_dim)
                 card: dict[str, Any] = {
                     "name": f"{self.task.name} (play only)", "recipe": self.recipe.to_dict(),
                     "history": self._train("pretrain", network, play, config, None),
@@ -214,6 +216,7 @@ class Run:
         config: WorldModelTraining,
         weights: list[float] | None,
     ) -> list[dict[str, float]]:
+        learn_motion(network, PixelAutoencoder(), episodes, seed=config.seed, progress=self.progress)
         trainer = WorldModelTrainer(
             network, PixelAutoencoder(), self.task, episodes, config, weights=weights,
             checkpoint_dir=self.out / "checkpoints" / name, tensorboard=self.out / "tensorboard" / name,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from wmpo_gym.kernels import Moments, affine_silu, in_ordinary_kernels, lean, norm_silu
 from wmpo_gym.layers import RowLinear
 from wmpo_gym.tasks import Task
+from wmpo_gym.world.motion import Motion
 
 OWN_SHIFT_SCALE = 0.1  # per-pixel displacements are learned in these units (of half the image)
 MIN_SIGMA = 0.02  # below this noise level a velocity is not computed from a difference
@@ -34,11 +35,13 @@ class ConvContext:
     Attributes:
         frames: ``(B, C, H, h, w)`` context frames in [-1, 1].
         prev_action: ``(B, D)`` action that led to the last context frame (motors lag; zeros at the start).
+        memory: ``(B, M)`` where the robot is then (:class:`~wmpo_gym.world.motion.Motion`); M is 0 without.
         sigma: ``(B,)`` noise level of the context in [0, 1].
     """
 
     frames: Tensor
     prev_action: Tensor
+    memory: Tensor
     sigma: Tensor
 
 
@@ -128,6 +131,8 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         detail: Channels of the two last convolutions, which work at full resolution.
         shift_init: Pixels (columns, rows) that action components 0 and 1 move things by, where that is known
             beforehand; only the start of what is learned.
+        state_dim: P, numbers of the robot's own state that the network follows by itself (:attr:`motion`,
+            trained beforehand by :func:`~wmpo_gym.world.motion.train_motion`) and draws by; 0 for none.
     """
 
     min_rows = 2
@@ -150,16 +155,20 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         cond_dim: int = 128,
         detail: int = 8,
         shift_init: tuple[float, float] = (0.0, 0.0),
+        state_dim: int = 0,
     ) -> None:
         super().__init__()
         self.chunk, self.context_frames, self.channels, self.patch = chunk, context_frames, channels, patch
         # Sum of the actions so far is the displacement; given to the network beside the actions themselves.
         self.cond = nn.Sequential(
-            RowLinear(2 * 16 + action_dim * (chunk + 3) + chunk, cond_dim),
+            RowLinear(2 * 16 + action_dim * (chunk + 3) + chunk + state_dim, cond_dim),
             nn.SiLU(),
             RowLinear(cond_dim, cond_dim),
         )
         self.shift = nn.Parameter(self._initial_shift(shift_init))
+        self.motion = Motion(image_size, channels, action_dim, state_dim) if state_dim else None
+        if state_dim:
+            self.state_shift = nn.Parameter(torch.zeros(2, state_dim))
         self.context_stem = nn.Conv2d(context_frames * channels * patch**2 + 2, widths[0], 3, padding=1)
         self.frame_stem = nn.Conv2d(2 * channels * patch**2, widths[0], 3, padding=1)
         self.way_stem = nn.Conv2d(2 * channels * patch**2, widths[0], 3, padding=1)
@@ -252,11 +261,22 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
     def encode_context(
         self, context: Tensor, prev_action: Tensor | None = None, sigma: Tensor | None = None
     ) -> ConvContext:
-        """Bundle what the denoising steps of one chunk share; ``context`` is ``(B, C, H, h, w)``."""
-        batch = context.shape[0]
+        """Bundle what the denoising steps of one chunk share.
+
+        Args:
+            context: ``(B, C, H, h, w)``.
+            prev_action: ``(B, D)``, or ``(B, D + M)`` with the memory of :attr:`motion` behind it; without
+                that the robot is taken to stand still in the last of the context frames. None for zeros.
+            sigma: ``(B,)`` or None for none.
+        """
+        batch, dim = context.shape[0], self.config.action_dim
         if prev_action is None:
-            prev_action = context.new_zeros(batch, self.config.action_dim)
-        return ConvContext(context, prev_action, context.new_zeros(batch) if sigma is None else sigma)
+            prev_action = context.new_zeros(batch, dim)
+        memory = prev_action[:, dim:]
+        if self.motion is not None and memory.shape[1] == 0:
+            memory = self.motion.start(context[:, :, -1])
+        sigma = context.new_zeros(batch) if sigma is None else sigma
+        return ConvContext(context, prev_action[:, :dim], memory, sigma)
 
     def denoise(self, latents: Tensor, timestep: Tensor, actions: Tensor, cache: ConvContext) -> Tensor:
         """Velocity ``(B, C, K, h, w)`` of the noisy frames ``latents`` at ``timestep`` (B,)."""
@@ -269,14 +289,16 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         """Clean frames ``(B, C, K, h, w)`` in about [-1, 1] from noisy ones at noise level ``sigma`` (B,)."""
         batch, channels, chunk, height, width = noisy.shape
         last = cache.frames[:, :, -1]
-        shift = self._shift(torch.cat([cache.prev_action[:, None], actions], dim=1))[:, :, None, None]
+        states = self._states(cache.memory, actions)
+        travel = states - cache.memory[:, None, : states.shape[2]]
+        shift = self._shift(torch.cat([cache.prev_action[:, None], actions], dim=1), travel)[:, :, None, None]
         shifted = self._moved(last, shift)
         # Scaled down where there is only noise to see, so that it does not drown the context.
         scaled = noisy * (1 - 0.9 * sigma)[:, None, None, None, None]
         x = self.frame_stem(_unshuffled(torch.cat([scaled, shifted], dim=1), self.patch))
         x = x.unflatten(0, (batch, chunk)) + self._stem(cache.frames)[:, None]
         x = (x + self._way(last, shifted, actions)).flatten(0, 1)
-        features = F.pixel_shuffle(self._unet(x, self._condition(sigma, actions, cache)), self.patch)
+        features = F.pixel_shuffle(self._unet(x, self._condition(sigma, actions, states, cache)), self.patch)
         sharp = torch.cat([features, self._per_frame(last), shifted.transpose(1, 2).flatten(0, 1)], dim=1)
         out = self.head(F.silu(self.sharpen(sharp)))
         out = out.view(batch, chunk, channels + 3, height, width).transpose(1, 2)
@@ -288,6 +310,12 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         # A pixel may come from elsewhere than the common shift says (a gripped block jumps to the tool).
         moved = self._moved(last, shift + own.permute(0, 2, 3, 4, 1) * OWN_SHIFT_SCALE)
         return last[:, :, None] + mask * (moved - last[:, :, None]) + residual
+
+    def _states(self, memory: Tensor, actions: Tensor) -> Tensor:
+        """The robot's state at every frame ``(B, K, P)``; P is 0 where it is not followed."""
+        if self.motion is None:
+            return actions[..., :0]
+        return self.motion.follow(memory, actions)[..., : self.config.state_dim]
 
     def _stem(self, context: Tensor) -> Tensor:
         """First convolution of the context, which the chunk's frames share."""
@@ -313,9 +341,12 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         """Repeat rows ``(B, ...)`` for each of the chunk's frames: ``(B K, ...)``."""
         return x[:, None].expand(-1, self.chunk, *x.shape[1:]).flatten(0, 1)
 
-    def _shift(self, actions: Tensor) -> Tensor:
-        """Displacement ``(B, K, 2)`` that the actions so far predict, in units of half the image."""
-        return torch.einsum("cka,ba->bkc", self.shift.double(), actions.flatten(1).double()).float()
+    def _shift(self, actions: Tensor, travel: Tensor | None = None) -> Tensor:
+        """Displacement ``(B, K, 2)`` that actions and travel so far predict, in units of half the image."""
+        shift = torch.einsum("cka,ba->bkc", self.shift.double(), actions.flatten(1).double())
+        if self.motion is not None and travel is not None:
+            shift = shift + travel.double() @ self.state_shift.double().T
+        return shift.float()
 
     def _moved(self, last: Tensor, shift: Tensor) -> Tensor:
         """The last frame displaced by ``shift`` ``(B, K, h | 1, w | 1, 2)``: ``(B, C, K, h, w)``."""
@@ -329,7 +360,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         )
         return moved.unflatten(2, (self.chunk, height))
 
-    def _condition(self, sigma: Tensor, actions: Tensor, cache: ConvContext) -> Tensor:
+    def _condition(self, sigma: Tensor, actions: Tensor, states: Tensor, cache: ConvContext) -> Tensor:
         """Conditioning ``(B K, cond_dim)``: frame k knows its own action and those before, none after it."""
         levels = torch.stack([sigma, cache.sigma], dim=1)
         freqs = 2.0 ** torch.arange(8, device=levels.device, dtype=levels.dtype)
@@ -340,6 +371,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
             self._each(torch.cat([angles.sin(), angles.cos(), cache.prev_action], dim=1)),
             so_far,
             actions,
+            states,
         ]
         parts += [actions.cumsum(dim=1), torch.eye(self.chunk).to(actions).expand(len(actions), -1, -1)]
         return F.silu(self.cond(torch.cat(parts, dim=2).flatten(0, 1)))

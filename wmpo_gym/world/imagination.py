@@ -30,6 +30,7 @@ class ImaginationState:
     Attributes:
         context: float32 ``(B, C, H, h, w)``, the last H frames as latents.
         prev_action: float32 ``(B, D)``, the action that led to the last of them; zeros at the start.
+            ``(B, D + M)`` with where the robot is behind it, if the network follows that (its ``motion``).
     """
 
     context: Tensor
@@ -144,6 +145,11 @@ class Imagination:
         )
 
     @property
+    def motion(self) -> Any:
+        """What follows the robot's own state, if the network has it; else None."""
+        return getattr(self.network, "motion", None)
+
+    @property
     def device(self) -> torch.device:
         """Where the network is."""
         return getattr(self.network, "device", torch.device("cpu"))
@@ -166,7 +172,11 @@ class Imagination:
             )
         # Encoded once and repeated, not the other way round: an encoder may draw from its posterior.
         context = self.autoencoder.encode(frames[:, None]).repeat(1, 1, self.context_frames, 1, 1)
-        return ImaginationState(context, context.new_zeros(len(frames), self.action_dim))
+        prev_action = context.new_zeros(len(frames), self.action_dim)
+        if self.motion is not None:
+            first = self._enough_rows(context[:, :, 0])
+            prev_action = torch.cat([prev_action, self.motion.start(first)[: len(frames)]], dim=1)
+        return ImaginationState(context, prev_action)
 
     @torch.no_grad()
     def step(
@@ -198,17 +208,27 @@ class Imagination:
         if self.autoencoder.lossless:
             latents = self.autoencoder.encode(frames[:, -self.context_frames :])
         known = [state.context[:, :, self.chunk :], latents]
-        return frames, ImaginationState(torch.cat(known, dim=2), actions[:, -1].clone())
+        prev_action = actions[:, -1].clone()
+        if self.motion is not None:
+            way = self.motion.follow(state.prev_action[:, self.action_dim :], actions)
+            prev_action = torch.cat([prev_action, way[:, -1]], dim=1)
+        return frames, ImaginationState(torch.cat(known, dim=2), prev_action)
 
     def _sample(self, noise: Tensor, context: Tensor, actions: Tensor, prev_action: Tensor) -> Tensor:
-        n, wanted = len(noise), getattr(self.network, "min_rows", 1)
-        if n < wanted:  # below, the CPU's kernels round differently and a row would depend on its batch
-            pad = torch.arange(wanted).clamp(max=n - 1)
-            noise, context, actions, prev_action = (x[pad] for x in (noise, context, actions, prev_action))
+        n = len(noise)
+        noise, context, actions, prev_action = map(self._enough_rows, (noise, context, actions, prev_action))
         sampled = self.flow.sample(
             self.network, noise, context, actions, self.nfe_per_chunk, prev_action=prev_action
         )
         return sampled[:n]
+
+    def _enough_rows(self, x: Tensor) -> Tensor:
+        """With the last row repeated if there are so few that the CPU's kernels would round them otherwise.
+
+        A row would depend on its batch.
+        """
+        wanted = getattr(self.network, "min_rows", 1)
+        return x if len(x) >= wanted else x[torch.arange(wanted).clamp(max=len(x) - 1)]
 
     @staticmethod
     def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> None:

@@ -37,7 +37,7 @@ class JointOptimizer:
     ) -> None:
         self._inner = list(inner) if muon > 0 else []
         theirs = {id(p) for p in self._inner}
-        rest = [p for p in network.parameters() if id(p) not in theirs]
+        rest = [p for p in network.parameters() if id(p) not in theirs and p.requires_grad]
         self._parts: dict[str, tuple[torch.optim.Optimizer, float]] = {
             "optimizer.": (torch.optim.AdamW(rest, weight_decay=weight_decay), learning_rate)
         }

@@ -10,7 +10,7 @@ most: the moments that decide an episode (a grasp) are few among the many in whi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ class ChunkBatch:
         context: uint8 ``(B, H, h, w, 3)`` recorded context frames (to be used where ``fresh``).
         targets: uint8 ``(B, K, h, w, 3)`` frames to predict; the last one repeats after the episode's end.
         actions: float32 ``(B, K, D)``; zeros after the episode's end.
-        prev_action: float32 ``(B, D)``.
+        prev_action: float32 ``(B, D)``, or ``(B, D + M)`` with where the robot is, as in imagination.
         valid: bool ``(B, K)``, False after the episode's end.
         fresh: bool ``(B,)``, the row has just started: its context is the recorded one.
     """
@@ -54,9 +54,12 @@ class EpisodeStreams:
         weights: How often an episode is chosen, relative to the others; None for equally often.
         from_start: Share of walks that begin at the episode's first frame (imagination always does).
         restart: Probability per chunk that a walk is given up for a new one.
+        recall: Where the robot is at every frame of an episode, float32 ``(T + 1, M)``
+            (:meth:`~wmpo_gym.world.motion.Motion.recall`); None for a network that does not follow it.
 
     Raises:
-        ValueError: If there is no episode to train on.
+        ValueError: If there is no episode to train on, or the robot is to be followed in a task with
+            symmetries, which say nothing about its state.
     """
 
     def __init__(
@@ -70,12 +73,19 @@ class EpisodeStreams:
         weights: Sequence[float] | None = None,
         from_start: float = 0.5,
         restart: float = 0.1,
+        recall: Callable[[Episode], np.ndarray] | None = None,
     ) -> None:
         self.episodes = [e for e in episodes if e.n_steps > 0]
         if not self.episodes:
             raise ValueError(
                 "No episode with at least one step to train the world model on; collect some first."
             )
+        if recall is not None and task.symmetries:
+            raise ValueError(
+                f"The symmetries of {task.name!r} do not say how they change the robot's state; use a task "
+                "without symmetries, or a network with state_dim=0."
+            )
+        self._memories = None if recall is None else [recall(episode) for episode in self.episodes]
         self.task, self.n_rows, self.context_frames = task, n_rows, context_frames
         self.from_start, self.restart = from_start, restart
         p = np.ones(len(self.episodes)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -111,8 +121,10 @@ class EpisodeStreams:
         for symmetry, use in zip(self.task.symmetries, self._symmetry[i], strict=True):
             if use:
                 frames, actions = apply_symmetry(symmetry, frames, actions)
-        h = self.context_frames
-        return frames[:h], frames[h:], actions[1:], actions[0], inside[1:], np.array(fresh)
+        h, before = self.context_frames, actions[0]
+        if self._memories is not None:
+            before = np.concatenate([before, self._memories[self._episode[i]][s]])
+        return frames[:h], frames[h:], actions[1:], before, inside[1:], np.array(fresh)
 
     def report(self, losses: np.ndarray) -> None:
         """Tell how wrong the model was about the chunks of the last :meth:`next`, ``(B,)``."""

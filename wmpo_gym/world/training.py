@@ -120,7 +120,7 @@ class WorldModelTrainer:
         self.network, self.autoencoder, self.config, self.validate = network, autoencoder, config, validate
         self.streams = EpisodeStreams(
             episodes, task, n_rows=config.batch_size, context_frames=context_frames, seed=config.seed,
-            weights=weights, restart=config.restart,
+            weights=weights, restart=config.restart, recall=self._recall(),
         )  # fmt: skip
         self.objective = objective or ChunkObjective(
             pure_noise=config.pure_noise,
@@ -143,6 +143,15 @@ class WorldModelTrainer:
         self.history: list[dict[str, float]] = []
         self.checkpoint_dir = Path(checkpoint_dir) if checkpoint_dir else None
         self.tensorboard = Path(tensorboard) if tensorboard else None
+
+    def _recall(self) -> Callable[[Episode], np.ndarray] | None:
+        """How a network that follows the robot would have followed it through an episode."""
+        motion = getattr(self.network, "motion", None)
+        if motion is None:
+            return None
+        return lambda episode: motion.recall(
+            self.autoencoder.encode(torch.from_numpy(episode.frames[None, :1]))[0, :, 0], episode.actions
+        )
 
     def train(self, *, progress: bool = True, description: str = "world model") -> list[dict[str, float]]:
         """Train to ``config.steps`` (from the last checkpoint, if there is one).

@@ -14,6 +14,7 @@ from wmpo_gym.tasks import ROBOSUITE, Task
 OWN = ("wmpo_gym.envs.simulated.tabletop.own_tasks",)  # registers three of them
 GREY_TABLE = "table_mat"  # robosuite's arenas bring this material; it is the published disruption too
 DARK_WOOD = (70.0, 42.0, 24.0)  # mean colour
+Point = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Definition:
         packages: Packages that register it.
         camera: Camera of the observation.
         fovy: Vertical opening of the camera in degrees; None leaves it as it is (45 for ``agentview``).
-        tilt: Degrees by which the camera looks higher than it does by itself.
+        view: Where the camera stands and what it looks at, ``((x, y, z), (x, y, z))`` in metres; None leaves
+            it as it is.
         robots: Name of the robot.
         controller: Controller configuration; None is the robot's default.
         env_kwargs: Further arguments of ``robosuite.make``.
@@ -39,7 +41,7 @@ class Definition:
     packages: tuple[str, ...] = ()
     camera: str = "agentview"
     fovy: float | None = None
-    tilt: float = 0.0
+    view: tuple[Point, Point] | None = None
     robots: str = "Panda"
     controller: str | dict[str, Any] | None = None
     env_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -52,11 +54,9 @@ class Definition:
         """Change a fresh model to what the task and a variant want, in place."""
         if self.fovy is not None:
             model.camera(self.camera).fovy = self.fovy
-        if self.tilt:
-            half = np.deg2rad(self.tilt) / 2
-            turn, seen = np.array([np.cos(half), np.sin(half), 0.0, 0.0]), np.empty(4)
-            mujoco.mju_mulQuat(seen, model.camera(self.camera).quat, turn)
-            model.camera(self.camera).quat = seen
+        if self.view is not None:
+            model.camera(self.camera).pos = self.view[0]
+            model.camera(self.camera).quat = _looking(*map(np.array, self.view))
         if variant == "background":
             model.geom_matid[model.geom("table_visual").id] = model.material(GREY_TABLE).id
         elif variant == "texture":
@@ -68,11 +68,21 @@ class Definition:
             model.body_pos[model.body(self.goal).id, :2] += rng.uniform(*self.goal_shift)
 
 
+def _looking(eye: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Attitude (a quaternion) of an upright camera; MuJoCo's look along their negative z axis."""
+    back = (eye - target) / np.linalg.norm(eye - target)
+    right = np.cross([0.0, 0.0, 1.0], back)
+    right /= np.linalg.norm(right)
+    attitude = np.empty(4)
+    mujoco.mju_mat2Quat(attitude, np.stack([right, np.cross(back, right), back], axis=1).ravel())
+    return attitude
+
+
 LIFT = Definition("Lift", main_object="cube_joint0", wooden="cube_redwood")
 DEFINITIONS: dict[str, Definition] = {
     "lift": LIFT,
-    # Lower and nearer: the hand, seen from its start on, never hides the cube between its fingers.
-    "lift-close": replace(LIFT, camera="frontview", fovy=12.5, tilt=-3.0),
+    # Lower and nearer, and from a corner: where the hand is against the cube can be seen in every direction.
+    "lift-close": replace(LIFT, fovy=16.5, view=((0.72, 0.74, 1.54), (-0.02, 0.0, 0.94))),
     "stack": Definition("Stack", main_object="cubeA_joint0", wooden="cubeB_greenwood"),
     "square": Definition(
         "NutAssemblySquare",

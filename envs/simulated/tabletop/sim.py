@@ -54,6 +54,14 @@ class RobosuiteSim:
         """The task's camera, uint8 ``(image_size, image_size, 3)``."""
         return self.scene.render()
 
+    def proprio(self) -> np.ndarray:
+        """Angles of the arm's joints (radians), place of the hand and openings of the fingers (metres)."""
+        robot, data = self.scene.env.robots[0], self.scene.env.sim.data
+        hand = data.site_xpos[robot.eef_site_id["right"]]
+        fingers = data.qpos[robot._ref_gripper_joint_pos_indexes["right"]]
+        joints = data.qpos[robot._ref_joint_pos_indexes]
+        return np.concatenate([joints, hand, fingers]).astype(np.float32)
+
     @property
     def success(self) -> bool:
         """Whether robosuite's own predicate of the environment holds in the present state."""

@@ -1,0 +1,137 @@
+"""The robot's own state, followed in imagination."""
+
+import numpy as np
+import pytest
+import torch
+
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.tasks import get_task
+from wmpo_gym.world.autoencoder import PixelAutoencoder
+from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.world.imagination import ImaginationState
+from wmpo_gym.world.motion import Motion, MotionTraining, learn_motion, state_to_follow, train_motion
+from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
+from wmpo_gym.world.world import StartFrames, World
+
+TASK = get_task("lift-close@32")
+STEPS = TASK.chunk * 2
+
+
+def cart(seed: int, *, proprio: bool = True) -> Episode:
+    """A bright column that the first action component pushes; its place and speed are the robot's state."""
+    rng = np.random.default_rng(seed)
+    actions = rng.uniform(-1, 1, (STEPS, TASK.action_dim)).astype(np.float32)
+    place, speed, states = rng.uniform(-0.4, 0.4), 0.0, []
+    for t in range(STEPS + 1):
+        states.append((place, speed))
+        if t < STEPS:
+            speed = 0.7 * speed + 0.05 * float(actions[t, 0])
+            place += speed
+    frames = np.zeros((STEPS + 1, 32, 32, 3), np.uint8)
+    for frame, (x, _) in zip(frames, states, strict=True):
+        middle = int(np.clip(16 + 16 * x, 1, 30))
+        frame[:, middle - 1 : middle + 2] = 255
+    return Episode(
+        frames, actions, None, STEPS, seed, 0, TASK.instructions[0],
+        proprio=np.array(states, np.float32) if proprio else None,
+    )  # fmt: skip
+
+
+def network(state_dim: int = 2) -> ConvWorldModel:
+    return ConvWorldModel.for_task(TASK, 0, state_dim=state_dim, widths=(8, 16), cond_dim=16)
+
+
+@pytest.fixture(scope="module")
+def taught() -> tuple[ConvWorldModel, dict[str, float]]:
+    world_model = network()
+    settings = MotionTraining(steps=250, batch_size=16, last_length=8)
+    episodes = [cart(seed) for seed in range(60)]
+    errors = train_motion(world_model.motion, episodes, PixelAutoencoder().encode, settings)
+    return world_model, errors
+
+
+def test_reads_and_follows_what_it_has_not_seen(taught):
+    motion, fresh = taught[0].motion, [cart(seed) for seed in range(100, 120)]
+    encode = PixelAutoencoder().encode
+    followed = np.stack(
+        [motion.recall(encode(torch.from_numpy(e.frames[None, :1]))[0, :, 0], e.actions) for e in fresh]
+    )
+    places = followed[..., 0] * float(motion.deviation[0]) + float(motion.mean[0])
+    truth = np.stack([e.proprio[:, 0] for e in fresh])
+    assert np.abs(places[:, 0] - truth[:, 0]).mean() < 0.05  # read
+    travelled = np.abs(truth - truth[:, :1]).mean()
+    assert np.abs((places - places[:, :1]) - (truth - truth[:, :1])).mean() < 0.3 * travelled  # followed
+    assert set(taught[1]) == {"reader", "follow"} and max(taught[1].values()) < 0.3
+
+
+def test_world_training_leaves_it_alone_and_uses_it(taught):
+    model = network()
+    model.load_state_dict(taught[0].state_dict())
+    before = {k: v.clone() for k, v in model.motion.state_dict().items()}
+    config = WorldModelTraining(steps=6, batch_size=4, learning_rate=1e-3, checkpoint_every=3)
+    WorldModelTrainer(model, PixelAutoencoder(), TASK, [cart(s) for s in range(4)], config).train(
+        progress=False
+    )
+    assert all(torch.equal(before[k], v) for k, v in model.motion.state_dict().items())
+    assert float(model.state_shift.detach().abs().max()) > 0
+
+
+def test_imagination_carries_it(taught, tmp_path):
+    episodes = [cart(seed) for seed in range(3)]
+    world = World(TASK, taught[0], PixelAutoencoder(), None, StartFrames.from_episodes(episodes), card={})
+    world.save_pretrained(tmp_path / "world")
+    world = World.from_pretrained(tmp_path / "world")
+    torch.nn.init.constant_(world.network.state_shift, 0.3)  # as if it had learned to draw by it
+    imagination, motion = world.imagination(), world.network.motion
+    first = np.stack([e.frames[0] for e in episodes])
+    actions = np.stack([e.actions for e in episodes])
+    noise = torch.randn(3, *imagination.noise_shape, generator=torch.Generator().manual_seed(0))
+    state = imagination.start(first)
+    assert state.prev_action.shape == (3, TASK.action_dim + 4)
+    for k in range(2):
+        chunk = actions[:, k * TASK.chunk : (k + 1) * TASK.chunk]
+        frames, state = imagination.step(state, chunk, noise)
+        state = ImaginationState.from_dict(state.to_dict())
+    encode = world.autoencoder.encode
+    for i, episode in enumerate(episodes):
+        whole = motion.recall(encode(torch.from_numpy(episode.frames[None, :1]))[0, :, 0], episode.actions)
+        np.testing.assert_array_equal(state.prev_action[i, TASK.action_dim :].numpy(), whole[-1])
+        alone = imagination.start(first[i : i + 1])
+        for k in range(2):
+            chunk = actions[i : i + 1, k * TASK.chunk : (k + 1) * TASK.chunk]
+            frame, alone = imagination.step(alone, chunk, noise[i : i + 1])
+        assert torch.equal(frame[0], frames[i]) and torch.equal(alone.prev_action[0], state.prev_action[i])
+    other = imagination.start(first)
+    other.prev_action[:, -1] += 1.0  # had it been moving
+    made = [
+        imagination.step(begun, actions[:, : TASK.chunk], noise)[0]
+        for begun in (other, imagination.start(first))
+    ]
+    assert not torch.equal(*made)
+
+
+def test_what_decides_whether_it_is_followed():
+    with_state, without = cart(0), cart(1, proprio=False)
+    assert state_to_follow(TASK, [with_state, with_state]) == 2
+    assert state_to_follow(TASK, [with_state, without]) == 0
+    assert state_to_follow(TASK, []) == 0
+    assert state_to_follow(get_task("move-block"), [with_state]) == 0
+    plain = network(0)
+    learn_motion(plain, PixelAutoencoder(), [with_state], seed=0)
+    assert plain.motion is None
+    with pytest.raises(ValueError, match="2 numbers of proprio"):
+        train_motion(Motion(32, 3, 7, 2), [without], PixelAutoencoder().encode, MotionTraining(steps=1))
+
+
+@pytest.mark.parametrize(
+    ("proprio", "message"),
+    [
+        (np.zeros((STEPS, 2), np.float32), "a row per frame"),
+        (np.zeros((STEPS + 1, 2)), "float32"),
+        (np.full((STEPS + 1, 2), np.nan, np.float32), "must be finite, got nan at frame 0, number 0"),
+    ],
+)
+def test_faulty_state_is_refused(proprio, message):
+    episode = cart(0, proprio=False)
+    with pytest.raises(ValueError, match=message):
+        Episode(episode.frames, episode.actions, None, STEPS, 0, 0, "", proprio=proprio)
