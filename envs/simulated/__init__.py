@@ -13,7 +13,11 @@ from wmpo_gym.tasks import PANDA_TASKS, ROBOSUITE, Task, get_task
 
 
 class Simulator(Protocol):
-    """What ``WMPO-Simulated-v0`` asks of a simulator; every row of a batch has its own."""
+    """What ``WMPO-Simulated-v0`` asks of a simulator; every row of a batch has its own.
+
+    One whose robot knows its own state may also offer ``proprio() -> float32 (P,)``, which is recorded with
+    the frames, so that a world model can learn to follow it.
+    """
 
     task_id: int
     """Instruction of the present episode; fixed by the start state."""
