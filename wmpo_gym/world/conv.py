@@ -265,8 +265,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
 
         Args:
             context: ``(B, C, H, h, w)``.
-            prev_action: ``(B, D)``, or ``(B, D + M)`` with the memory of :attr:`motion` behind it; without
-                that the robot is taken to stand still in the last of the context frames. None for zeros.
+            prev_action: ``(B, D)``, None for zeros; ``(B, D + M)`` with the memory of a robot that moves.
             sigma: ``(B,)`` or None for none.
         """
         batch, dim = context.shape[0], self.config.action_dim
