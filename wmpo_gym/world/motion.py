@@ -184,11 +184,12 @@ def train_motion(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, settings.steps)
     errors = []
     for step in progress_bar(range(settings.steps), desc="motion", disable=not progress):
-        chosen = rng.integers(0, len(episodes), settings.batch_size)
-        reader = _reading_error(motion, [(episodes[i], states[i]) for i in chosen], encode, rng)
+        drawn = rng.integers(0, len(episodes), settings.batch_size)
+        chosen = [(episodes[i], states[i]) for i in drawn]
+        reader = _reading_error(motion, chosen, encode, rng)
         # Longer and longer ways: at first, errors would pile up to nothing that can be learned from.
         length = settings.first_length + step * settings.last_length // settings.steps
-        follow = _following_error(motion, [(episodes[i], states[i]) for i in chosen], length, rng)
+        follow = _following_error(motion, chosen, length, rng)
         optimizer.zero_grad(set_to_none=True)
         (reader + follow).backward()
         torch.nn.utils.clip_grad_norm_(motion.parameters(), 1.0)
