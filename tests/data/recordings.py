@@ -24,17 +24,23 @@ def picture(dot: np.ndarray, square: np.ndarray, height: int, width: int) -> np.
 
 
 def record(seed: int, height: int = 32, width: int = 32, noise: float = 0.5) -> dict:
-    """Frames uint8 (T+1, H, W, 3), actions (T, 3) of two moves and a gripper, and whether it succeeded."""
+    """Frames uint8 (T+1, H, W, 3), actions (T, 3) of two moves and a gripper, the dot's places, outcome."""
     rng = np.random.default_rng(seed)
     dot, square = rng.uniform(0.2, 0.8, (2, 2))
-    frames, actions, success = [picture(dot, square, height, width)], [], False
+    frames, actions, places, success = [picture(dot, square, height, width)], [], [dot], False
     while not success and len(actions) < HORIZON:
         move = np.clip(square - dot + rng.normal(0, noise, 2) * LIMIT, -LIMIT, LIMIT)
         dot = np.clip(dot + move, 0.05, 0.95)
         actions.append([*move, len(actions) % 2])
         frames.append(picture(dot, square, height, width))
+        places.append(dot)
         success = bool(np.abs(dot - square).max() < 0.12) if seed % 3 else False
-    return {"frames": np.stack(frames), "actions": np.array(actions, np.float32), "success": success}
+    return {
+        "frames": np.stack(frames),
+        "actions": np.array(actions, np.float32),
+        "places": np.array(places, np.float32),
+        "success": success,
+    }
 
 
 def records(n: int, **options) -> list[dict]:
@@ -47,6 +53,7 @@ def write_robomimic(
     *,
     next_obs: bool = True,
     rewards: bool = True,
+    places: bool = False,
     states: list[np.ndarray] | None = None,
     env: str = "Toy",
 ) -> Path:
@@ -69,9 +76,13 @@ def write_robomimic(
                 continue
             demo["obs/agentview_image"] = e["frames"][:-1]
             demo["obs/wrist_image"] = e["frames"][:-1, ::-1]
-            demo["obs/joint_pos"] = np.zeros((len(e["actions"]), 7))
+            demo["obs/object"] = np.zeros((len(e["actions"]), 7))
             if next_obs:
                 demo["next_obs/agentview_image"] = e["frames"][1:]
+            if places:
+                demo["obs/robot0_eef_pos"] = e["places"][:-1]
+                if next_obs:
+                    demo["next_obs/robot0_eef_pos"] = e["places"][1:]
     return path
 
 
@@ -92,7 +103,9 @@ def encode_png(image: np.ndarray) -> bytes:
     return b"".join(bytes(p) for p in codec.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
 
 
-def write_lerobot_v21(root: Path, episodes: list[dict], *, video: bool = True, label: bool = True) -> Path:
+def write_lerobot_v21(
+    root: Path, episodes: list[dict], *, video: bool = True, label: bool = True, places: bool = False
+) -> Path:
     """Row t holds picture t and action t; the last row's action is not executed."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -119,6 +132,10 @@ def write_lerobot_v21(root: Path, episodes: list[dict], *, video: bool = True, l
             "frame_index": np.arange(rows),
             "action": pa.FixedSizeListArray.from_arrays(pa.array(actions.reshape(-1)), 3),
         }
+        if places:
+            columns["observation.state"] = pa.FixedSizeListArray.from_arrays(
+                pa.array(e["places"].reshape(-1)), 2
+            )
         if label:
             columns["next.success"] = (np.arange(rows) >= rows - 2) & e["success"]
         if video:

@@ -23,7 +23,8 @@ def store(tmp_path_factory):
     """Five imported episodes."""
     root = tmp_path_factory.mktemp("recorded")
     settings = ImportSettings(chunk=4, image_size=32)
-    import_dataset(write_robomimic(root / "arm.hdf5", records(5)), root / "arm", settings, progress=False)
+    source = write_robomimic(root / "arm.hdf5", records(5), places=True)
+    import_dataset(source, root / "arm", settings, progress=False)
     return root / "arm"
 
 
@@ -47,6 +48,7 @@ def test_round_trip(store, tmp_path, monkeypatch, small_files):
     for ours, theirs in zip(after, before, strict=True):
         assert np.array_equal(ours.frames, theirs.frames)
         assert np.allclose(ours.actions, theirs.actions, atol=1e-6)
+        assert np.array_equal(ours.proprio, theirs.proprio)
         fields = ("success", "finish_step", "start_state_id", "task_id", "instruction")
         assert all(getattr(ours, name) == getattr(theirs, name) for name in fields)
         assert ours.meta.get("imagined", False) == theirs.meta.get("imagined", False)
@@ -76,6 +78,8 @@ def test_what_lerobot_reads(store, tmp_path):
         assert rows["next.done"][first:last].count(True) == (2 if episode.success else 1)
         assert any(rows["next.success"][first:last]) == episode.success
         assert np.allclose(rows["timestamp"][first:last], np.arange(last - first) / 10)
+    assert np.allclose(rows["observation.state"], np.concatenate([e.proprio for e in before]))
+    assert info["features"]["observation.state"]["shape"] == [2]
     assert [rows["action"][0][i] for i in range(2)] != pytest.approx(before[0].actions[0, :2])  # metres
     statistics = read_json(tmp_path / "out" / "meta" / "stats.json")
     assert np.allclose(statistics["action"]["max"], np.max(rows["action"], axis=0))
@@ -95,6 +99,8 @@ def test_outcomes_are_all_known_or_all_unknown(store, tmp_path):
     )
     with pytest.raises(ValueError, match="export them apart"):
         export([*episodes, *unlabelled], tmp_path / "mixed", task)
+    with pytest.raises(ValueError, match="2 numbers in some episodes and 0 in others"):
+        export([episodes[0], dataclasses.replace(episodes[1], proprio=None)], tmp_path / "mixed", task)
     assert not list(tmp_path.glob("*mixed*"))
 
 
@@ -123,6 +129,7 @@ def test_lerobot_itself_opens_it(store, tmp_path):
     assert opened.meta.total_episodes == 5 and opened.meta.stats["action"]["q01"].shape == (3,)
     item = opened[len(before[0].frames) + 2]  # third row of the second episode
     assert item["task"] == SENTENCE and not item["imagined"]
+    assert np.allclose(item["observation.state"], before[1].proprio[2])
     picture = np.rint(item["observation.images.main"].numpy().transpose(1, 2, 0) * 255)
     assert np.array_equal(picture, before[1].frames[2])
 

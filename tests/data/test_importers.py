@@ -106,6 +106,39 @@ def test_a_joint_that_mostly_rests_is_scaled_by_its_extremes():
     assert not found.mask[0] and (found.low[0], found.high[0]) == (-2.0, 3.0)
 
 
+@pytest.mark.parametrize("kind", ["robomimic", "robomimic-no-next", "lerobot-v2.1"])
+def test_state_of_the_robot_comes_along(tmp_path, kind):
+    real = records(3)
+    if kind == "lerobot-v2.1":
+        source = write_lerobot_v21(tmp_path / "arm", real, places=True)
+    else:
+        source = write_robomimic(tmp_path / "arm.hdf5", real, places=True, next_obs=kind == "robomimic")
+    report = take(source, tmp_path / "out")
+    for episode, e in zip(EpisodeStore(tmp_path / "out"), real, strict=True):
+        np.testing.assert_array_equal(episode.proprio, e["places"][: len(episode.frames)])
+    assert not report.notes
+
+
+@pytest.mark.parametrize("flaw", ["nan", "missing", "wider", "shorter"])
+def test_an_episode_can_do_without_the_robots_state(tmp_path, flaw):
+    import h5py
+
+    source = write_robomimic(tmp_path / "arm.hdf5", records(3), places=True, next_obs=False)
+    with h5py.File(source, "a") as file:
+        observed = file["data/demo_1/obs"]
+        places = observed["robot0_eef_pos"][()]
+        del observed["robot0_eef_pos"]
+        if flaw != "missing":
+            places[-1, 0] = np.nan if flaw == "nan" else 0
+            flawed = {"wider": np.repeat(places, 2, axis=1), "shorter": places[:-1]}
+            observed["robot0_eef_pos"] = flawed.get(flaw, places)
+    report = take(source, tmp_path / "out")
+    found = [e.proprio for e in EpisodeStore(tmp_path / "out")]
+    assert [p is not None and p.shape[1] for p in found] == [2, 4 if flaw == "wider" else False, 2]
+    (note,) = report.notes
+    assert "2 in 2 episodes" in note and "does not follow it" in note
+
+
 @pytest.mark.parametrize("next_obs", [True, False])
 def test_robomimic_last_picture(tmp_path, next_obs):
     real = records(3)

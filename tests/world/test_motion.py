@@ -127,6 +127,7 @@ def test_what_decides_whether_it_is_followed():
     ("proprio", "message"),
     [
         (np.zeros((STEPS, 2), np.float32), "a row per frame"),
+        (np.zeros((STEPS + 1, 0), np.float32), "a row per frame"),
         (np.zeros((STEPS + 1, 2)), "float32"),
         (np.full((STEPS + 1, 2), np.nan, np.float32), "must be finite, got nan at frame 0, number 0"),
     ],

@@ -55,7 +55,7 @@ class Episode:
         if len(f) != len(a) + 1:
             faults.append(f"{len(a)} actions need {len(a) + 1} frames, got {len(f)}")
         p = self.proprio
-        if p is not None and (p.dtype != np.float32 or p.ndim != 2 or len(p) != len(f)):
+        if p is not None and (p.dtype != np.float32 or p.ndim != 2 or len(p) != len(f) or not p.size):
             faults.append(f"proprio must be float32 ({len(f)}, P), a row per frame, got {p.dtype} {p.shape}")
         elif p is not None and not np.isfinite(p).all():
             step, dim = np.argwhere(~np.isfinite(p))[0]

@@ -1,6 +1,7 @@
 """Episodes as a LeRobotDataset v3, written with pyarrow and PyAV.
 
-Row t of an episode holds picture t, action t in the robot's units, and whether the task was done after it.
+Row t of an episode holds picture t, the robot's state where it was recorded, action t in the robot's units,
+and whether the task was done after it.
 An episode of T actions has T + 1 pictures and becomes T + 1 rows; the last one repeats the last action, which
 is not executed there, and has ``next.done``. Every row says whether it was ``imagined``.
 """
@@ -20,6 +21,7 @@ import numpy as np
 from wmpo_gym.data.atomic import write_dir_atomic, write_json_atomic
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.importers.base import needs
+from wmpo_gym.data.importers.lerobot import STATE
 from wmpo_gym.data.statistics import from_unit
 from wmpo_gym.progress import progress_bar
 from wmpo_gym.tasks import Task
@@ -64,7 +66,7 @@ def export_lerobot(
     """Write episodes as a LeRobotDataset v3; complete or not at all.
 
     Args:
-        episodes: Episodes of the task, all of them labelled or none.
+        episodes: Episodes of the task; the outcome is known of all or none, and so is the robot's state.
         out: Directory; made by this call.
         task: Gives the actions' limits, the instructions and the frame rate.
         camera: Name behind ``observation.images.``.
@@ -104,8 +106,9 @@ class _Writer:
         self.root, self.task, self.camera, self.codec = root, task, camera, codec
         self.fps = int(task.control_hz)
         self.labelled: bool | None = None
+        self.state_dim: int | None = None
         self.entries: list[dict[str, Any]] = []
-        self.samples: dict[str, list[np.ndarray]] = {"action": [], camera: []}
+        self.samples: dict[str, list[np.ndarray]] = {}
         self._data: Any = None
         self._video: Any = None
         self._stream: Any = None
@@ -123,6 +126,8 @@ class _Writer:
         start = self._write_frames(episode.frames)
         chunk, file = divmod(self._video_file, FILES_PER_CHUNK)
         samples = {"action": actions, self.camera: _pixels(episode.frames)}
+        if episode.proprio is not None:
+            samples[STATE] = episode.proprio
         entry = {
             "episode_index": index,
             "tasks": [episode.instruction],
@@ -140,7 +145,7 @@ class _Writer:
             "imagined": bool(episode.meta.get("imagined", False)),
         }
         for name, values in samples.items():
-            self.samples[name].append(values)
+            self.samples.setdefault(name, []).append(values)
             entry |= {f"stats/{name}/{k}": v for k, v in self._statistics(name, values).items()}
         self.entries.append(entry)
 
@@ -163,6 +168,14 @@ class _Writer:
             raise ValueError(
                 "Some episodes are labelled with their outcome and some are not; export them apart."
             )
+        state_dim = 0 if episode.proprio is None else episode.proprio.shape[1]
+        if self.state_dim is None:
+            self.state_dim = state_dim
+        if state_dim != self.state_dim:
+            raise ValueError(
+                f"The robot's state has {self.state_dim} numbers in some episodes and {state_dim} in others; "
+                "export them apart."
+            )
 
     def _columns(self, episode: Episode, actions: np.ndarray, index: int, first: int) -> dict[str, Any]:
         rows = len(actions)
@@ -177,6 +190,8 @@ class _Writer:
             "index": first + step,
             "task_index": np.full(rows, self.task.instructions.index(episode.instruction)),
         }
+        if episode.proprio is not None:
+            columns[STATE] = episode.proprio
         if self.labelled:
             done = (step >= rows - 2) & bool(episode.success)
             columns |= {"next.success": done, "next.reward": done.astype(np.float32)}
@@ -186,11 +201,14 @@ class _Writer:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        actions = pa.array(columns["action"].reshape(-1), pa.float32())
-        table = pa.table(
-            {k: pa.array(v) for k, v in columns.items() if k != "action"}
-            | {"action": pa.FixedSizeListArray.from_arrays(actions, self.task.action_dim)}
-        )
+        def column(values: np.ndarray) -> Any:
+            if values.ndim == 1:
+                return pa.array(values)
+            return pa.FixedSizeListArray.from_arrays(
+                pa.array(values.reshape(-1), pa.float32()), values.shape[1]
+            )
+
+        table = pa.table({name: column(values) for name, values in columns.items()})
         if self._data is None or _megabytes(self._data_path) >= DATA_FILE_MB:
             self._close_data()
             self._data_file += 1
@@ -275,7 +293,10 @@ class _Writer:
         def column(dtype: str) -> dict[str, Any]:
             return {"dtype": dtype, "shape": [1], "names": None}
 
-        side, dim = self.task.image_size, self.task.action_dim
+        def vector(name: str, dim: int) -> dict[str, Any]:
+            return {"dtype": "float32", "shape": [dim], "names": [f"{name}_{i}" for i in range(dim)]}
+
+        side = self.task.image_size
         flags = {"next.done": "bool", "imagined": "bool"}
         if self.labelled:
             flags |= {"next.success": "bool", "next.reward": "float32"}
@@ -287,8 +308,11 @@ class _Writer:
                 "names": ["height", "width", "channels"],
                 "info": self._video_info(),
             },
-            "action": {"dtype": "float32", "shape": [dim], "names": [f"action_{i}" for i in range(dim)]},
-        } | {k: column(d) for k, d in (flags | {"timestamp": "float32"} | numbers).items()}
+            "action": vector("action", self.task.action_dim),
+        }
+        if self.state_dim:
+            features[STATE] = vector("state", self.state_dim)
+        features |= {k: column(d) for k, d in (flags | {"timestamp": "float32"} | numbers).items()}
         return {
             "codebase_version": CODEBASE_VERSION,
             "robot_type": None,

@@ -37,6 +37,7 @@ class Outline:
         instruction: The sentence, None if the source does not say.
         start: Episodes of one source with an equal ``start`` began in the same scene.
         meta: Anything else worth keeping, JSON-able.
+        proprio: The robot's own state, float32 (T + 1, P); None if not known at every picture.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Outline:
     instruction: str | None
     start: str
     meta: dict[str, Any] = field(default_factory=dict)
+    proprio: np.ndarray | None = None
 
 
 class Source(ABC):
@@ -145,6 +147,18 @@ def check_actions(actions: Any) -> np.ndarray:
         step, dim = np.argwhere(~np.isfinite(actions))[0]
         raise EpisodeFault(f"its action is {actions[step, dim]} at step {step}, dimension {dim}")
     return actions
+
+
+def usable_states(values: Any, count: int) -> np.ndarray | None:
+    """The first ``count`` rows of a recorded state as float32 (count, P).
+
+    An episode can do without its state, so that whatever is not ``count`` rows of finite numbers is None.
+    """
+    values = np.asarray(values)
+    if values.dtype.kind not in "fiub" or values.ndim != 2 or len(values) < count or not values.size:
+        return None
+    values = values[:count].astype(np.float32)
+    return values if np.isfinite(values).all() else None
 
 
 def outcome(flags: np.ndarray | None, n_frames: int, n_actions: int) -> tuple[bool | None, int]:

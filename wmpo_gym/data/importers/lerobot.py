@@ -27,11 +27,13 @@ from wmpo_gym.data.importers.base import (
     needs,
     outcome,
     shrink,
+    usable_states,
     zero_or_one,
 )
 from wmpo_gym.data.video import decode_picture, read_frames
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
+STATE = "observation.state"
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,9 @@ class LeRobotSource(Source):
             flags = zero_or_one(rows.get("next.success", rows.get("next.reward")))
             success, steps = outcome(flags, entry.length, len(actions))
             imagined = zero_or_one(rows.get("imagined"))
+        state = usable_states(rows[STATE], steps + 1) if STATE in rows else None
         meta = {"imagined": True} if imagined is not None and imagined.any() else {}
-        return Outline(key, actions[:steps], success, entry.instruction, key, meta)
+        return Outline(key, actions[:steps], success, entry.instruction, key, meta, state)
 
     def _rows(self, entry: _Entry) -> dict[str, np.ndarray]:
         """The numeric columns of an episode."""
@@ -183,13 +186,14 @@ class LeRobotSource(Source):
     def _read_columns(self, file: Path) -> dict[str, np.ndarray]:
         import pyarrow.parquet as pq
 
-        wanted = ("episode_index", "frame_index", "action", "next.success", "next.reward", "imagined")
+        wanted = ("episode_index", "frame_index", "action", STATE, "next.success", "next.reward", "imagined")
         present = pq.read_schema(file).names
         table = pq.read_table(file, columns=[name for name in wanted if name in present])
         columns = {name: _column(table[name]) for name in table.column_names}
-        if columns["action"].ndim == 1:
-            columns["action"] = columns["action"][:, None]
-        return {n: c.reshape(len(c)) if n != "action" else c for n, c in columns.items()}
+        for name in {"action", STATE} & set(columns):
+            if columns[name].ndim == 1:
+                columns[name] = columns[name][:, None]
+        return {n: c if n in ("action", STATE) else c.reshape(len(c)) for n, c in columns.items()}
 
     def frames(self, key: str, count: int, size: int) -> np.ndarray:
         """See :meth:`Source.frames`."""

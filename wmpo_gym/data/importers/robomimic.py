@@ -8,6 +8,7 @@
             states          (T, S) simulator states, state t before action t
             rewards         (T,), 1 from the success on
             obs/NAME_image  (T, H, W, 3), picture t before action t
+            obs/robot0_...  (T, n) the robot's state: joint_pos, eef_pos, gripper_qpos
             next_obs/...    the same, one step later
 """
 
@@ -32,11 +33,14 @@ from wmpo_gym.data.importers.base import (
     needs,
     outcome,
     shrink,
+    usable_states,
     zero_or_one,
 )
 from wmpo_gym.data.importers.replay import StateRenderer, make_state_renderer
 
 DEFAULT_CAMERA = "agentview"  # for files without pictures
+# Ends of the names of what a robot knows of itself: robosuite's names, then LIBERO's.
+STATE_NAMES = ("joint_pos", "eef_pos", "gripper_qpos", "joint_states", "ee_pos", "gripper_states")
 
 
 class RobomimicSource(Source):
@@ -107,7 +111,21 @@ class RobomimicSource(Source):
             rewards = zero_or_one(_read(demo, "rewards") if "rewards" in demo else None)
             success, steps = outcome(rewards, self._count(demo), len(actions))
             sentence = _json(demo.attrs.get("ep_meta")).get("lang") or self._sentence
-        return Outline(key, actions[:steps], success, sentence, key)
+            state = self._states(demo, steps + 1)
+        return Outline(key, actions[:steps], success, sentence, key, proprio=state)
+
+    def _states(self, demo: Any, count: int) -> np.ndarray | None:
+        """The robot's state in the first ``count`` pictures; None if it was not recorded."""
+        observed, after = demo.get("obs") or {}, demo.get("next_obs") or {}
+        columns = []
+        for name in sorted(name for name in observed if name.endswith(STATE_NAMES)):
+            column = _read(observed, name)
+            if len(column) == count - 1 and name in after:
+                column = np.concatenate([column, _read(after, name)[-1:]])
+            columns.append(column[:count].reshape(len(column[:count]), -1))
+        if len({len(column) for column in columns}) != 1:
+            return None
+        return usable_states(np.concatenate(columns, axis=1), count)
 
     def _pictures(self, demo: Any) -> list[Any]:
         """Datasets whose pictures follow each other, none in a file of states."""

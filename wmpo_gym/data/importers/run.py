@@ -122,6 +122,7 @@ def import_dataset(
         outlines = list(_scan(source, task, settings, report, progress))
         outlines = list(_fitting(outlines, task, settings, report))
         _check_any(outlines, report)
+        _note_states(outlines, report)
         statistics = ActionStatistics.of([o.actions for o in outlines])
         if task and source.control_hz not in (None, task.control_hz):
             report.notes.append(f"recorded at {source.control_hz:g} Hz, the task has {task.control_hz:g} Hz")
@@ -202,6 +203,16 @@ def _check_any(outlines: Sequence[object], report: ImportReport) -> None:
         )
 
 
+def _note_states(outlines: list[Outline], report: ImportReport) -> None:
+    """Say where the robot's state is not what a world model needs to follow it: there, everywhere alike."""
+    sizes = Counter(0 if o.proprio is None else o.proprio.shape[1] for o in outlines)
+    if len(sizes) > 1:
+        found = ", ".join(f"{size} in {n} episodes" for size, n in sorted(sizes.items()))
+        report.notes.append(
+            f"numbers of the robot's state: {found}; a world of all of them does not follow it"
+        )
+
+
 def _new_task(
     source: Source,
     outlines: list[Outline],
@@ -248,7 +259,8 @@ def _digest(outlines: list[Outline]) -> str:
     digest = hashlib.sha256()
     for outline in outlines:
         digest.update(f"{outline.key}{outline.success}{outline.instruction}".encode())
-        digest.update(np.ascontiguousarray(outline.actions).tobytes())
+        for array in (outline.actions, outline.proprio):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 
@@ -303,6 +315,7 @@ def _episode(outline: Outline, frames: np.ndarray, task: Task, source: Source) -
             "source_key": outline.key,
             **outline.meta,
         },
+        proprio=outline.proprio,
     )
 
 
