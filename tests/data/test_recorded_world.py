@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from wmpo_gym.data.importers import ImportSettings, import_dataset
 from wmpo_gym.data.statistics import from_unit
 from wmpo_gym.data.task_file import find_task
 from wmpo_gym.policies.serving import PolicyClient, PolicyServer
+from wmpo_gym.world import motion
 from wmpo_gym.world.world import World
 
 pytest.importorskip("h5py")
@@ -31,11 +33,18 @@ def wmpo(*words: object) -> int:
     return main([str(w) for w in words])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_training_of_motion():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(motion, "MotionTraining", partial(motion.MotionTraining, steps=20))
+        yield
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """Everything that comes before practice, each made by its command, with no simulator of the task."""
     root = tmp_path_factory.mktemp("recorded")
-    write_robomimic(root / "my-arm.hdf5", [record(seed) for seed in range(20)])
+    write_robomimic(root / "my-arm.hdf5", [record(seed) for seed in range(20)], places=True)
     (root / "network.json").write_text(json.dumps(NETWORK))
     options = ["--holdout", "0.3", "--chunk", "4", "--image-size", "32"]
     assert wmpo("import", root / "my-arm.hdf5", "--out", root / "robot", *options) == 0
@@ -65,6 +74,12 @@ def test_the_data_defines_the_task(made):
     assert task == find_task(made / "robot") == find_task(made / "world")
     assert task.name == "my-arm" and task.instructions == (SENTENCE,)
     assert read_json(made / "policy" / "policy.json")["meta"]["task"] == "my-arm"
+
+
+def test_the_world_follows_the_recorded_state(made):
+    world = World.from_pretrained(made / "world")
+    assert len(world.network.motion.mean) == 2  # places of the dot
+    assert world.card["world_model"]["motion"].keys() == {"reader", "follow"}
 
 
 def test_gates_are_measured_on_held_out_recordings(made, capsys):

@@ -79,7 +79,9 @@ class Command:
         def judge(network: nn.Module, step: int) -> dict[str, float]:
             return _judge(replace(world, network=network), held, logs, step)
 
-        learn_motion(world.network, world.autoencoder, [*kept, *play], seed=self.training.seed, progress=True)
+        motion = learn_motion(
+            world.network, world.autoencoder, [*kept, *play], seed=self.training.seed, progress=True
+        )
         trainer = WorldModelTrainer(
             world.network,
             world.autoencoder,
@@ -94,7 +96,8 @@ class Command:
             validate=judge if held else None,
         )
         history = trainer.train()
-        world.card = {**world.card, "world_model": self._provenance(len(kept), len(play), history)}
+        made = self._provenance(len(kept), len(play), history) | {"motion": motion}
+        world.card = {**world.card, "world_model": made}
         world.card.pop("gates", None)  # they were measured with other weights
         world.save_pretrained(self.out)
         print(_summary(history[-1] if history else {}, trainer.step, self.out))

@@ -183,8 +183,7 @@ class Run:
                 network = ConvWorldModel.for_task(self.task, self.recipe.seed, state_dim=state_dim)
                 card: dict[str, Any] = {
                     "name": f"{self.task.name} (play only)", "recipe": self.recipe.to_dict(),
-                    "history": self._train("pretrain", network, play, config, None),
-                }  # fmt: skip
+                } | self._train("pretrain", network, play, config, None)  # fmt: skip
                 frames = StartFrames.from_episodes(play)
                 world = World(self.task, network, PixelAutoencoder(), None, frames, card=card)
                 error = card["moved_object_error_px"] = moved_object_error(world, play[:PLAY_JUDGED])
@@ -215,13 +214,15 @@ class Run:
         episodes: list[Episode],
         config: WorldModelTraining,
         weights: list[float] | None,
-    ) -> list[dict[str, float]]:
-        learn_motion(network, PixelAutoencoder(), episodes, seed=config.seed, progress=self.progress)
+    ) -> dict[str, Any]:
+        """Train in place; the card says how that went."""
+        motion = learn_motion(network, PixelAutoencoder(), episodes, seed=config.seed, progress=self.progress)
         trainer = WorldModelTrainer(
             network, PixelAutoencoder(), self.task, episodes, config, weights=weights,
             checkpoint_dir=self.out / "checkpoints" / name, tensorboard=self.out / "tensorboard" / name,
         )  # fmt: skip
-        return trainer.train(progress=self.progress, description=name)
+        history = trainer.train(progress=self.progress, description=name)
+        return {"history": history, "motion": motion}
 
     def classifier(self, network: ConvWorldModel, real: list[Episode], demos: list[Episode]) -> Any:
         """The success classifier, calibrated on episodes it did not see.

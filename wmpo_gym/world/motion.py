@@ -126,7 +126,7 @@ def state_to_follow(task: Task, episodes: Sequence[Episode]) -> int:
 
 def learn_motion(
     network: Any, autoencoder: Any, episodes: Sequence[Episode], *, seed: int, progress: bool = False
-) -> None:
+) -> dict[str, float]:
     """Teach a network that follows the robot how it moves, from those episodes that recorded its state.
 
     Args:
@@ -135,11 +135,15 @@ def learn_motion(
         episodes: Of any kind.
         seed: Seed of the training.
         progress: Show a progress bar.
+
+    Returns:
+        See :func:`train_motion`; empty if nothing happened.
     """
     recorded = [episode for episode in episodes if episode.proprio is not None]
     motion = getattr(network, "motion", None)
-    if motion is not None and recorded:
-        train_motion(motion, recorded, autoencoder.encode, MotionTraining(seed=seed), progress=progress)
+    if motion is None or not recorded:
+        return {}
+    return train_motion(motion, recorded, autoencoder.encode, MotionTraining(seed=seed), progress=progress)
 
 
 def train_motion(
