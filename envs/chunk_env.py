@@ -41,7 +41,8 @@ class ChunkVectorEnv(TaskVectorEnv):
         max_episode_steps: Chunks after which an episode is truncated; None is the task's horizon.
         render_mode: None, ``"rgb_array"`` (the row's frame) or ``"rgb_array_list"`` (those of its chunk).
         render_size: Rendered frames are enlarged by a whole factor to about this side in pixels.
-        return_frames: Put the chunk's frames, uint8 ``(K, H, W, 3)``, into ``info["frames"]`` of every step.
+        return_frames: Put the chunk's frames, uint8 ``(K, H, W, 3)``, into ``info["frames"]`` of every step,
+            and where a simulator tells its robot's state, float32 ``(K + 1, P)``, into ``info["proprio"]``.
         image_size: Side of the observation in pixels; None is the task's.
         split: Split that start states are drawn from; None draws from all of them.
         reward_terms: Weight per named term, added to ``{"success": 1.0}``. Known: ``reward_term_names``.
