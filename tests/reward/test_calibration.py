@@ -73,6 +73,22 @@ def test_one_odd_episode_does_not_move_the_threshold():
     assert 0.4 < clean < 0.6 and 0.07 < odd < clean
 
 
+def test_outcomes_weigh_the_same():
+    rng = np.random.default_rng(0)
+    good, bad = 1 / (1 + np.exp(-rng.normal(1.0, 1.0, 400))), 1 / (1 + np.exp(-rng.normal(-1.0, 1.0, 400)))
+    even = best_threshold(np.append(good, bad), np.arange(800) < 400)
+    many = best_threshold(np.append(np.tile(good, 9), bad), np.arange(4000) < 3600)
+    assert 0.2 < even < 0.6 and many == pytest.approx(even, abs=1e-3)
+
+
+def test_replays_raise_the_threshold_but_not_the_figures():
+    classifier, episodes = scripted([(False, [0.1]), (True, [0.9]), (False, [0.7]), (True, [0.95])])
+    recorded, replays = episodes[:2], episodes[2:]
+    alone, both = calibrate(classifier, recorded), calibrate(classifier, recorded, replays)
+    assert alone.threshold == pytest.approx(0.5, abs=0.03) and 0.7 < both.threshold < 0.9
+    assert (both.n, both.precision, both.recall) == (2, 1.0, 1.0)
+
+
 def test_an_episode_counts_by_its_best_window():
     # Early in the last failure one window scores high: on single clips that is one error among many.
     rows = [(True, [0.1, 0.9]), (True, [0.2, 0.7]), (False, [0.8, 0.1]), (False, [0.1, 0.1])]

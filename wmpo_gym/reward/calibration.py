@@ -140,12 +140,16 @@ def episode_scores(classifier: SuccessClassifier, episodes: Sequence[Episode]) -
         classifier.train(was_training)
 
 
-def calibrate(classifier: SuccessClassifier, episodes: Sequence[Episode]) -> Calibration:
+def calibrate(
+    classifier: SuccessClassifier, episodes: Sequence[Episode], replays: Sequence[Episode] = ()
+) -> Calibration:
     """Choose the threshold for the best F1 on held-out episodes; see :func:`best_threshold`.
 
     Args:
         classifier: Trained on other episodes; it is not changed, set ``classifier.calibration`` yourself.
-        episodes: Labelled episodes, successes and failures.
+        episodes: Labelled episodes, successes and failures. The figures are those on them.
+        replays: The world model's replays of held-out episodes, which the threshold is chosen on too: it is
+            imagined episodes that will be judged by it.
 
     Raises:
         ValueError: If successes or failures are missing, or an episode has no label.
@@ -157,7 +161,8 @@ def calibrate(classifier: SuccessClassifier, episodes: Sequence[Episode]) -> Cal
             "failures; hold out at least one of each (a few dozen give a usable interval)."
         )
     scores = episode_scores(classifier, episodes)
-    threshold = best_threshold(np.array([np.nanmax(s) for s in scores]), labels)
+    largest = [np.nanmax(s) for s in [*scores, *episode_scores(classifier, replays)]]
+    threshold = best_threshold(np.array(largest), np.append(labels, outcome_labels(replays)))
     return _measure(scores, episodes, labels, threshold)
 
 
@@ -186,16 +191,20 @@ def outcome_labels(episodes: Sequence[Episode]) -> np.ndarray:
 def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     """The threshold with the best F1, if scores wobble a little from one set of episodes to the next.
 
+    Both outcomes weigh the same: where demonstrations make most of the episodes successes, F1 would be best
+    with nearly all claimed.
+
     Which threshold is best on these very episodes hangs on one or two of them. Letting every score wobble by
     about one logit gives the middle of the gap where outcomes are well separated, and is no worse elsewhere.
 
     Args:
         scores: ``(N,)`` largest probability of each episode.
-        labels: ``(N,)`` outcomes, at least one success.
+        labels: ``(N,)`` outcomes, at least one of each.
     """
     logits, levels = _logit(scores), _logit(np.linspace(_EPS, 1 - _EPS, 2001))
-    claimed = 1 / (1 + np.exp((levels[:, None] - logits) / WOBBLE))  # expected share, per level and episode
-    f1 = 2 * (claimed * labels).sum(1) / (claimed.sum(1) + labels.sum())
+    weight = 1 / np.where(labels, labels.sum(), (~labels).sum())
+    claimed = weight / (1 + np.exp((levels[:, None] - logits) / WOBBLE))  # expected share, per level
+    f1 = 2 * (claimed * labels).sum(1) / (claimed.sum(1) + 1)
     best = levels[f1 >= f1.max() - 1e-9]
     return float(1 / (1 + np.exp(-best.mean())))
 

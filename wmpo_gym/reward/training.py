@@ -114,7 +114,7 @@ def train_classifier(
         seed: Seed of weights, hold-out, clips and noise.
         imagined: World-model replays of recorded actions, labelled by the recorded outcome and cut at its
             finish; see :meth:`ClipTable.from_episodes`. Those that begin in a held-out start state are not
-            trained on, only reported on.
+            trained on, but calibrated and reported on.
         holdout: Start-state ids to calibrate on; None draws them. All episodes of one start state stay on one
             side.
         config: Settings; None is the kind's defaults.
@@ -147,8 +147,8 @@ def train_classifier(
     trainer = _Trainer(classifier.to(device), data.table, task, config, seed, checkpoint_dir, tensorboard)
     trainer.run(progress)
     classifier.to("cpu").eval()
-    classifier.calibration = calibrate(classifier, data.held_out)
     replays = data.held_replays
+    classifier.calibration = calibrate(classifier, data.held_out, replays)
     figures = {
         "calibration": classifier.calibration.to_dict(),
         "imagined": assess(classifier, replays).to_dict() if replays else None,
