@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
+from itertools import islice
 from typing import Any
 
 import gymnasium
@@ -21,7 +22,7 @@ from wmpo_gym.data.importers.base import SourceError  # noqa: E402
 from wmpo_gym.data.importers.replay import make_state_renderer  # noqa: E402
 from wmpo_gym.envs.simulated.scripted import ExpertConfig, record_expert, record_play  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop import camera  # noqa: E402
-from wmpo_gym.envs.simulated.tabletop.expert import ArmExpertConfig, arm_expert  # noqa: E402
+from wmpo_gym.envs.simulated.tabletop.expert import Arm, ArmExpertConfig, arm_expert, cube_yaw  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop.osc import ArmControl, is_plain_osc  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop.scene import Scene, shared_scene  # noqa: E402
 from wmpo_gym.evaluation.rollouts import make_rollout_env, rollout  # noqa: E402
@@ -320,6 +321,21 @@ def test_play_is_unlabelled_and_repeats() -> None:
     one, two = (next(record_play([3], seed=s, task="lift@16")) for s in (0, 0))
     assert one.success is None and one.n_steps == 64
     assert np.array_equal(one.actions, two.actions) and np.array_equal(one.frames, two.frames)
+
+
+@pytest.mark.parametrize(("patience", "stands"), [(10, True), (60, False)])
+def test_an_impatient_hand_closes_while_a_finger_stands_on_the_cube(patience: int, stands: bool) -> None:
+    sim = sim_of("lift")
+    sim.reset(0)
+    arm = Arm(sim, ArmExpertConfig(grasp_noise=0.0, action_noise=0.0), np.random.default_rng(0))
+    yaw = cube_yaw(arm.yaw("cube_main"))
+    aside = 0.04 * np.array([np.cos(yaw - np.pi / 2), np.sin(yaw - np.pi / 2), 0.0])  # as far as a finger is
+    goal, closed = arm.body("cube_main")[2], None
+    for action in islice(arm.pick("cube_main", offset=aside, yaw=yaw, patience=patience), 40):
+        if action[6] > 0 and closed is None:
+            closed = arm.position[2] - goal
+        sim.step(action)
+    assert (closed is not None and closed > 0.01) == stands  # a reached place is within 8 mm
 
 
 def test_mistakes_of_another_kind_of_expert_are_refused() -> None:

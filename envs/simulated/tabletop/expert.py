@@ -127,13 +127,22 @@ class Arm:
                 return
             yield self.act(place, yaw)
 
-    def grip(self, fingers: float, yaw: float = 0.0, *, steps: int = 8) -> Script:
-        """Open or close the fingers where the hand is."""
-        self.fingers, here = fingers, self.position
+    def grip(self, fingers: float, yaw: float = 0.0, *, steps: int = 8, rise: float = 0.0) -> Script:
+        """Open or close the fingers where the hand is, or ``rise`` metres above."""
+        self.fingers, here = fingers, self.position + (0.0, 0.0, rise)
         for _ in range(steps):
             yield self.act(here, yaw)
 
-    def pick(self, body: str, *, offset: np.ndarray | None = None, yaw: float, height: float = 0.1) -> Script:
+    def pick(
+        self,
+        body: str,
+        *,
+        offset: np.ndarray | None = None,
+        yaw: float,
+        height: float = 0.1,
+        patience: int = 60,
+        rise: float = 0.0,
+    ) -> Script:
         """Fetch a thing from above and lift it.
 
         Args:
@@ -141,12 +150,14 @@ class Arm:
             offset: From the body to where it is gripped, in metres (3,).
             yaw: Heading of the hand.
             height: Metres above the thing from which the hand comes down, and to which it lifts.
+            patience: Control steps of coming down after which it closes wherever it is.
+            rise: Metres that it is drawn up by while it closes.
         """
         shift = self.grasp_error() + (np.zeros(3) if offset is None else offset)
         above = np.array([0.0, 0.0, height])
         yield from self.reach(lambda: self.body(body) + shift + above, yaw, tolerance=0.02)
-        yield from self.reach(lambda: self.body(body) + shift, yaw)
-        yield from self.grip(CLOSED, yaw)
+        yield from self.reach(lambda: self.body(body) + shift, yaw, patience=patience)
+        yield from self.grip(CLOSED, yaw, rise=rise)
         yield from self.reach(self.position + above, yaw, tolerance=0.02)
 
 
@@ -312,7 +323,11 @@ def _play(arm: Arm, thing: str) -> Script:
         yaw = float(arm.rng.uniform(-0.7, 0.7))
         anywhere = centre + arm.rng.uniform(-spread, spread) + (0.0, 0.0, 0.1)
         if arm.rng.random() < 0.7:
-            yield from arm.pick(thing, yaw=yaw, height=float(arm.rng.uniform(0.03, 0.12)))
+            # A policy closes when it is time, also where a finger stands on the thing. A world that never saw
+            # that draws the thing between the fingers.
+            height, rise = arm.rng.uniform((0.03, -0.002), (0.12, 0.012)).tolist()
+            patience = int(arm.rng.integers(4, 16))
+            yield from arm.pick(thing, yaw=yaw, height=height, patience=patience, rise=rise)
         else:
             yield from arm.grip(float(arm.rng.choice([OPEN, CLOSED])), yaw, steps=2)
         yield from arm.reach(anywhere, yaw, tolerance=0.02, patience=20)
