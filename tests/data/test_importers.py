@@ -139,6 +139,19 @@ def test_an_episode_can_do_without_the_robots_state(tmp_path, flaw):
     assert "2 in 2 episodes" in note and "does not follow it" in note
 
 
+def test_a_data_set_can_do_without_states_of_unequal_length(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source = write_lerobot_v21(tmp_path / "arm", records(2))
+    for file in source.glob("data/*/*.parquet"):
+        table = pq.read_table(file)
+        ragged = pa.array([[0.0] * (1 + i % 2) for i in range(len(table))])
+        pq.write_table(table.append_column("observation.state", ragged), file)
+    take(source, tmp_path / "out")
+    assert [e.proprio for e in EpisodeStore(tmp_path / "out")] == [None, None]
+
+
 @pytest.mark.parametrize("next_obs", [True, False])
 def test_robomimic_last_picture(tmp_path, next_obs):
     real = records(3)

@@ -189,7 +189,13 @@ class LeRobotSource(Source):
         wanted = ("episode_index", "frame_index", "action", STATE, "next.success", "next.reward", "imagined")
         present = pq.read_schema(file).names
         table = pq.read_table(file, columns=[name for name in wanted if name in present])
-        columns = {name: _column(table[name]) for name in table.column_names}
+        columns = {}
+        for name in table.column_names:
+            try:
+                columns[name] = _column(table[name])
+            except ValueError:
+                if name != STATE:  # an episode can do without it
+                    raise
         for name in {"action", STATE} & set(columns):
             if columns[name].ndim == 1:
                 columns[name] = columns[name][:, None]
