@@ -72,3 +72,8 @@ class Episode:
     def n_steps(self) -> int:
         """Number of actions, T."""
         return len(self.actions)
+
+    @property
+    def state_dim(self) -> int:
+        """Numbers of the robot's own state per frame, P; 0 if it was not recorded."""
+        return 0 if self.proprio is None else self.proprio.shape[1]

@@ -120,7 +120,7 @@ def state_to_follow(task: Task, episodes: Sequence[Episode]) -> int:
     It is 0 unless the robot's state was recorded in all of them, as many numbers in each, and in a task with
     symmetries, which do not say how they change it.
     """
-    sizes = {0 if episode.proprio is None else episode.proprio.shape[1] for episode in episodes}
+    sizes = {episode.state_dim for episode in episodes}
     return 0 if task.symmetries or len(sizes) != 1 else sizes.pop()
 
 
@@ -172,7 +172,7 @@ def train_motion(
         ValueError: If there is no such episode, or one whose ``proprio`` is missing or of another size.
     """
     episodes, size = [episode for episode in episodes if episode.n_steps > 0], len(motion.mean)
-    if not episodes or any(e.proprio is None or e.proprio.shape[1] != size for e in episodes):
+    if not episodes or any(e.state_dim != size for e in episodes):
         raise ValueError(
             f"Learning how this robot moves takes episodes with {size} numbers of proprio per frame; leave "
             "out those without, or make a world that does not follow it (state_dim=0)."

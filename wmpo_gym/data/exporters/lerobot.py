@@ -168,13 +168,12 @@ class _Writer:
             raise ValueError(
                 "Some episodes are labelled with their outcome and some are not; export them apart."
             )
-        state_dim = 0 if episode.proprio is None else episode.proprio.shape[1]
         if self.state_dim is None:
-            self.state_dim = state_dim
-        if state_dim != self.state_dim:
+            self.state_dim = episode.state_dim
+        if episode.state_dim != self.state_dim:
             raise ValueError(
-                f"The robot's state has {self.state_dim} numbers in some episodes and {state_dim} in others; "
-                "export them apart."
+                f"The robot's state has {self.state_dim} numbers in some episodes and {episode.state_dim} in "
+                "others; export them apart."
             )
 
     def _columns(self, episode: Episode, actions: np.ndarray, index: int, first: int) -> dict[str, Any]:

@@ -192,14 +192,17 @@ class LeRobotSource(Source):
         columns = {}
         for name in table.column_names:
             try:
-                columns[name] = _column(table[name])
+                column = _column(table[name])
             except ValueError:
                 if name != STATE:  # an episode can do without it
                     raise
-        for name in {"action", STATE} & set(columns):
-            if columns[name].ndim == 1:
-                columns[name] = columns[name][:, None]
-        return {n: c if n in ("action", STATE) else c.reshape(len(c)) for n, c in columns.items()}
+                continue
+            if name not in ("action", STATE):
+                column = column.reshape(len(column))
+            elif column.ndim == 1:
+                column = column[:, None]
+            columns[name] = column
+        return columns
 
     def frames(self, key: str, count: int, size: int) -> np.ndarray:
         """See :meth:`Source.frames`."""

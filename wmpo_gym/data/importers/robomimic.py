@@ -122,7 +122,7 @@ class RobomimicSource(Source):
             column = _read(observed, name)
             if len(column) == count - 1 and name in after:
                 column = np.concatenate([column, _read(after, name)[-1:]])
-            columns.append(column[:count].reshape(len(column[:count]), -1))
+            columns.append(column.reshape(len(column), -1)[:count])
         if len({len(column) for column in columns}) != 1:
             return None
         return usable_states(np.concatenate(columns, axis=1), count)
