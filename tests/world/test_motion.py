@@ -9,7 +9,7 @@ from wmpo_gym.tasks import get_task
 from wmpo_gym.world.autoencoder import PixelAutoencoder
 from wmpo_gym.world.conv import ConvWorldModel
 from wmpo_gym.world.imagination import ImaginationState
-from wmpo_gym.world.motion import Motion, MotionTraining, learn_motion, state_to_follow, train_motion
+from wmpo_gym.world.motion import POINTS, Motion, MotionTraining, learn_motion, state_to_follow, train_motion
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 from wmpo_gym.world.world import StartFrames, World
 
@@ -44,7 +44,7 @@ def network(state_dim: int = 2) -> ConvWorldModel:
 @pytest.fixture(scope="module")
 def taught() -> tuple[ConvWorldModel, dict[str, float]]:
     world_model = network()
-    settings = MotionTraining(steps=250, batch_size=16, last_length=8)
+    settings = MotionTraining(steps=600, batch_size=64, reader_steps=300, points_steps=50)
     episodes = [cart(seed) for seed in range(60)]
     errors = train_motion(world_model.motion, episodes, PixelAutoencoder().encode, settings)
     return world_model, errors
@@ -61,7 +61,8 @@ def test_reads_and_follows_what_it_has_not_seen(taught):
     assert np.abs(places[:, 0] - truth[:, 0]).mean() < 0.05  # read
     travelled = np.abs(truth - truth[:, :1]).mean()
     assert np.abs((places - places[:, :1]) - (truth - truth[:, :1])).mean() < 0.3 * travelled  # followed
-    assert set(taught[1]) == {"reader", "follow"} and max(taught[1].values()) < 0.3
+    assert set(taught[1]) == {"points", "reader", "follow"}
+    assert max(taught[1]["reader"], taught[1]["follow"]) < 0.3
 
 
 def test_world_training_leaves_it_alone_and_uses_it(taught):
@@ -87,7 +88,7 @@ def test_imagination_carries_it(taught, tmp_path):
     actions = np.stack([e.actions for e in episodes])
     noise = torch.randn(3, *imagination.noise_shape, generator=torch.Generator().manual_seed(0))
     state = imagination.start(first)
-    assert state.prev_action.shape == (3, TASK.action_dim + 4)
+    assert state.prev_action.shape == (3, TASK.action_dim + 4 + 2 * POINTS)
     for k in range(2):
         chunk = actions[:, k * TASK.chunk : (k + 1) * TASK.chunk]
         frames, state = imagination.step(state, chunk, noise)

@@ -79,9 +79,11 @@ class Command:
         def judge(network: nn.Module, step: int) -> dict[str, float]:
             return _judge(replace(world, network=network), held, logs, step)
 
+        weights = [self.weight] * len(kept) + [1.0] * len(play)
         motion = learn_motion(
-            world.network, world.autoencoder, [*kept, *play], seed=self.training.seed, progress=True
-        )
+            world.network, world.autoencoder, [*kept, *play],
+            weights=weights, seed=self.training.seed, progress=True,
+        )  # fmt: skip
         trainer = WorldModelTrainer(
             world.network,
             world.autoencoder,
@@ -90,7 +92,7 @@ class Command:
             self.training,
             context_frames=world.config.context_frames,
             denoising_steps=world.config.denoising_steps,
-            weights=[self.weight] * len(kept) + [1.0] * len(play),
+            weights=weights,
             checkpoint_dir=logs / "checkpoint",
             tensorboard=logs,
             validate=judge if held else None,

@@ -216,7 +216,9 @@ class Run:
         weights: list[float] | None,
     ) -> dict[str, Any]:
         """Train in place; the card says how that went."""
-        motion = learn_motion(network, PixelAutoencoder(), episodes, seed=config.seed, progress=self.progress)
+        motion = learn_motion(
+            network, PixelAutoencoder(), episodes, weights=weights, seed=config.seed, progress=self.progress
+        )
         trainer = WorldModelTrainer(
             network, PixelAutoencoder(), self.task, episodes, config, weights=weights,
             checkpoint_dir=self.out / "checkpoints" / name, tensorboard=self.out / "tensorboard" / name,

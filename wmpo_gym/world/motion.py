@@ -3,7 +3,8 @@
 Where a hand is in depth, a small picture hardly says, and imagined pictures blur it further; yet it decides
 whether a grip holds. The robot knows better: its own state (joint angles, place of the hand, opening of the
 fingers; "proprioception") is recorded with every step. From such recordings two small networks learn to read
-the state off a first picture and to follow it through the actions, so that imagination needs no sensor.
+the state off a first picture and to follow it through the actions, so that imagination needs no sensor. What
+the hand will meet on its way, the points found in the first picture tell (:mod:`wmpo_gym.world.points`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.layers import RowLinear
+from wmpo_gym.layers import RowLinear, rounded_quickly
 from wmpo_gym.progress import progress_bar
 from wmpo_gym.tasks import Task
+from wmpo_gym.world.points import Points, train_points
 
 STEP = 0.1  # units of the state (standard deviations) in which changes of its velocity are learned
-WIDTH = 192
+FINE = 5.0  # by how much places weigh more at first: contact is a matter of hundredths of their range
+WIDTH = 320
 READER_WIDTH = 24
+POINTS = 8
 
 
 @dataclass(frozen=True)
@@ -31,27 +35,32 @@ class MotionTraining:
     """Settings of :func:`train_motion`.
 
     Attributes:
-        steps: Optimiser steps.
-        batch_size: Episodes per step.
-        learning_rate: Peak of AdamW's one cycle.
-        first_length: Steps of the first ways that are followed.
-        last_length: By how many more the last ones are longer.
+        steps: Optimiser steps of what follows the state.
+        batch_size: Ways per such step.
+        length: Steps of a way. Longer ones teach that the policy acts otherwise after a grip that failed,
+            which tells nothing where its actions answer to imagined pictures.
+        reader_steps: Optimiser steps of what reads it off a picture.
+        points_steps: Optimiser steps of what finds points in it.
+        pictures: Pictures per step of both.
+        learning_rate: Peak of AdamW's one cycle, of all three.
         seed: Seed of everything random.
     """
 
-    steps: int = 2000
-    batch_size: int = 32
+    steps: int = 12_000
+    batch_size: int = 160
+    length: int = 10
+    reader_steps: int = 2000
+    points_steps: int = 400
+    pictures: int = 48
     learning_rate: float = 3e-3
-    first_length: int = 8
-    last_length: int = 56
     seed: int = 0
 
 
 class Motion(nn.Module):
     """Reads the robot's state off first pictures and follows it through actions.
 
-    Its memory is the state and by how much it changed in the last step, both in standard deviations: ``M = 2
-    P`` numbers for P measured ones.
+    Its memory is the state, by how much it changed in the last step, and the points of the first picture, all
+    in standard deviations: ``M = 2 P + 2 POINTS`` numbers for P measured ones.
 
     Args:
         image_size: Side of the square frames.
@@ -79,28 +88,34 @@ class Motion(nn.Module):
             RowLinear(128, state_dim),
         ]
         self.reader = nn.Sequential(*layers, *head)
+        self.points = Points(image_size, channels, POINTS)
+        first = RowLinear(2 * state_dim + action_dim + 2 * POINTS, WIDTH)
         self.change = nn.Sequential(
-            RowLinear(2 * state_dim + action_dim, WIDTH), nn.SiLU(),
+            first, nn.SiLU(),
             RowLinear(WIDTH, WIDTH), nn.SiLU(),
             RowLinear(WIDTH, state_dim),
         )  # fmt: skip
         for parameter in self.change[-1].parameters():
             nn.init.zeros_(parameter)
+        with torch.no_grad():
+            first.weight[:, :state_dim] *= FINE
+            first.weight[:, -2 * POINTS :] *= FINE
         self.requires_grad_(False)  # a part of a world model that is not trained with it
 
     def start(self, frames: Tensor) -> Tensor:
         """Memory ``(B, M)`` of a robot that stands still in its first frames ``(B, C, h, w)`` in [-1, 1]."""
         state = self.reader(frames)
-        return torch.cat([state, torch.zeros_like(state)], dim=1)
+        return torch.cat([state, torch.zeros_like(state), self.points(frames)], dim=1)
 
     def follow(self, memory: Tensor, actions: Tensor) -> Tensor:
         """Memories ``(B, K, M)`` after each of the actions ``(B, K, D)``, from ``(B, M)`` before them."""
-        (state, velocity), way = memory.chunk(2, dim=1), []
+        size, way = len(self.mean), []
+        state, velocity, points = memory.split([size, size, 2 * POINTS], dim=1)
         for action in actions.unbind(dim=1):
-            told = torch.cat([state, velocity / STEP, action], dim=1)
+            told = torch.cat([state, velocity / STEP, action, points], dim=1)
             velocity = velocity + STEP * self.change(told)
             state = state + velocity
-            way.append(torch.cat([state, velocity], dim=1))
+            way.append(torch.cat([state, velocity, points], dim=1))
         return torch.stack(way, dim=1)
 
     @torch.no_grad()
@@ -125,7 +140,13 @@ def state_to_follow(task: Task, episodes: Sequence[Episode]) -> int:
 
 
 def learn_motion(
-    network: Any, autoencoder: Any, episodes: Sequence[Episode], *, seed: int, progress: bool = False
+    network: Any,
+    autoencoder: Any,
+    episodes: Sequence[Episode],
+    *,
+    weights: Sequence[float] | None = None,
+    seed: int,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Teach a network that follows the robot how it moves, from those episodes that recorded its state.
 
@@ -133,17 +154,22 @@ def learn_motion(
         network: Nothing happens to one without ``motion``.
         autoencoder: Maps frames to the network's latents.
         episodes: Of any kind.
+        weights: How often an episode is chosen, relative to the others; None for equally often.
         seed: Seed of the training.
         progress: Show a progress bar.
 
     Returns:
         See :func:`train_motion`; empty if nothing happened.
     """
-    recorded = [episode for episode in episodes if episode.proprio is not None]
     motion = getattr(network, "motion", None)
+    told = zip(episodes, weights or [1.0] * len(episodes), strict=True)
+    recorded = [(episode, weight) for episode, weight in told if episode.proprio is not None]
     if motion is None or not recorded:
         return {}
-    return train_motion(motion, recorded, autoencoder.encode, MotionTraining(seed=seed), progress=progress)
+    episodes, weights = zip(*recorded, strict=True)
+    return train_motion(
+        motion, episodes, autoencoder.encode, MotionTraining(seed=seed), weights=weights, progress=progress
+    )
 
 
 def train_motion(
@@ -152,9 +178,10 @@ def train_motion(
     encode: Callable[[Tensor], Tensor],
     settings: MotionTraining,
     *,
+    weights: Sequence[float] | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Train both networks, each by itself: the reader on single pictures, the other on recorded states.
+    """Train its networks one by one: points on first pictures, the reader on any, the last on states.
 
     Args:
         motion: Trained in place. One that has learned nothing yet takes the scale of the state from the
@@ -162,72 +189,120 @@ def train_motion(
         episodes: With ``proprio``; at least one of a step or more.
         encode: Frames uint8 ``(B, T, H, W, 3)`` to the world model's ``(B, C, T, h, w)``.
         settings: How to train.
+        weights: How often an episode is chosen, relative to the others; None for equally often.
         progress: Show a progress bar.
 
     Returns:
-        Mean absolute errors of the last tenth of the steps, in standard deviations: ``"reader"`` of the state
-        in a picture, ``"follow"`` of the states on the way.
+        ``"reader"`` and ``"follow"``, mean absolute errors of the state in a picture and on the way, in
+        standard deviations (last tenth of the steps); ``"points"``, see
+        :func:`~wmpo_gym.world.points.train_points`.
 
     Raises:
         ValueError: If there is no such episode, or one whose ``proprio`` is missing or of another size.
     """
-    episodes, size = [episode for episode in episodes if episode.n_steps > 0], len(motion.mean)
-    if not episodes or any(e.state_dim != size for e in episodes):
-        raise ValueError(
-            f"Learning how this robot moves takes episodes with {size} numbers of proprio per frame; leave "
-            "out those without, or make a world that does not follow it (state_dim=0)."
-        )
-    states = [torch.from_numpy(np.array(episode.proprio)) for episode in episodes]
+    recorded = _Recorded.of(episodes, weights, len(motion.mean))
     if not bool(motion.mean.any()):
-        motion.mean.copy_(torch.cat(states).mean(0))
-        motion.deviation.copy_(torch.cat(states).std(0).clamp(min=1e-4))
-    states = [(state - motion.mean) / motion.deviation for state in states]
-    motion.requires_grad_(True)
+        states = torch.cat([torch.from_numpy(np.array(e.proprio)) for e in recorded.episodes])
+        motion.mean.copy_(states.mean(0))
+        motion.deviation.copy_(states.std(0).clamp(min=1e-4))
     rng = np.random.default_rng([settings.seed, 23])
-    optimizer = torch.optim.AdamW(motion.parameters(), settings.learning_rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, settings.steps)
-    errors = []
-    for step in progress_bar(range(settings.steps), desc="motion", disable=not progress):
-        drawn = rng.integers(0, len(episodes), settings.batch_size)
-        chosen = [(episodes[i], states[i]) for i in drawn]
-        reader = _reading_error(motion, chosen, encode, rng)
-        # Longer and longer ways: at first, errors would pile up to nothing that can be learned from.
-        length = settings.first_length + step * settings.last_length // settings.steps
-        follow = _following_error(motion, chosen, length, rng)
+    motion.requires_grad_(True)
+    with rounded_quickly(motion):
+        points = train_points(
+            motion.points, recorded.episodes, encode, steps=settings.points_steps,
+            batch_size=settings.pictures, learning_rate=settings.learning_rate, seed=settings.seed,
+            progress=progress,
+        )  # fmt: skip
+        ways = _Ways(motion, recorded, encode)
+        reader = _descend(
+            motion.reader, lambda: ways.reading_error(settings.pictures, rng),
+            settings.reader_steps, settings.learning_rate, "reader", progress,
+        )  # fmt: skip
+        follow = _descend(
+            motion.change, lambda: ways.following_error(settings.batch_size, settings.length, rng),
+            settings.steps, settings.learning_rate, "motion", progress,
+        )  # fmt: skip
+    motion.requires_grad_(False)
+    return {"points": points, "reader": reader, "follow": follow}
+
+
+def _descend(
+    network: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float, name: str, progress: bool
+) -> float:
+    """Train one of them; returns the mean loss of the last tenth of the steps."""
+    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
+    losses = []
+    for _ in progress_bar(range(steps), desc=name, disable=not progress):
+        value = loss()
         optimizer.zero_grad(set_to_none=True)
-        (reader + follow).backward()
-        torch.nn.utils.clip_grad_norm_(motion.parameters(), 1.0)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        errors.append((float(reader.detach()), float(follow.detach())))
-    motion.requires_grad_(False)
-    last = np.mean(errors[-max(1, len(errors) // 10) :], axis=0)
-    return {"reader": float(last[0]), "follow": float(last[1])}
+        losses.append(float(value.detach()))
+    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
 
-Recorded = Sequence[tuple[Episode, Tensor]]
+@dataclass(frozen=True)
+class _Recorded:
+    """Episodes with the robot's state, and how often each is chosen."""
+
+    episodes: Sequence[Episode]
+    shares: np.ndarray
+
+    @classmethod
+    def of(cls, episodes: Sequence[Episode], weights: Sequence[float] | None, size: int) -> _Recorded:
+        told = list(zip(episodes, weights or [1.0] * len(episodes), strict=True))
+        told = [(episode, weight) for episode, weight in told if episode.n_steps > 0]
+        if not told or any(e.state_dim != size for e, _ in told):
+            raise ValueError(
+                f"Learning how this robot moves takes episodes with {size} numbers of proprio per frame; "
+                "leave out those without, or make a world that does not follow it (state_dim=0)."
+            )
+        shares = np.array([weight for _, weight in told], float)
+        return cls([episode for episode, _ in told], shares / shares.sum())
+
+    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        return rng.choice(len(self.episodes), n, p=self.shares)
 
 
-def _reading_error(
-    motion: Motion, recorded: Recorded, encode: Callable[[Tensor], Tensor], rng: np.random.Generator
-) -> Tensor:
-    """Half of the pictures are first ones, which is what imagination starts from."""
-    steps = [0 if rng.random() < 0.5 else int(rng.integers(0, e.n_steps + 1)) for e, _ in recorded]
-    frames = np.stack([e.frames[t : t + 1] for (e, _), t in zip(recorded, steps, strict=True)])
-    wanted = torch.stack([state[t] for (_, state), t in zip(recorded, steps, strict=True)])
-    return (motion.reader(encode(torch.from_numpy(frames))[:, :, 0]) - wanted).abs().mean()
+class _Ways:
+    """All recorded states and actions side by side, the shorter episodes filled up."""
 
+    def __init__(self, motion: Motion, recorded: _Recorded, encode: Callable[[Tensor], Tensor]) -> None:
+        self.motion, self.recorded, self.encode = motion, recorded, encode
+        self.steps = np.array([e.n_steps for e in recorded.episodes])
+        n, longest = len(self.steps), self.steps.max()
+        self.actions = torch.zeros(n, longest, recorded.episodes[0].actions.shape[1])
+        self.states = torch.zeros(n, longest + 1, len(motion.mean))
+        points = []
+        for i, episode in enumerate(recorded.episodes):
+            state = torch.from_numpy(np.array(episode.proprio))
+            self.actions[i, : episode.n_steps] = torch.from_numpy(episode.actions)
+            self.states[i, : episode.n_steps + 1] = (state - motion.mean) / motion.deviation
+            with torch.no_grad():
+                points.append(motion.points(encode(torch.from_numpy(episode.frames[None, :1]))[:, :, 0]))
+        self.points = torch.cat(points)
 
-def _following_error(motion: Motion, recorded: Recorded, length: int, rng: np.random.Generator) -> Tensor:
-    """From recorded states, on ways of up to ``length`` steps; half of them from the beginning."""
-    actions = torch.zeros(len(recorded), length, recorded[0][0].actions.shape[1])
-    wanted = torch.zeros(len(recorded), length, recorded[0][1].shape[1])
-    valid, memory = torch.zeros(len(recorded), length, 1), []
-    for i, (episode, state) in enumerate(recorded):
-        start = 0 if rng.random() < 0.5 else int(rng.integers(0, episode.n_steps))
-        n = min(length, episode.n_steps - start)
-        actions[i, :n] = torch.from_numpy(episode.actions[start : start + n])
-        wanted[i, :n], valid[i, :n] = state[start + 1 : start + 1 + n], 1.0
-        memory.append(torch.cat([state[start], state[start] - state[max(start - 1, 0)]]))
-    states = motion.follow(torch.stack(memory), actions)[..., : wanted.shape[2]]
-    return ((states - wanted).abs() * valid).sum() / (valid.sum() * wanted.shape[2])
+    def reading_error(self, n: int, rng: np.random.Generator) -> Tensor:
+        """Of ``n`` pictures, half of them first ones, which is what imagination starts from."""
+        chosen = self.recorded.draw(n, rng)
+        steps = np.where(rng.random(n) < 0.5, 0, rng.integers(0, self.steps[chosen] + 1))
+        episodes = [self.recorded.episodes[i] for i in chosen]
+        frames = np.stack([e.frames[t : t + 1] for e, t in zip(episodes, steps, strict=True)])
+        read = self.motion.reader(self.encode(torch.from_numpy(frames))[:, :, 0])
+        return (read - self.states[chosen, steps]).abs().mean()
+
+    def following_error(self, n: int, length: int, rng: np.random.Generator) -> Tensor:
+        """From ``n`` recorded states, on ways of up to ``length`` steps; a quarter from the beginning."""
+        chosen = self.recorded.draw(n, rng)
+        start = np.where(rng.random(n) < 0.25, 0, rng.integers(0, self.steps[chosen]))
+        way = start[:, None] + np.arange(length)
+        valid = torch.from_numpy(way < self.steps[chosen][:, None])[..., None]
+        way = np.minimum(way, self.steps.max() - 1)
+        state, before = self.states[chosen, start], self.states[chosen, np.maximum(start - 1, 0)]
+        memory = torch.cat([state, state - before, self.points[chosen]], dim=1)
+        followed = self.motion.follow(memory, self.actions[chosen[:, None], way])
+        errors = followed[..., : state.shape[1]] - self.states[chosen[:, None], way + 1]
+        return (errors.abs() * valid).sum() / (valid.sum() * state.shape[1])
