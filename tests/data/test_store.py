@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import shutil
 import subprocess
 import sys
 
+import av
 import numpy as np
 import pytest
 
@@ -73,6 +75,17 @@ def test_every_colour_survives_video():
 def test_damaged_video_is_an_error(data):
     with pytest.raises(ValueError, match="video"):
         decode_lossless(data)
+
+
+def test_a_video_that_would_lose_colours_is_refused():
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 8, 8, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame(8, 8, "yuv420p")))
+        container.mux(stream.encode())
+    with pytest.raises(ValueError, match="yuv420p pixels, where bgr0"):
+        decode_lossless(buffer.getvalue())
 
 
 @pytest.mark.parametrize("codec", ["ffv1", "npy"])

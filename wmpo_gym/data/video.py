@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+_RGB = "bgr0"  # what FFV1 calls 8-bit RGB
 _PICTURES = {b"\x89PNG": "png_pipe", b"\xff\xd8": "jpeg_pipe"}  # first bytes: FFmpeg's name
 
 
@@ -25,13 +26,11 @@ def encode_lossless(frames: np.ndarray, fps: float = 10.0) -> bytes:
     """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska") as container:
-        # FFV1's 8-bit RGB is called bgr0; getting there moves bytes and converts no colours.
         stream = container.add_stream("ffv1", rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "bgr0"
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], _RGB
         stream.codec_context.thread_count = 1  # threads cost more than they save at these sizes
         for image in frames:
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="bgr0")
-            container.mux(stream.encode(frame))
+            container.mux(stream.encode(_packed(image)))
         container.mux(stream.encode())
     return buffer.getvalue()
 
@@ -48,12 +47,31 @@ def decode_lossless(data: bytes) -> np.ndarray:
     try:
         with av.open(io.BytesIO(data), "r") as container:
             container.streams.video[0].codec_context.thread_count = 1
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            frames = [_unpacked(frame) for frame in container.decode(video=0)]
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"not a readable video ({error})") from error
     if not frames:
         raise ValueError("a video without frames")
     return np.stack(frames)
+
+
+def _packed(image: np.ndarray) -> av.VideoFrame:
+    """uint8 (H, W, 3) as FFV1 wants it; FFmpeg's own conversion starts threads for every frame."""
+    height, width, _ = image.shape
+    frame = av.VideoFrame(width, height, _RGB)
+    plane = frame.planes[0]
+    rows = np.zeros((height, plane.line_size), np.uint8)
+    rows[:, : 4 * width] = np.pad(image[..., ::-1], ((0, 0), (0, 0), (0, 1))).reshape(height, -1)
+    plane.update(rows.tobytes())
+    return frame
+
+
+def _unpacked(frame: av.VideoFrame) -> np.ndarray:
+    if frame.format.name != _RGB:
+        raise ValueError(f"a video of {frame.format.name} pixels, where {_RGB} was written")
+    plane = frame.planes[0]
+    rows = np.frombuffer(bytes(plane), np.uint8).reshape(frame.height, plane.line_size)
+    return rows[:, : 4 * frame.width].reshape(frame.height, frame.width, 4)[..., 2::-1]
 
 
 def read_frames(path: str | Path, fps: float, first: int, count: int) -> Iterator[np.ndarray]:
