@@ -36,7 +36,8 @@ def wmpo(*words: object) -> int:
 @pytest.fixture(scope="module", autouse=True)
 def short_training_of_motion():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(motion, "MotionTraining", partial(motion.MotionTraining, steps=20))
+        short = partial(motion.MotionTraining, steps=20, reader_steps=20, points_steps=5)
+        patch.setattr(motion, "MotionTraining", short)
         yield
 
 
@@ -79,7 +80,7 @@ def test_the_data_defines_the_task(made):
 def test_the_world_follows_the_recorded_state(made):
     world = World.from_pretrained(made / "world")
     assert len(world.network.motion.mean) == 2  # places of the dot
-    assert world.card["world_model"]["motion"].keys() == {"reader", "follow"}
+    assert world.card["world_model"]["motion"].keys() == {"points", "reader", "follow"}
 
 
 def test_gates_are_measured_on_held_out_recordings(made, capsys):
