@@ -65,6 +65,22 @@ def test_reads_and_follows_what_it_has_not_seen(taught):
     assert max(taught[1]["reader"], taught[1]["follow"]) < 0.3
 
 
+def test_recorded_states_are_remembered_as_they_were(taught):
+    motion, (seen, blind) = taught[0].motion, (cart(100), cart(100, proprio=False))
+    first = PixelAutoencoder().encode(torch.from_numpy(seen.frames[None, :1]))[0, :, 0]
+    memory = motion.remember(first, seen.proprio)
+    states = (seen.proprio - motion.mean.numpy()) / motion.deviation.numpy()
+    np.testing.assert_allclose(memory[:, :2], states, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(memory[1:, 2:4], np.diff(states, axis=0), rtol=0, atol=1e-5)
+    assert not memory[0, 2:4].any()
+    followed = motion.recall(first, seen.actions)
+    np.testing.assert_array_equal(memory[:, 4:], followed[:, 4:])  # the points
+    config = WorldModelTraining(steps=1, batch_size=2)
+    trainer = WorldModelTrainer(taught[0], PixelAutoencoder(), TASK, [seen], config)
+    recall = trainer._recall()
+    assert np.array_equal(recall(seen), memory) and np.array_equal(recall(blind), followed)
+
+
 def test_world_training_leaves_it_alone_and_uses_it(taught):
     model = network()
     model.load_state_dict(taught[0].state_dict())

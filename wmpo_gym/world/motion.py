@@ -124,9 +124,22 @@ class Motion(nn.Module):
 
         As imagination would have them: only the first picture is looked at.
         """
-        memory = self.start(first[None].expand(2, -1, -1, -1))  # a batch of one would be rounded otherwise
+        memory = self.start(_twice(first))
         way = self.follow(memory, torch.from_numpy(actions).expand(2, -1, -1))
         return torch.cat([memory[:, None], way], dim=1)[0].numpy()
+
+    @torch.no_grad()
+    def remember(self, first: Tensor, proprio: np.ndarray) -> np.ndarray:
+        """Memories float32 ``(T + 1, M)`` of an episode whose states ``(T + 1, P)`` were recorded."""
+        states = (torch.from_numpy(np.array(proprio)) - self.mean) / self.deviation
+        velocity = torch.diff(states, dim=0, prepend=states[:1])
+        points = self.points(_twice(first))[:1].expand(len(states), -1)
+        return torch.cat([states, velocity, points], dim=1).numpy()
+
+
+def _twice(frame: Tensor) -> Tensor:
+    """A batch ``(2, C, h, w)`` of one frame ``(C, h, w)``; a batch of one would be rounded otherwise."""
+    return frame[None].expand(2, -1, -1, -1)
 
 
 def state_to_follow(task: Task, episodes: Sequence[Episode]) -> int:

@@ -145,13 +145,22 @@ class WorldModelTrainer:
         self.tensorboard = Path(tensorboard) if tensorboard else None
 
     def _recall(self) -> Callable[[Episode], np.ndarray] | None:
-        """How a network that follows the robot would have followed it through an episode."""
+        """Where the robot is in an episode, for a network that follows it.
+
+        As recorded, if it was: by a state that is wrong now and then, the network would learn to draw
+        something in between.
+        """
         motion = getattr(self.network, "motion", None)
         if motion is None:
             return None
-        return lambda episode: motion.recall(
-            self.autoencoder.encode(torch.from_numpy(episode.frames[None, :1]))[0, :, 0], episode.actions
-        )
+
+        def recall(episode: Episode) -> np.ndarray:
+            first = self.autoencoder.encode(torch.from_numpy(episode.frames[None, :1]))[0, :, 0]
+            if episode.proprio is None:
+                return motion.recall(first, episode.actions)
+            return motion.remember(first, episode.proprio)
+
+        return recall
 
     def train(self, *, progress: bool = True, description: str = "world model") -> list[dict[str, float]]:
         """Train to ``config.steps`` (from the last checkpoint, if there is one).
