@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.layers import RowLinear, rounded_quickly
-from wmpo_gym.progress import progress_bar
 from wmpo_gym.tasks import Task
-from wmpo_gym.world.points import Points, train_points
+from wmpo_gym.world.points import Points, descend, train_points
 
 STEP = 0.1  # units of the state (standard deviations) in which changes of its velocity are learned
 FINE = 5.0  # by how much places weigh more at first: contact is a matter of hundredths of their range
@@ -227,34 +226,16 @@ def train_motion(
             progress=progress,
         )  # fmt: skip
         ways = _Ways(motion, recorded, encode)
-        reader = _descend(
-            motion.reader, lambda: ways.reading_error(settings.pictures, rng),
-            settings.reader_steps, settings.learning_rate, "reader", progress,
+        reader = descend(
+            lambda: ways.reading_error(settings.pictures, rng), motion.reader.parameters(),
+            settings.learning_rate, settings.reader_steps, "reader", progress=progress,
         )  # fmt: skip
-        follow = _descend(
-            motion.change, lambda: ways.following_error(settings.batch_size, settings.length, rng),
-            settings.steps, settings.learning_rate, "motion", progress,
+        follow = descend(
+            lambda: ways.following_error(settings.batch_size, settings.length, rng),
+            motion.change.parameters(), settings.learning_rate, settings.steps, "motion", progress=progress,
         )  # fmt: skip
     motion.requires_grad_(False)
     return {"points": points, "reader": reader, "follow": follow}
-
-
-def _descend(
-    network: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float, name: str, progress: bool
-) -> float:
-    """Train one of them; returns the mean loss of the last tenth of the steps."""
-    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
-    losses = []
-    for _ in progress_bar(range(steps), desc=name, disable=not progress):
-        value = loss()
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(value.detach()))
-    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
 
 @dataclass(frozen=True)

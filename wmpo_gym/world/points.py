@@ -6,7 +6,7 @@ than the places of a few points, from which another has to draw it again, soon p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -103,25 +103,45 @@ def train_points(
             nn.PixelShuffle(points.patch),
         )  # fmt: skip
     nn.init.zeros_(painter[-2].weight)  # type: ignore[arg-type]
-    parameters = [*points.parameters(), *painter.parameters()]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
-    errors = []
-    for _ in progress_bar(range(steps), desc="points", disable=not progress):
+
+    def undrawn() -> Tensor:
         drawn = torch.from_numpy(rng.integers(0, len(frames), batch_size))
         spots = _spots(points.places(frames[drawn]), points.axis)
-        error = (painter(spots) - differences[drawn]).square().mean() / scale
-        optimizer.zero_grad(set_to_none=True)
-        error.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        errors.append(float(error.detach()))
+        return (painter(spots) - differences[drawn]).square().mean() / scale
+
+    parameters = [*points.parameters(), *painter.parameters()]
+    left = descend(undrawn, parameters, learning_rate, steps, "points", decay=1e-4, progress=progress)
     with torch.no_grad():
         found = torch.cat([points.places(part).flatten(1) for part in frames.split(256)])
     points.middle.copy_(found.mean(dim=0))
     points.spread.copy_(found.std(dim=0, correction=0).clamp(min=LEAST_SPREAD))
-    return float(np.mean(errors[-max(1, len(errors) // 10) :]))
+    return left
+
+
+def descend(
+    loss: Callable[[], Tensor],
+    parameters: Iterable[nn.Parameter],
+    rate: float,
+    steps: int,
+    name: str,
+    *,
+    decay: float = 1e-2,
+    progress: bool = False,
+) -> float:
+    """Descend a loss by one cycle of AdamW; returns its mean over the last tenth of the steps."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
+    losses = []
+    for _ in progress_bar(range(steps), desc=name, disable=not progress):
+        value = loss()
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(value.detach()))
+    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
 
 def _spots(places: Tensor, axis: Tensor) -> Tensor:
