@@ -1,11 +1,14 @@
 """The robot's own state, followed in imagination."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import get_task
+from wmpo_gym.world import motion as motion_module
 from wmpo_gym.world.autoencoder import PixelAutoencoder
 from wmpo_gym.world.conv import ConvWorldModel
 from wmpo_gym.world.imagination import ImaginationState
@@ -125,6 +128,18 @@ def test_imagination_carries_it(taught, tmp_path):
         for begun in (other, imagination.start(first))
     ]
     assert not torch.equal(*made)
+
+
+def test_what_was_learned_is_not_learned_again(tmp_path, monkeypatch):
+    short = partial(MotionTraining, steps=3, reader_steps=3, points_steps=3)
+    monkeypatch.setattr(motion_module, "MotionTraining", short)
+    episodes, (first, second) = [cart(seed) for seed in range(3)], (network(), network())
+    errors = learn_motion(first, PixelAutoencoder(), episodes, seed=0, directory=tmp_path / "motion")
+    monkeypatch.setattr(motion_module, "train_motion", lambda *_, **__: pytest.fail("learned again"))
+    again = learn_motion(second, PixelAutoencoder(), episodes, seed=0, directory=tmp_path / "motion")
+    assert again == errors
+    learned, taken = first.motion.state_dict(), second.motion.state_dict()
+    assert all(torch.equal(learned[name], taken[name]) for name in learned)
 
 
 def test_what_decides_whether_it_is_followed():

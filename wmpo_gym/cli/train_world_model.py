@@ -82,7 +82,7 @@ class Command:
         weights = [self.weight] * len(kept) + [1.0] * len(play)
         motion = learn_motion(
             world.network, world.autoencoder, [*kept, *play],
-            weights=weights, seed=self.training.seed, progress=True,
+            weights=weights, seed=self.training.seed, directory=logs / "motion", progress=True,
         )  # fmt: skip
         trainer = WorldModelTrainer(
             world.network,

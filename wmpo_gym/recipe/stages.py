@@ -217,8 +217,9 @@ class Run:
     ) -> dict[str, Any]:
         """Train in place; the card says how that went."""
         motion = learn_motion(
-            network, PixelAutoencoder(), episodes, weights=weights, seed=config.seed, progress=self.progress
-        )
+            network, PixelAutoencoder(), episodes, weights=weights, seed=config.seed,
+            directory=self.out / "checkpoints" / f"{name}-motion", progress=self.progress,
+        )  # fmt: skip
         trainer = WorldModelTrainer(
             network, PixelAutoencoder(), self.task, episodes, config, weights=weights,
             checkpoint_dir=self.out / "checkpoints" / name, tensorboard=self.out / "tensorboard" / name,

@@ -11,12 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wmpo_gym.data.atomic import (
+    load_safetensors,
+    read_json,
+    save_safetensors,
+    write_dir_atomic,
+    write_json_atomic,
+)
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.layers import RowLinear, rounded_quickly
 from wmpo_gym.tasks import Task
@@ -158,6 +166,7 @@ def learn_motion(
     *,
     weights: Sequence[float] | None = None,
     seed: int,
+    directory: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
     """Teach a network that follows the robot how it moves, from those episodes that recorded its state.
@@ -168,6 +177,7 @@ def learn_motion(
         episodes: Of any kind.
         weights: How often an episode is chosen, relative to the others; None for equally often.
         seed: Seed of the training.
+        directory: Where what was learned is kept; what is there already is taken instead of learning again.
         progress: Show a progress bar.
 
     Returns:
@@ -178,10 +188,18 @@ def learn_motion(
     recorded = [(episode, weight) for episode, weight in told if episode.proprio is not None]
     if motion is None or not recorded:
         return {}
+    if directory is not None and (Path(directory) / "errors.json").exists():
+        motion.load_state_dict(load_safetensors(Path(directory) / "motion.safetensors"))
+        return read_json(Path(directory) / "errors.json")
     episodes, weights = zip(*recorded, strict=True)
-    return train_motion(
+    errors = train_motion(
         motion, episodes, autoencoder.encode, MotionTraining(seed=seed), weights=weights, progress=progress
     )
+    if directory is not None:
+        with write_dir_atomic(directory) as kept:
+            save_safetensors(kept / "motion.safetensors", motion.state_dict())
+            write_json_atomic(kept / "errors.json", errors)
+    return errors
 
 
 def train_motion(
