@@ -4,26 +4,24 @@ import numpy as np
 import pytest
 import torch
 
-from wmpo_gym.data.episode import Episode
 from wmpo_gym.world.autoencoder import PixelAutoencoder
 from wmpo_gym.world.points import LEAST_SPREAD, Points, train_points
 
-ENCODE = PixelAutoencoder().encode
 
-
-def scenes(n: int, seed: int) -> tuple[list[Episode], np.ndarray]:
-    """A red square on grey, somewhere; and where, as row and column of its corner."""
+def scenes(n: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Pictures of a red square on grey, somewhere; and where, as row and column of its corner."""
     places = np.random.default_rng(seed).integers(2, 24, (n, 2))
     made = []
     for row, column in places:
-        frames = np.full((1, 32, 32, 3), 90, np.uint8)
-        frames[0, row : row + 6, column : column + 6] = (200, 30, 30)
-        made.append(Episode(frames, np.zeros((0, 3), np.float32), None, 0, 0, 0, "find it"))
-    return made, places
+        picture = np.full((32, 32, 3), 90, np.uint8)
+        picture[row : row + 6, column : column + 6] = (200, 30, 30)
+        made.append(picture)
+    encoded = PixelAutoencoder().encode(torch.from_numpy(np.stack(made))[:, None])
+    return encoded[:, :, 0], places
 
 
-def learn(points: Points, episodes: list[Episode], steps: int) -> float:
-    return train_points(points, episodes, ENCODE, steps=steps, batch_size=32, learning_rate=3e-3, seed=0)
+def learn(points: Points, frames: torch.Tensor, steps: int) -> float:
+    return train_points(points, frames, steps=steps, batch_size=32, learning_rate=3e-3, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +34,7 @@ def found() -> tuple[Points, float]:
 def test_they_tell_where_the_square_is(found):
     points, undrawn = found
     assert undrawn < 0.6
-    episodes, places = scenes(120, 1)
-    pictures = torch.cat([ENCODE(torch.from_numpy(e.frames[None]))[:, :, 0] for e in episodes])
+    pictures, places = scenes(120, 1)
     with torch.no_grad():
         told = points(pictures).numpy()
     known = np.c_[told, np.ones(len(told))]
@@ -47,16 +44,15 @@ def test_they_tell_where_the_square_is(found):
 
 
 def test_one_scene_tells_nothing(found):
-    points, (episodes, _) = Points(32, 3, 2), scenes(1, 2)
+    points, (picture, _) = Points(32, 3, 2), scenes(1, 2)
     before = [p.clone() for p in points.parameters()]
-    assert learn(points, episodes * 4, 5) == 0.0
+    assert learn(points, picture.expand(4, -1, -1, -1), 5) == 0.0
     assert all(torch.equal(a, b) for a, b in zip(before, points.parameters(), strict=True))
 
 
 def test_a_point_that_stands_still_is_not_magnified():
     points = Points(32, 3, 2)
-    episodes, _ = scenes(6, 3)
-    learn(points, episodes, 1)  # hardly moves them
+    learn(points, scenes(6, 3)[0], 1)  # hardly moves them
     assert float(points.spread.min()) == pytest.approx(LEAST_SPREAD)
 
 

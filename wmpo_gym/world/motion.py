@@ -238,12 +238,13 @@ def train_motion(
     rng = np.random.default_rng([settings.seed, 23])
     motion.requires_grad_(True)
     with rounded_quickly(motion):
+        with torch.no_grad():
+            seen = [encode(torch.from_numpy(e.frames[None, :1]))[:, :, 0] for e in recorded.episodes]
         points = train_points(
-            motion.points, recorded.episodes, encode, steps=settings.points_steps,
-            batch_size=settings.pictures, learning_rate=settings.learning_rate, seed=settings.seed,
-            progress=progress,
+            motion.points, torch.cat(seen), steps=settings.points_steps, batch_size=settings.pictures,
+            learning_rate=settings.learning_rate, seed=settings.seed, progress=progress,
         )  # fmt: skip
-        ways = _Ways(motion, recorded, encode)
+        ways = _Ways(motion, recorded, encode, seen)
         reader = descend(
             lambda: ways.reading_error(settings.pictures, rng), motion.reader.parameters(),
             settings.learning_rate, settings.reader_steps, "reader", progress=progress,
@@ -282,20 +283,24 @@ class _Recorded:
 class _Ways:
     """All recorded states and actions side by side, the shorter episodes filled up."""
 
-    def __init__(self, motion: Motion, recorded: _Recorded, encode: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        motion: Motion,
+        recorded: _Recorded,
+        encode: Callable[[Tensor], Tensor],
+        first_pictures: Sequence[Tensor],
+    ) -> None:
         self.motion, self.recorded, self.encode = motion, recorded, encode
         self.steps = np.array([e.n_steps for e in recorded.episodes])
         n, longest = len(self.steps), self.steps.max()
         self.actions = torch.zeros(n, longest, recorded.episodes[0].actions.shape[1])
         self.states = torch.zeros(n, longest + 1, len(motion.mean))
-        points = []
         for i, episode in enumerate(recorded.episodes):
             state = torch.from_numpy(np.array(episode.proprio))
             self.actions[i, : episode.n_steps] = torch.from_numpy(episode.actions)
             self.states[i, : episode.n_steps + 1] = (state - motion.mean) / motion.deviation
-            with torch.no_grad():
-                points.append(motion.points(encode(torch.from_numpy(episode.frames[None, :1]))[:, :, 0]))
-        self.points = torch.cat(points)
+        with torch.no_grad():
+            self.points = torch.cat([motion.points(picture) for picture in first_pictures])
 
     def reading_error(self, n: int, rng: np.random.Generator) -> Tensor:
         """Of ``n`` pictures, half of them first ones, which is what imagination starts from."""

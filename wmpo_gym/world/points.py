@@ -6,13 +6,12 @@ than the places of a few points, from which another has to draw it again, soon p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wmpo_gym.data.episode import Episode
 from wmpo_gym.progress import progress_bar
 
 SIDE = 32  # places a side, at most, among which a point is looked for
@@ -63,8 +62,7 @@ class Points(nn.Module):
 
 def train_points(
     points: Points,
-    episodes: Sequence[Episode],
-    encode: Callable[[Tensor], Tensor],
+    frames: Tensor,
     *,
     steps: int,
     batch_size: int,
@@ -76,8 +74,7 @@ def train_points(
 
     Args:
         points: Trained in place.
-        episodes: At least one; only their first frames are looked at.
-        encode: Frames uint8 ``(B, T, H, W, 3)`` to the world model's ``(B, C, T, h, w)``.
+        frames: First pictures ``(N, C, h, w)`` in [-1, 1]; at least one.
         steps: Optimiser steps.
         batch_size: Pictures per step.
         learning_rate: Peak of AdamW's one cycle.
@@ -89,8 +86,6 @@ def train_points(
         last tenth of the steps); 0 if they are all alike.
     """
     rng = np.random.default_rng([seed, 29])
-    with torch.no_grad():
-        frames = torch.cat([encode(torch.from_numpy(e.frames[None, :1]))[:, :, 0] for e in episodes])
     differences = frames - frames.mean(dim=0)
     scale = float(differences.square().mean())
     if scale == 0:
