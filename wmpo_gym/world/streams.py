@@ -55,7 +55,7 @@ class EpisodeStreams:
         from_start: Share of walks that begin at the episode's first frame (imagination always does).
         restart: Probability per chunk that a walk is given up for a new one.
         recall: Where the robot is at every frame of an episode, float32 ``(T + 1, M)``
-            (:meth:`~wmpo_gym.world.motion.Motion.recall`); None for a network that does not follow it.
+            (a memory of :class:`~wmpo_gym.world.motion.Motion`); None for a network that does not follow it.
 
     Raises:
         ValueError: If there is no episode to train on, or the robot is to be followed in a task with
