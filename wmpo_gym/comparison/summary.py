@@ -203,6 +203,7 @@ def _plot(
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     variant = results["plan"]["variants"][0]
+    spent = [cost(c) for c in results["cells"] if c["variant"] == variant]
     for method in results["plan"]["methods"]:
         cells = [c for c in results["cells"] if c["method"] == method and c["variant"] == variant]
         budgets: Sequence[int] = sorted({c["budget"] for c in cells})
@@ -214,8 +215,10 @@ def _plot(
         axes.scatter(
             [cost(c) for c in cells], [c["success"] for c in cells], color=line.get_color(), s=8, alpha=0.5
         )
-    axes.set(xlabel=label, ylabel=f"success in the twin ({variant})", ylim=(0, 1), xscale="symlog")
-    axes.set_xlim(0, 1.3 * max(axes.get_xlim()[1], 1.0))
-    axes.legend(fontsize="small")
+    axes.set(xlabel=label, ylabel=f"success in the twin ({variant})", ylim=(0, 1))
+    # Logarithmic from the least that anyone spent: what lies between it and nothing is empty.
+    axes.set_xscale("symlog", linthresh=min((x for x in spent if x > 0), default=1.0))
+    axes.set_xlim(0, 1.3 * max(*spent, 1.0))
+    figure.legend(loc="outside right upper", fontsize="small")
     with rc_context({"svg.hashsalt": label}):  # the same file from the same results
         figure.savefig(file, metadata={"Date": None})
