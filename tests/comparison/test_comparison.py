@@ -214,16 +214,17 @@ def test_pairs_are_resampled_together() -> None:
     assert bootstrap(gain, scores, scores) == (0.0, 0.0, 0.0)
 
 
-def test_the_lead_is_taken_over_the_smallest_budget() -> None:
+@pytest.mark.parametrize("ours", ["wmpo", "wmpo-lifelong"])
+def test_the_lead_is_taken_over_the_smallest_budget(ours: str) -> None:
     cells = [
         {"method": m, "budget": b, "seed": 0, "variant": "nominal", "outcomes": bits, "success": 0.5, "n": 4,
          "greedy": {"outcomes": bits}, "ledger": {}, "seconds": 1.0}
-        for m, b, bits in (("base", 0, "1000"), ("wmpo", 128, "1111"), ("wmpo", 256, "1110"))
+        for m, b, bits in (("base", 0, "1000"), (ours, 128, "1111"), (ours, 256, "1110"))
     ]  # fmt: skip
-    plan = {"budgets": [128, 256], "variants": ["nominal"], "methods": ["base", "wmpo"]}
+    plan = {"budgets": [128, 256], "variants": ["nominal"], "methods": ["base", ours]}
     rows = summarise({"plan": plan, "cells": cells, "saw": {}})
     leads = {(r["method"], r["budget"]): r.get("wmpo_lead", {}).get("points") for r in rows}
-    assert leads == {("base", 0): 75.0, ("wmpo", 128): None, ("wmpo", 256): 25.0}
+    assert leads == {("base", 0): 75.0, (ours, 128): None, (ours, 256): 25.0}
     assert "| base | 0 |" in markdown_table({"plan": plan, "cells": cells, "saw": {}})
 
 

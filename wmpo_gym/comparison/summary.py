@@ -80,15 +80,17 @@ def probability_of_improvement(first: Scores, second: Scores) -> float:
 def summarise(results: Mapping[str, Any], greedy: bool = False) -> list[dict[str, Any]]:
     """One row per method, budget and variant: its rate, and WMPO's lead over it at the smallest budget.
 
+    Where a plan has no ``wmpo``, its lead is that of ``wmpo-lifelong``.
+
     Returns:
         Dictionaries with ``method``, ``budget``, ``variant``, ``seeds``, ``n`` (start states per seed),
         ``success``, ``iqm`` (fractions with ``ci95``), and over the seeds WMPO was run with too ``wmpo_lead``
         (points) and ``wmpo_better`` (probability of improvement), both with ``ci95``.
     """
     plan, rows = results["plan"], []
-    smallest = min(plan["budgets"])
+    ours_is = ("wmpo" if "wmpo" in plan["methods"] else "wmpo-lifelong", min(plan["budgets"]))
     for variant in plan["variants"]:
-        ours = outcomes(results, "wmpo", smallest, variant, greedy)
+        ours = outcomes(results, *ours_is, variant, greedy)
         for method in plan["methods"]:
             for budget in (0,) if method in WITHOUT_BUDGET else plan["budgets"]:
                 by_seed = outcomes(results, method, budget, variant, greedy)
@@ -105,7 +107,7 @@ def summarise(results: Mapping[str, Any], greedy: bool = False) -> list[dict[str
                     "iqm": _with_interval("iqm", bootstrap(interquartile_mean, scores)),
                 }
                 common = [seed for seed in by_seed if seed in ours]
-                if common and (method, budget) != ("wmpo", smallest):
+                if common and (method, budget) != ours_is:
                     pair = [by_seed[s] for s in common], [ours[s] for s in common]
                     row["wmpo_lead"] = _with_interval("points", bootstrap(gain, *pair))
                     row["wmpo_better"] = _with_interval(
