@@ -338,6 +338,17 @@ def test_an_impatient_hand_closes_while_a_finger_stands_on_the_cube(patience: in
     assert (closed is not None and closed > 0.01) == stands  # a reached place is within 8 mm
 
 
+@pytest.mark.parametrize(("hold", "height"), [(2, 0.0), (8, 0.08)])
+def test_a_hand_that_goes_up_before_the_fingers_have_met_leaves_the_cube(hold: int, height: float) -> None:
+    sim = sim_of("lift")
+    sim.reset(0)
+    arm = Arm(sim, ArmExpertConfig(grasp_noise=0.0, action_noise=0.0), np.random.default_rng(0))
+    before = arm.body("cube_main")[2]
+    for action in islice(arm.pick("cube_main", yaw=cube_yaw(arm.yaw("cube_main")), hold=hold), 60):
+        sim.step(action)
+    assert arm.body("cube_main")[2] - before == pytest.approx(height, abs=0.02)
+
+
 def test_mistakes_of_another_kind_of_expert_are_refused() -> None:
     with pytest.raises(ValueError, match="'lift@16' is set by ArmExpertConfig, got ExpertConfig"):
         next(record_expert([0], seed=0, config=ExpertConfig(), task="lift@16"))

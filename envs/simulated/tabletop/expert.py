@@ -141,6 +141,7 @@ class Arm:
         yaw: float,
         height: float = 0.1,
         patience: int = 60,
+        hold: int = 8,
         rise: float = 0.0,
     ) -> Script:
         """Fetch a thing from above and lift it.
@@ -151,13 +152,14 @@ class Arm:
             yaw: Heading of the hand.
             height: Metres above the thing from which the hand comes down, and to which it lifts.
             patience: Control steps of coming down after which it closes wherever it is.
-            rise: Metres that it is drawn up by while it closes.
+            hold: Control steps that the fingers are given to close before the hand goes up.
+            rise: Metres that it is drawn up by meanwhile.
         """
         shift = self.grasp_error() + (np.zeros(3) if offset is None else offset)
         above = np.array([0.0, 0.0, height])
         yield from self.reach(lambda: self.body(body) + shift + above, yaw, tolerance=0.02)
         yield from self.reach(lambda: self.body(body) + shift, yaw, patience=patience)
-        yield from self.grip(CLOSED, yaw, rise=rise)
+        yield from self.grip(CLOSED, yaw, steps=hold, rise=rise)
         yield from self.reach(self.position + above, yaw, tolerance=0.02)
 
 
@@ -311,8 +313,10 @@ def arm_expert(sim: RobosuiteSim, config: ArmExpertConfig, rng: np.random.Genera
 def arm_play(sim: RobosuiteSim, rng: np.random.Generator) -> Actor:
     """Motion without a task: wander, reach for the main object and often miss it, carry it about, drop it."""
     noise = float(rng.choice([0.05, 0.15, 0.4]))
-    # About every second grip must fail: a world that saw few misses lifts whatever the fingers come near.
-    clumsy = ArmExpertConfig(grasp_noise=0.025, grasp_offset=(0.0, 0.0, 0.005), action_noise=noise)
+    # Most grips must fail, by little and by much: a world that saw few misses lifts whatever the fingers
+    # come near.
+    missing = float(rng.uniform(0.0, 0.03))
+    clumsy = ArmExpertConfig(grasp_noise=missing, grasp_offset=(0.0, 0.0, 0.005), action_noise=noise)
     arm = Arm(sim, clumsy, rng)
     return _actor(arm, _play(arm, sim.main_body))
 
@@ -323,11 +327,11 @@ def _play(arm: Arm, thing: str) -> Script:
         yaw = float(arm.rng.uniform(-0.7, 0.7))
         anywhere = centre + arm.rng.uniform(-spread, spread) + (0.0, 0.0, 0.1)
         if arm.rng.random() < 0.7:
-            # A policy closes when it is time, also where a finger stands on the thing. A world that never saw
-            # that draws the thing between the fingers.
+            # A policy closes when it is time, also where a finger stands on the thing, and goes up before the
+            # fingers have met. A world that never saw that draws the thing between them, and lifts it.
             height, rise = arm.rng.uniform((0.03, -0.002), (0.12, 0.012)).tolist()
-            patience = int(arm.rng.integers(4, 16))
-            yield from arm.pick(thing, yaw=yaw, height=height, patience=patience, rise=rise)
+            patience, hold = arm.rng.integers((4, 0), (16, 9)).tolist()
+            yield from arm.pick(thing, yaw=yaw, height=height, patience=patience, hold=hold, rise=rise)
         else:
             yield from arm.grip(float(arm.rng.choice([OPEN, CLOSED])), yaw, steps=2)
         yield from arm.reach(anywhere, yaw, tolerance=0.02, patience=20)
