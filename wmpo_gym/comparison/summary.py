@@ -219,7 +219,9 @@ def _plot(
         )
     axes.set(xlabel=label, ylabel=f"success in the twin ({variant})", ylim=(0, 1))
     # Logarithmic from the least that anyone spent: what lies between it and nothing is empty.
-    axes.set_xscale("symlog", linthresh=min((x for x in spent if x > 0), default=1.0))
+    least = min((x for x in spent if x > 0), default=1.0)
+    axes.set_xscale("symlog", linthresh=least)
+    axes.set_xticks([0, *(x for x in axes.get_xticks() if x > least / 2)])
     axes.set_xlim(0, 1.3 * max(*spent, 1.0))
     figure.legend(loc="outside right upper", fontsize="small")
     with rc_context({"svg.hashsalt": label}):  # the same file from the same results
