@@ -172,6 +172,15 @@ def test_lift_succeeds_with_the_cube_in_the_air() -> None:
     assert sim.success
 
 
+def test_lift_close_succeeds_with_the_cube_clear_of_its_place() -> None:
+    sim = sim_of("lift-close")
+    sim.reset(0)
+    place(sim, "cube_joint0", (0.1, 0.1, 0.86))
+    assert not sim.success
+    place(sim, "cube_joint0", (0.1, 0.1, 0.89))
+    assert sim.success
+
+
 def test_stack_succeeds_with_red_on_green_and_let_go() -> None:
     sim = sim_of("stack")
     sim.reset(0)

@@ -26,7 +26,7 @@ class Command:
 
     Attributes:
         task: Task; NAME@64 asks for pictures of 64 x 64 pixels. lift alone is lift-close@64, with the camera
-            nearer.
+            nearer and a lift that it can see.
         seed: Everything random derives from it.
         out: Directory of the run; default runs/reproduce-TASK-SEED.
         recipe: Every other number.

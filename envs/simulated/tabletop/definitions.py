@@ -32,6 +32,8 @@ class Definition:
         controller: Controller configuration; None is the robot's default.
         env_kwargs: Further arguments of ``robosuite.make``.
         main_object: Joint of the object whose place decides, "" if unknown.
+        clearance: Metres above the table that the centre of its body must reach, beside what robosuite asks
+            for; None asks for no more.
         wooden: Texture that turns to dark wood in the variant ``"texture"``.
         goal: Body that stands elsewhere in the variant ``"moved-goal"``.
         goal_shift: Smallest and largest shift of it in metres, ``((x, y), (x, y))``.
@@ -46,6 +48,7 @@ class Definition:
     controller: str | dict[str, Any] | None = None
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     main_object: str = ""
+    clearance: float | None = None
     wooden: str = ""
     goal: str = ""
     goal_shift: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (0.0, 0.0))
@@ -82,7 +85,10 @@ LIFT = Definition("Lift", main_object="cube_joint0", wooden="cube_redwood")
 DEFINITIONS: dict[str, Definition] = {
     "lift": LIFT,
     # Lower and nearer, and from a corner: where the hand is against the cube can be seen in every direction.
-    "lift-close": replace(LIFT, fovy=16.5, view=((0.72, 0.74, 1.54), (-0.02, 0.0, 0.94))),
+    # robosuite's own rule holds after a rise of 2 cm, when the fingers of a hand that goes up too soon have
+    # not closed: no small picture of that moment tells a grip from a miss. At 8 cm the cube is clear of its
+    # place.
+    "lift-close": replace(LIFT, clearance=0.08, fovy=16.5, view=((0.72, 0.74, 1.54), (-0.02, 0.0, 0.94))),
     "stack": Definition("Stack", main_object="cubeA_joint0", wooden="cubeB_greenwood"),
     "square": Definition(
         "NutAssemblySquare",

@@ -64,7 +64,10 @@ class RobosuiteSim:
 
     @property
     def success(self) -> bool:
-        """Whether robosuite's own predicate of the environment holds in the present state."""
+        """Whether robosuite's own predicate holds now and, where the task asks for it, the object is high."""
+        clearance = self._shared.definition.clearance
+        if clearance is not None and self.scene.data.body(self.main_body).xpos[2] < TABLE_HEIGHT + clearance:
+            return False
         return bool(self.scene.env._check_success())
 
     def get_state(self) -> np.ndarray:
