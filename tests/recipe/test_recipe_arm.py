@@ -27,6 +27,7 @@ TINY = replace(
     play=2,
     pretrain=FEW_STEPS,
     rollouts=4,
+    rounds=1,
     align=FEW_STEPS,
     classifier_steps=4,
     grpo=GRPOSettings(iterations=1, n_groups=2, group_size=2),

@@ -144,7 +144,6 @@ LIFT = Recipe(
     # A self-made picture of the arm has so many wrong pixels that the usual limit would put nearly all rows
     # back on their recordings, and the network would never train on its own pictures.
     pretrain=WorldModelTraining(steps=4000, batch_size=16, learning_rate=1.2e-3, diverged=0.15),
-    rollouts=256,  # half of them by the practised policy, which shows the first world where it is wrong
     weights=(10.0, 4.0, 1.0),  # a quarter of the draws each for rollouts and demonstrations, half for play
     align=WorldModelTraining(steps=1000, batch_size=16, learning_rate=6e-4, recorded=0.0, diverged=0.15),
     # At the usual rate the first update moves this policy by 0.07 nats per token, to where the world has seen
