@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from wmpo_gym.policies.sft import SFTSettings
 from wmpo_gym.recipe.run import run_recipe
 from wmpo_gym.recipe.settings import LIFT, RECIPES, GRPOSettings, recipe_for
 from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.world.motion import MotionTraining
 from wmpo_gym.world.training import WorldModelTraining
 from wmpo_gym.world.world import World
 
@@ -27,7 +29,6 @@ TINY = replace(
     play=2,
     pretrain=FEW_STEPS,
     rollouts=4,
-    rounds=1,
     align=FEW_STEPS,
     classifier_steps=4,
     grpo=GRPOSettings(iterations=1, n_groups=2, group_size=2),
@@ -57,6 +58,8 @@ def test_every_stage_runs_on_lift(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return learnable_gate(np.array([True, False]), np.array([True, False]), 1)
 
     monkeypatch.setattr("wmpo_gym.recipe.stages.measure_learnable", no_gain)
+    short = partial(MotionTraining, steps=3, reader_steps=3, points_steps=3)
+    monkeypatch.setattr("wmpo_gym.world.motion.MotionTraining", short)
     results = run_recipe(TINY, tmp_path, progress=False)
     assert results["wmpo"]["n"] == 4 and results["budget"]["real_episodes"] == 4
     assert all(results["gates"][name]["passed"] is not None for name in ("physics", "faithful", "honest"))
