@@ -1,4 +1,4 @@
-"""Algorithms in the idiom of Stable-Baselines3; one folder each.
+"""Algorithms in the idiom of Stable-Baselines3; one module each.
 
 Names are resolved on first use, so that ``import wmpo_gym.algorithms`` does not import torch.
 """
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 __all__ = ["DPO", "GRPO", "make_sac"]
 
-_FOLDERS = {"DPO": "dpo", "GRPO": "grpo", "make_sac": "sac"}
+_MODULES = {"DPO": "dpo", "GRPO": "grpo", "make_sac": "sac"}
 
 
 def __getattr__(name: str) -> Any:
     """Import an algorithm when it is asked for (PEP 562)."""
-    if name not in _FOLDERS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}.")
     try:
-        return getattr(importlib.import_module(f"wmpo_gym.algorithms.{_FOLDERS[name]}"), name)
+        return getattr(importlib.import_module(f"wmpo_gym.algorithms.{_MODULES[name]}"), name)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "stable_baselines3":
             raise

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gymnasium.utils import EzPickle
 
-from wmpo_gym.data.atomic import read_json
 from wmpo_gym.envs.chunk_env import Chunk, ChunkEnv, ChunkVectorEnv, Starts, State
-from wmpo_gym.envs.claims import SoFar, in_a_row
 from wmpo_gym.envs.heap import keep_freed_memory
 from wmpo_gym.envs.rows import take_prefixed
+from wmpo_gym.envs.success_filter import SoFar, in_a_row
 from wmpo_gym.tasks import Task, get_task
+from wmpo_gym.utils.io import read_json
 from wmpo_gym.world.world import World, find_pretrained
 
 if TYPE_CHECKING:

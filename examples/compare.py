@@ -11,10 +11,10 @@ from pathlib import Path
 
 import tyro
 
-from wmpo_gym.comparison.plan import Baselines, Plan
-from wmpo_gym.comparison.study import run_study
-from wmpo_gym.comparison.summary import markdown_table, write_summary
-from wmpo_gym.recipe.settings import DEMO, GRPOSettings
+from wmpo_gym.experiments.plan import Baselines, Plan
+from wmpo_gym.experiments.run import run_study
+from wmpo_gym.experiments.summary import markdown_table, write_summary
+from wmpo_gym.pipeline.presets import DEMO, GRPOSettings
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Args:
     task: str = "move-block"
     """task with bundled weights"""
     methods: tuple[str, ...] = ("base", "sft", "dpo", "grpo", "wmpo")
-    """see wmpo_gym.comparison.plan.SAW for all of them and what each learns from"""
+    """see wmpo_gym.experiments.plan.SAW for all of them and what each learns from"""
     budgets: tuple[int, ...] = (128,)
     """real episodes each method may use"""
     seeds: tuple[int, ...] = (0,)

@@ -16,8 +16,8 @@ from torch import nn
 
 from wmpo_gym.algorithms import GRPO
 from wmpo_gym.envs.simulated.scripted import ExpertConfig, record_expert
-from wmpo_gym.evaluation.rollouts import evaluate_policy_on
 from wmpo_gym.policies.base import GroupPolicy
+from wmpo_gym.rollouts.rollout import evaluate_policy_on
 from wmpo_gym.tasks import get_task
 
 

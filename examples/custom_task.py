@@ -17,12 +17,12 @@ from gymnasium import spaces
 from wmpo_gym.algorithms import GRPO
 from wmpo_gym.data import Episode
 from wmpo_gym.envs import make_sb3_env
-from wmpo_gym.evaluation.statistics import success_rate
 from wmpo_gym.evaluation.world_quality import imagined_replays
 from wmpo_gym.reward.training import train_classifier
+from wmpo_gym.statistics import success_rate
 from wmpo_gym.tasks import StartStates, Task
-from wmpo_gym.world.autoencoder import PixelAutoencoder
-from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
+from wmpo_gym.world.networks.conv import ConvWorldModel
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 from wmpo_gym.world.world import StartFrames, World
 

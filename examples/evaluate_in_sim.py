@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from wmpo_gym.evaluation.rollouts import evaluate_policy_on
 from wmpo_gym.policies import VLAPolicy
+from wmpo_gym.rollouts.rollout import evaluate_policy_on
 from wmpo_gym.tasks import get_task
 from wmpo_gym.world.world import find_pretrained
 

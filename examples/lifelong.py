@@ -14,10 +14,10 @@ import tyro
 from wmpo_gym.algorithms import GRPO
 from wmpo_gym.data import EpisodeStore
 from wmpo_gym.evaluation.learning import grpo_from_policy
-from wmpo_gym.evaluation.rollouts import collect_episodes, evaluate_policy_on, make_rollout_env
 from wmpo_gym.evaluation.world_quality import imagined_replays
 from wmpo_gym.policies import VLAPolicy
 from wmpo_gym.reward.training import train_classifier
+from wmpo_gym.rollouts.rollout import collect_episodes, evaluate_policy_on, make_rollout_env
 from wmpo_gym.tasks import get_task
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 from wmpo_gym.world.world import StartFrames, World, find_pretrained

@@ -16,8 +16,8 @@ import tyro
 
 from wmpo_gym.data.statistics import to_unit
 from wmpo_gym.envs.simulated import make_simulator
-from wmpo_gym.evaluation.statistics import success_rate
 from wmpo_gym.policies.serving import PolicyClient, PolicyServer
+from wmpo_gym.statistics import success_rate
 from wmpo_gym.tasks import get_task
 
 TASK = get_task("move-block")

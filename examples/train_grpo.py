@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import tyro
 
 from wmpo_gym.algorithms import GRPO
-from wmpo_gym.evaluation.rollouts import evaluate_policy_on
-from wmpo_gym.evaluation.statistics import paired_difference
 from wmpo_gym.policies import VLAPolicy
+from wmpo_gym.rollouts.rollout import evaluate_policy_on
+from wmpo_gym.statistics import paired_difference
 from wmpo_gym.world.world import find_pretrained
 
 

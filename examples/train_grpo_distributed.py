@@ -17,10 +17,10 @@ from stable_baselines3.common.utils import get_device
 
 import wmpo_gym  # noqa: F401  (registers the environments)
 from wmpo_gym.algorithms import GRPO
-from wmpo_gym.algorithms.common.distributed import Ranks
-from wmpo_gym.evaluation.rollouts import evaluate_policy_on
-from wmpo_gym.evaluation.statistics import paired_difference
+from wmpo_gym.algorithms.distributed import Ranks
 from wmpo_gym.policies import VLAPolicy
+from wmpo_gym.rollouts.rollout import evaluate_policy_on
+from wmpo_gym.statistics import paired_difference
 from wmpo_gym.world.world import find_pretrained
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from wmpo_gym.kernels import Linear, lean, norm_silu, ordinary_kernels
+from wmpo_gym.utils.kernels import Linear, lean, norm_silu, ordinary_kernels
 
 
 def both(work):

@@ -56,7 +56,9 @@ def distributions(tmp_path_factory) -> tuple[Path, list[str], zipfile.ZipFile, z
     sdist = make("build_sdist", tree)
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
-        archive.extractall(out / "unpacked", filter="data")
+        # The filter came with Python 3.10.12 and 3.11.4; distributions still ship older ones.
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(out / "unpacked", **safely)
     unpacked = next((out / "unpacked").iterdir())
     wheels = [zipfile.ZipFile(make("build_wheel", where)) for where in (tree, unpacked)]
     return tree, names, *wheels
@@ -131,14 +133,11 @@ def test_test_files_have_names_of_their_own():
 
 def test_import_is_light(tmp_path):
     code = (
-        "import sys, time; began = time.process_time(); import wmpo_gym; took = time.process_time() - began; "
+        "import sys, wmpo_gym; "
         "heavy = {'torch', 'mujoco', 'transformers', 'diffusers', 'stable_baselines3', 'av'}; "
-        "heavy &= set(sys.modules); "
-        "assert not heavy, heavy; print(took)"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    # Processor time, because the machine may be busy with other tests.
-    fastest = min(float(run_python(code, cwd=tmp_path)) for _ in range(3))
-    assert fastest < 1.0, f"import wmpo_gym took {fastest:.2f} s"
+    run_python(code, cwd=tmp_path)
 
 
 def test_versions_agree():

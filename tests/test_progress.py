@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from wmpo_gym.progress import progress_bar
+from wmpo_gym.utils.progress import progress_bar
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from wmpo_gym.algorithms import DPO, GRPO
 from wmpo_gym.algorithms.common import checkpoint
-from wmpo_gym.algorithms.common.distributed import Ranks, is_sharded
-from wmpo_gym.algorithms.common.sharding import whole
+from wmpo_gym.algorithms.distributed import Ranks, is_sharded
+from wmpo_gym.algorithms.sharding import whole
 from wmpo_gym.envs.sb3 import make_sb3_env
 
 GROUP, N_GROUPS = 4, 4  # of all processes together

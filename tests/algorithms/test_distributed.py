@@ -20,10 +20,10 @@ import pytest
 import torch as th
 from distributed_runs import BOTH, make
 
-from wmpo_gym.algorithms.common.distributed import Ranks
-from wmpo_gym.algorithms.common.objective import loss_units, token_weights
-from wmpo_gym.algorithms.common.sharding import _options
-from wmpo_gym.algorithms.common.trajectories import index_obs
+from wmpo_gym.algorithms.distributed import Ranks
+from wmpo_gym.algorithms.objective import loss_units, token_weights
+from wmpo_gym.algorithms.sharding import _options
+from wmpo_gym.algorithms.trajectories import index_obs
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -33,7 +33,7 @@ def torchrun(script: Path, *arguments: str, **environment: str) -> str:
     # The launcher passes its own path on; the script needs what this process imports from.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
     command = [sys.executable, *TORCHRUN, str(script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -230,12 +230,12 @@ def test_accelerate_reads_the_configurations(name, machines, monkeypatch):
 
 @pytest.mark.slow
 def test_the_example_gives_the_same_policy_however_it_is_started(tmp_path):
-    from wmpo_gym.data.atomic import load_safetensors
+    from wmpo_gym.utils.io import load_safetensors
 
     example = ROOT / "examples" / "train_grpo_distributed.py"
     options = ["--iterations", "2", "--n-groups", "4", "--group-size", "4", "--episodes", "0"]
     options += ["--micro-batch-size", "16", "--out"]
-    subprocess.run([sys.executable, str(example), *options, str(tmp_path / "one")], check=True, timeout=300)
+    subprocess.run([sys.executable, str(example), *options, str(tmp_path / "one")], check=True)
     torchrun(example, *options, str(tmp_path / "two"))
     torchrun(example, *options, str(tmp_path / "fsdp"), ACCELERATE_USE_FSDP="true")
     one, two, fsdp = (
@@ -248,7 +248,7 @@ def test_the_example_gives_the_same_policy_however_it_is_started(tmp_path):
 
 @pytest.mark.slow
 def test_sharded_adapters_are_saved_and_taken_up_again(tmp_path):
-    from wmpo_gym.data.atomic import load_safetensors
+    from wmpo_gym.utils.io import load_safetensors
 
     distributed_runs.adapters(tmp_path / "one")
     torchrun(Path(distributed_runs.__file__), str(tmp_path), "adapters")

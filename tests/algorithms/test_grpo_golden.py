@@ -11,7 +11,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from wmpo_gym.algorithms import GRPO
-from wmpo_gym.algorithms.common.objective import (
+from wmpo_gym.algorithms.objective import (
     action_mask,
     clipped_surrogate,
     group_advantages,
@@ -21,7 +21,7 @@ from wmpo_gym.algorithms.common.objective import (
     token_statistics,
     token_weights,
 )
-from wmpo_gym.algorithms.common.trajectories import Trajectories
+from wmpo_gym.algorithms.trajectories import Trajectories
 from wmpo_gym.policies.base import GroupPolicy
 
 N, T, K, D, BINS = 8, 4, 8, 7, 256  # trajectories, chunks, actions per chunk, numbers per action, bins

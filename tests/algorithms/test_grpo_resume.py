@@ -15,8 +15,8 @@ from kills import disk_states
 from stable_baselines3.common.callbacks import BaseCallback
 
 from wmpo_gym.algorithms import GRPO
-from wmpo_gym.algorithms.common.checkpoint import CheckpointDirectory
-from wmpo_gym.data.atomic import WriteError
+from wmpo_gym.algorithms.checkpoint import CheckpointDirectory
+from wmpo_gym.utils.io import WriteError
 
 TOTAL = 400
 

@@ -93,7 +93,7 @@ def test_waves_are_repeated_until_there_are_enough_groups():
 
 
 def test_an_episode_without_end_is_refused(monkeypatch):
-    monkeypatch.setattr("wmpo_gym.algorithms.common.group_rollouts.MAX_DECISIONS", 3)
+    monkeypatch.setattr("wmpo_gym.algorithms.group_rollouts.MAX_DECISIONS", 3)
     with pytest.raises(RuntimeError, match="still running after 3 decisions.*max_episode_steps"):
         make(env=vec(CountdownEnv, 4), start_state_ids=[3]).learn(1)
 

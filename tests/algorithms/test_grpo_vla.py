@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import Logger
 
 import wmpo_gym  # noqa: F401 (registers the environments)
 from wmpo_gym.algorithms import GRPO
-from wmpo_gym.algorithms.common.env_util import finished_rows_wait, training_start_states
+from wmpo_gym.algorithms.env_util import finished_rows_wait, training_start_states
 from wmpo_gym.envs import make_sb3_env
 from wmpo_gym.tasks import get_task
 

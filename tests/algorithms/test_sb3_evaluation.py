@@ -8,7 +8,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from wmpo_gym.algorithms import DPO, GRPO, make_sac
-from wmpo_gym.algorithms.common.env_util import as_vec_env
+from wmpo_gym.algorithms.env_util import as_vec_env
 
 
 def make(algorithm, env_id):

@@ -152,15 +152,9 @@ def test_every_command_exists_and_documents_every_option(monkeypatch, capsys, na
     assert stop.value.code == 0 and f"wmpo {name}" in capsys.readouterr().out
 
 
-def test_help_is_quick_and_light(tmp_path):
+def test_help_is_light(tmp_path):
     code = (
-        "import sys, time; from wmpo_gym.cli.main import main; main(['--help']); "
-        "assert not {'torch', 'mujoco', 'tyro'} & set(sys.modules); print(time.process_time())"
+        "import sys; from wmpo_gym.cli.main import main; main(['--help']); "
+        "assert not {'torch', 'mujoco', 'tyro'} & set(sys.modules)"
     )
-    command = [sys.executable, "-c", code]
-    outputs = [
-        subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
-        for _ in range(3)
-    ]
-    # Processor time, because the machine may be busy with other tests.
-    assert min(float(text.split()[-1]) for text in outputs) < 1.0
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)

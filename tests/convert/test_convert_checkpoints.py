@@ -21,7 +21,7 @@ from wmpo_gym.convert.checkpoints import (
     read_weights,
     size_of,
 )
-from wmpo_gym.data.atomic import ArtifactError
+from wmpo_gym.utils.io import ArtifactError
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(1)}
 

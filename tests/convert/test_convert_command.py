@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from wmpo_gym.cli.main import main
 from wmpo_gym.convert import policy, released, world
-from wmpo_gym.data.atomic import read_json
+from wmpo_gym.utils.io import read_json
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ pytest.importorskip("transformers")
 from wmpo_gym.convert.policy import convert_policy, policy_layout
 from wmpo_gym.convert.released import RELEASED_TASKS, Sourced
 from wmpo_gym.convert.statistics import read_statistics
-from wmpo_gym.data.atomic import ArtifactError
 from wmpo_gym.policies.vla import VLAConfig, VLANetwork
 from wmpo_gym.policies.vla_policy import VLAPolicy
+from wmpo_gym.utils.io import ArtifactError
 
 FEATURIZERS = ("featurizer", "fused_featurizer")
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers")
 
 import wmpo_gym  # noqa: F401 (registers the environments)
+from wmpo_gym.convert.published import dead_layout, published_layout
 from wmpo_gym.convert.released import RELEASED_TASKS, Sourced, released_task
 from wmpo_gym.convert.world import convert_world
-from wmpo_gym.data.atomic import ArtifactError
-from wmpo_gym.world.published import dead_layout, published_layout
-from wmpo_gym.world.stdit import CONFIGS, STDiT
+from wmpo_gym.utils.io import ArtifactError
+from wmpo_gym.world.networks.stdit import CONFIGS, STDiT
 from wmpo_gym.world.world import World
 
 PREDICTED = slice(4, 12)

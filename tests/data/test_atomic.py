@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from wmpo_gym.data import atomic
-from wmpo_gym.data.atomic import (
+from wmpo_gym.utils import io as atomic
+from wmpo_gym.utils.io import (
     ArtifactError,
     WriteError,
     load_safetensors,

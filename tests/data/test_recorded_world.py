@@ -16,7 +16,7 @@ from wmpo_gym.data.importers import ImportSettings, import_dataset
 from wmpo_gym.data.statistics import from_unit
 from wmpo_gym.data.task_file import find_task
 from wmpo_gym.policies.serving import PolicyClient, PolicyServer
-from wmpo_gym.world import motion
+from wmpo_gym.world import proprio as motion
 from wmpo_gym.world.world import World
 
 pytest.importorskip("h5py")

@@ -12,8 +12,8 @@ from wmpo_gym.envs.imagined import ImaginedEnv, ImaginedVectorEnv
 from wmpo_gym.envs.simulated import register_simulator
 from wmpo_gym.envs.simulated.env import SimulatedEnv, SimulatedVectorEnv
 from wmpo_gym.tasks import StartStates, Task, register_task
-from wmpo_gym.world.autoencoder import PixelAutoencoder
-from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
+from wmpo_gym.world.networks.conv import ConvWorldModel
 from wmpo_gym.world.world import StartFrames, World, WorldConfig
 
 TOY = Task(

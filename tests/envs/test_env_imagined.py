@@ -16,11 +16,11 @@ import torch
 from env_toys import TOY, WORLD, assert_same, tiny_world
 
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.envs.claims import in_a_row
 from wmpo_gym.envs.imagined import ImaginedEnv, ImaginedVectorEnv
+from wmpo_gym.envs.success_filter import in_a_row
 from wmpo_gym.reward.classifier import SuccessClassifier
 from wmpo_gym.reward.conv import ConvSuccessClassifier
-from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.world.networks.conv import ConvWorldModel
 from wmpo_gym.world.world import FIRST_KEYFRAME_ID, World
 
 
@@ -150,7 +150,7 @@ def test_world_fitness_shows_the_card() -> None:
 
 def stdit_world(real_world: World) -> World:
     """The world with the published network, at the size of a toy."""
-    from wmpo_gym.world.stdit import STDiT
+    from wmpo_gym.world.networks.stdit import STDiT
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -25,7 +25,7 @@ from wmpo_gym.envs.simulated.tabletop import camera  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop.expert import Arm, ArmExpertConfig, arm_expert, cube_yaw  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop.osc import ArmControl, is_plain_osc  # noqa: E402
 from wmpo_gym.envs.simulated.tabletop.scene import Scene, shared_scene  # noqa: E402
-from wmpo_gym.evaluation.rollouts import make_rollout_env, rollout  # noqa: E402
+from wmpo_gym.rollouts.rollout import make_rollout_env, rollout  # noqa: E402
 
 TASKS = tuple(task.name for task in PANDA_TASKS)
 

@@ -162,8 +162,8 @@ def tiny_world():
     pytest.importorskip("mujoco")
     from wmpo_gym.evaluation.twin import start_frames
     from wmpo_gym.reward.conv import ConvSuccessClassifier
-    from wmpo_gym.world.autoencoder import PixelAutoencoder
-    from wmpo_gym.world.conv import ConvWorldModel
+    from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
+    from wmpo_gym.world.networks.conv import ConvWorldModel
     from wmpo_gym.world.world import StartFrames, World
 
     torch.manual_seed(0)

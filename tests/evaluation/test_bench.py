@@ -7,10 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from wmpo_gym.evaluation import shortcuts, stopwatch
-from wmpo_gym.evaluation.bench import bench, bench_imagined, bench_simulated, bench_text
-from wmpo_gym.evaluation.rollouts import make_rollout_env
-from wmpo_gym.evaluation.shortcuts import (
+from wmpo_gym.bench.bench import bench, bench_imagined, bench_simulated, bench_text
+from wmpo_gym.bench.shortcuts import (
     RandomPolicy,
     Uncached,
     bench_plain,
@@ -18,7 +16,9 @@ from wmpo_gym.evaluation.shortcuts import (
     imagine_plainly,
     plain_way,
 )
-from wmpo_gym.evaluation.stopwatch import Stopwatch, timed_methods
+from wmpo_gym.bench.stopwatch import Stopwatch, timed_methods
+from wmpo_gym.evaluation import shortcuts, stopwatch
+from wmpo_gym.rollouts.rollout import make_rollout_env
 
 
 class Worker:

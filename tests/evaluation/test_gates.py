@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from wmpo_gym.algorithms.common.env_util import GATES as ENV_GATES
+from wmpo_gym.algorithms.env_util import GATES as ENV_GATES
 from wmpo_gym.evaluation import gates as gates_module
 from wmpo_gym.evaluation import validation as validation_module
 from wmpo_gym.evaluation.gates import (
@@ -21,10 +21,10 @@ from wmpo_gym.evaluation.gates import (
     learnable_gate,
     physics_gate,
 )
-from wmpo_gym.evaluation.rollouts import make_rollout_env, rollout
-from wmpo_gym.evaluation.statistics import precision_recall
 from wmpo_gym.evaluation.twin import Replay, replay, simulate_full_horizon, start_frames
 from wmpo_gym.evaluation.validation import action_sensitivity, measure_learnable, validate
+from wmpo_gym.rollouts.rollout import make_rollout_env, rollout
+from wmpo_gym.statistics import precision_recall
 from wmpo_gym.tasks import get_task
 
 pytest.importorskip("mujoco")

@@ -7,8 +7,7 @@ import json
 
 import pytest
 
-from wmpo_gym.data.atomic import ArtifactError, write_json_atomic
-from wmpo_gym.evaluation.protocol import (
+from wmpo_gym.rollouts.protocol import (
     EvalProtocol,
     ProtocolMismatchWarning,
     installed_versions,
@@ -17,6 +16,7 @@ from wmpo_gym.evaluation.protocol import (
     save_result,
 )
 from wmpo_gym.tasks import get_task
+from wmpo_gym.utils.io import ArtifactError, write_json_atomic
 
 
 @pytest.fixture

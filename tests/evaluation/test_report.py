@@ -10,11 +10,11 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from wmpo_gym.evaluation import charts
-from wmpo_gym.evaluation.protocol import EvalProtocol
-from wmpo_gym.evaluation.report import Clip, Report, choose_clips, render_report, write_report
-from wmpo_gym.evaluation.results import build_results, print_table
-from wmpo_gym.evaluation.statistics import precision_recall, success_rate
+from wmpo_gym.report import charts
+from wmpo_gym.report.report import Clip, Report, choose_clips, render_report, write_report
+from wmpo_gym.report.results import build_results, print_table
+from wmpo_gym.rollouts.protocol import EvalProtocol
+from wmpo_gym.statistics import precision_recall, success_rate
 
 
 def outcomes(share: float, n: int = 512, seed: int = 0) -> np.ndarray:

@@ -9,8 +9,8 @@ import re
 import numpy as np
 import pytest
 
-from wmpo_gym.evaluation.results import build_results, print_table
-from wmpo_gym.evaluation.statistics import paired_difference, precision_recall, success_rate
+from wmpo_gym.report.results import build_results, print_table
+from wmpo_gym.statistics import paired_difference, precision_recall, success_rate
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from wmpo_gym.data.store import EpisodeStore
-from wmpo_gym.evaluation.acting import acting, episode_seeds
-from wmpo_gym.evaluation.rollouts import collect_episodes, evaluate_policy_on, make_rollout_env, rollout
+from wmpo_gym.rollouts.policy_runner import acting, episode_seeds
+from wmpo_gym.rollouts.rollout import collect_episodes, evaluate_policy_on, make_rollout_env, rollout
 from wmpo_gym.tasks import get_task
 
 pytest.importorskip("mujoco")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from wmpo_gym.evaluation.statistics import (
+from wmpo_gym.statistics import (
     hallucination_gap,
     paired_difference,
     precision_recall,

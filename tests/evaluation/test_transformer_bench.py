@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from wmpo_gym.cli.main import main
-from wmpo_gym.evaluation.paper_bench import bench_paper, paper_text, published_parts
-from wmpo_gym.evaluation.peak import flops_of, matmul_peak, timed
-from wmpo_gym.evaluation.transformer_bench import (
+from wmpo_gym.bench.paper import bench_paper, paper_text, published_parts
+from wmpo_gym.bench.peak import flops_of, matmul_peak, timed
+from wmpo_gym.bench.transformer import (
     Sampling,
     _Run,
     bench_transformer,
     cpu_imagination,
     random_stdit,
 )
+from wmpo_gym.cli.main import main
 
 CPU = torch.device("cpu")
 TINY = {"hidden_size": 24, "depth": 1, "num_heads": 2}

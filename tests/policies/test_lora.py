@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from wmpo_gym.data.atomic import ArtifactError
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.policies import SFTSettings, VLAConfig, VLANetwork, VLAPolicy, train_sft, weights
 from wmpo_gym.policies.memory import FOUR_BIT, PolicyMemory
@@ -18,6 +17,7 @@ from wmpo_gym.policies.sft import accumulate_gradient, make_windows
 from wmpo_gym.policies.vla_policy import make_spaces
 from wmpo_gym.policies.weights import add_lora
 from wmpo_gym.tasks import MOVE_BLOCK
+from wmpo_gym.utils.io import ArtifactError
 
 pytest.importorskip("peft")
 

@@ -75,7 +75,7 @@ def test_description(served):
 def test_a_simulated_robot_acts_as_in_the_environment(policy, served):
     pytest.importorskip("mujoco")
     from wmpo_gym.envs.simulated import make_simulator
-    from wmpo_gym.evaluation.rollouts import make_rollout_env, rollout
+    from wmpo_gym.rollouts.rollout import make_rollout_env, rollout
 
     ids, robot, outcomes = list(TASK.split_ids("test")[:6]), make_simulator(TASK), []
     for start in ids:

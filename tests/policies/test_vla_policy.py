@@ -11,9 +11,9 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from wmpo_gym.data.atomic import ArtifactError
 from wmpo_gym.policies import GroupPolicy, VLAConfig, VLAPolicy
 from wmpo_gym.policies.vla_policy import make_spaces
+from wmpo_gym.utils.io import ArtifactError
 
 SENTENCES = ("move the red block to the disc", "move the blue block to the disc")
 

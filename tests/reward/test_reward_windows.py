@@ -5,7 +5,7 @@ import pytest
 import torch
 from square_toys import square_episode
 
-from wmpo_gym.reward.windows import (
+from wmpo_gym.reward.data import (
     ClipTable,
     augment,
     check_window_fits,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from wmpo_gym.data.atomic import ArtifactError
 from wmpo_gym.reward.calibration import Calibration
 from wmpo_gym.reward.classifier import StreamState, SuccessClassifier
 from wmpo_gym.reward.conv import ConvSuccessClassifier
-from wmpo_gym.reward.windows import first_success
+from wmpo_gym.reward.data import first_success
+from wmpo_gym.utils.io import ArtifactError
 
 SIZE = 16
 

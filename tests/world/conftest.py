@@ -9,8 +9,8 @@ import pytest
 @pytest.fixture
 def published_stdit(golden: Any) -> Callable[..., Any]:
     """Maker of an STDiT with the tiny published weights; keywords go into its configuration."""
-    from wmpo_gym.world.published import from_published
-    from wmpo_gym.world.stdit import STDiT
+    from wmpo_gym.convert.published import from_published
+    from wmpo_gym.world.networks.stdit import STDiT
 
     tensors, _ = golden("stdit3_tiny")
     config, state, _ = from_published({k[6:]: v for k, v in tensors.items() if k.startswith("state.")})

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wmpo_gym.data.atomic import ArtifactError
-from wmpo_gym.world.autoencoder import LatentAutoencoder, PixelAutoencoder, truncate_to_uint8
+from wmpo_gym.utils.io import ArtifactError
+from wmpo_gym.world.networks.autoencoder import LatentAutoencoder, PixelAutoencoder, truncate_to_uint8
 
 
 @pytest.fixture(scope="module")

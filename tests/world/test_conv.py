@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from wmpo_gym.kernels import ordinary_kernels
-from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.utils.kernels import ordinary_kernels
+from wmpo_gym.world.networks.conv import ConvWorldModel
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from wmpo_gym.bench.transformer import random_stdit
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.evaluation.transformer_bench import random_stdit
 from wmpo_gym.tasks import MOVE_BLOCK
-from wmpo_gym.world.autoencoder import PixelAutoencoder
-from wmpo_gym.world.conv import ConvWorldModel
 from wmpo_gym.world.distillation import DistillationObjective, distillation_trainer, steps_to_imitate
 from wmpo_gym.world.flow import RectifiedFlow
+from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
+from wmpo_gym.world.networks.conv import ConvWorldModel
 from wmpo_gym.world.training import WorldModelTraining
 from wmpo_gym.world.world import StartFrames, World, WorldConfig
 

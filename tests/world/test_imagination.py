@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from wmpo_gym.world.autoencoder import Autoencoder, PixelAutoencoder, truncate_to_uint8
 from wmpo_gym.world.flow import RELEASE_CONTEXT_NOISE, RectifiedFlow
 from wmpo_gym.world.imagination import Imagination, ImaginationState
-from wmpo_gym.world.stdit import STDiT
+from wmpo_gym.world.networks.autoencoder import Autoencoder, PixelAutoencoder, truncate_to_uint8
+from wmpo_gym.world.networks.stdit import STDiT
 
 
 class FakeVAE(Autoencoder):

@@ -8,11 +8,11 @@ import torch
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import get_task
-from wmpo_gym.world import motion as motion_module
-from wmpo_gym.world.autoencoder import PixelAutoencoder
-from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.world import proprio as motion_module
 from wmpo_gym.world.imagination import ImaginationState
-from wmpo_gym.world.motion import POINTS, Motion, MotionTraining, learn_motion, state_to_follow, train_motion
+from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
+from wmpo_gym.world.networks.conv import ConvWorldModel
+from wmpo_gym.world.proprio import POINTS, Motion, MotionTraining, learn_motion, state_to_follow, train_motion
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 from wmpo_gym.world.world import StartFrames, World
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.world.networks.conv import ConvWorldModel
 from wmpo_gym.world.optimizers import JointOptimizer
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from wmpo_gym.world.autoencoder import PixelAutoencoder
-from wmpo_gym.world.points import LEAST_SPREAD, Points, train_points
+from wmpo_gym.world.keypoints import LEAST_SPREAD, Points, train_points
+from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
 
 
 def scenes(n: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wmpo_gym.kernels import ordinary_kernels
+from wmpo_gym.convert.published import from_published
+from wmpo_gym.utils.kernels import ordinary_kernels
 from wmpo_gym.world.flow import RectifiedFlow
-from wmpo_gym.world.published import from_published
-from wmpo_gym.world.stdit import CONFIGS, STDiT, frequencies, modulate, position_embedding
+from wmpo_gym.world.networks.stdit import CONFIGS, STDiT, frequencies, modulate, position_embedding
 
 PREDICTED = slice(4, 12)
 CASES = ["sq_ta", "sq_tb", "rect_ta", "rect_tb", "sq_px256", "sq_maskvariant", "odd_tb"]

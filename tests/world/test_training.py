@@ -14,10 +14,10 @@ from kills import disk_states
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import MOVE_BLOCK
-from wmpo_gym.world.autoencoder import PixelAutoencoder
-from wmpo_gym.world.conv import ConvWorldModel
-from wmpo_gym.world.stdit import STDiT
-from wmpo_gym.world.streams import EpisodeStreams, apply_symmetry
+from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
+from wmpo_gym.world.networks.conv import ConvWorldModel
+from wmpo_gym.world.networks.stdit import STDiT
+from wmpo_gym.world.sampler import EpisodeStreams, apply_symmetry
 from wmpo_gym.world.training import (
     WorldModelTrainer,
     WorldModelTraining,

@@ -42,7 +42,7 @@ def test_windows_are_the_published_ones(reference):
 
 def test_pixels_are_those_of_the_pixel_autoencoder(reference):
     torch = pytest.importorskip("torch")
-    from wmpo_gym.world.autoencoder import PixelAutoencoder
+    from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
 
     tensors, _ = reference
     levels = torch.arange(256, dtype=torch.uint8).view(1, 256, 1, 1, 1).expand(-1, -1, 1, 1, 3)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wmpo_gym.data.atomic import ArtifactError, sha256
 from wmpo_gym.tasks import MOVE_BLOCK
-from wmpo_gym.world.autoencoder import PixelAutoencoder
-from wmpo_gym.world.conv import ConvWorldModel
+from wmpo_gym.utils.io import ArtifactError, sha256
+from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
+from wmpo_gym.world.networks.conv import ConvWorldModel
 from wmpo_gym.world.world import StartFrames, World
 
 

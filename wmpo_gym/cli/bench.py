@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wmpo_gym.cli.common import load_policy, load_world
-from wmpo_gym.data.atomic import write_json_atomic
+from wmpo_gym.utils.io import write_json_atomic
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Command:
         print(text)
 
     def _here(self) -> tuple[dict[str, Any], str]:
-        from wmpo_gym.evaluation.bench import bench, bench_text
+        from wmpo_gym.bench.bench import bench, bench_text
 
         result = bench(
             load_world(self.world),
@@ -72,7 +72,7 @@ class Command:
         return result, bench_text(result)
 
     def _paper(self) -> tuple[dict[str, Any], str]:
-        from wmpo_gym.evaluation.paper_bench import bench_paper, paper_text
+        from wmpo_gym.bench.paper import bench_paper, paper_text
 
         result = bench_paper(repeats=min(self.repeats, 3), compile=self.compile, seed=self.seed)
         return result, paper_text(result)

@@ -10,7 +10,6 @@ from typing import Literal
 import tyro
 
 from wmpo_gym.cli.common import Flat, choose_start_states, load_policy, option_value
-from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.envs.simulated.scripted import (
     AnyExpert,
@@ -20,6 +19,7 @@ from wmpo_gym.envs.simulated.scripted import (
     record_play,
 )
 from wmpo_gym.tasks import Task, get_task
+from wmpo_gym.utils.config import keep_settings
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Command:
         _summarise(store, out)
 
     def _script(self, task: Task, ids: list[int], store: EpisodeStore) -> None:
-        from wmpo_gym.progress import progress_bar
+        from wmpo_gym.utils.progress import progress_bar
 
         present = set(store.ids())
         missing = [i for i in ids if i not in present]
@@ -99,7 +99,7 @@ class Command:
                 bar.update()
 
     def _act(self, task: Task, ids: list[int], store: EpisodeStore) -> None:
-        from wmpo_gym.evaluation.rollouts import collect_episodes, make_rollout_env
+        from wmpo_gym.rollouts.rollout import collect_episodes, make_rollout_env
 
         policy = load_policy(self.policy, seed=self.seed)
         rows = min(self.num_envs, self.episodes)
@@ -114,7 +114,7 @@ class Command:
 
 def _film(store: EpisodeStore, directory: Path, task: Task) -> None:
     """One video per episode, named by its start state."""
-    from wmpo_gym.evaluation.video import save_video
+    from wmpo_gym.report.video import save_video
 
     scale = max(1, 256 // task.image_size)
     for episode in store:
@@ -124,7 +124,7 @@ def _film(store: EpisodeStore, directory: Path, task: Task) -> None:
 
 
 def _summarise(store: EpisodeStore, out: Path) -> None:
-    from wmpo_gym.evaluation.statistics import success_rate
+    from wmpo_gym.statistics import success_rate
 
     outcomes = store.outcomes()
     labelled = [o for o in outcomes if o is not None]

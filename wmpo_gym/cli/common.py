@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import numpy as np
 import tyro
 
-from wmpo_gym.data.atomic import ArtifactError
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.data.task_file import find_task, read_task
 from wmpo_gym.tasks import Task
+from wmpo_gym.utils.io import ArtifactError
 
 if TYPE_CHECKING:
     from wmpo_gym.policies.vla_policy import VLAPolicy

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wmpo_gym.comparison.plan import preset
-from wmpo_gym.comparison.study import run_study
-from wmpo_gym.comparison.summary import markdown_table, write_summary
-from wmpo_gym.data.atomic import read_json
+from wmpo_gym.experiments.plan import preset
+from wmpo_gym.experiments.run import run_study
+from wmpo_gym.experiments.summary import markdown_table, write_summary
+from wmpo_gym.utils.io import read_json
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wmpo_gym.recipe.run import run_recipe
-from wmpo_gym.recipe.settings import DEMO
+from wmpo_gym.pipeline.presets import DEMO
+from wmpo_gym.pipeline.run import run_recipe
 
 
 @dataclass(frozen=True)

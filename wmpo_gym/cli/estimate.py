@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wmpo_gym.cli.common import Flat, choose_device
-from wmpo_gym.data.atomic import write_json_atomic
 from wmpo_gym.policies.memory import PolicyMemory
+from wmpo_gym.utils.io import write_json_atomic
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Command:
 
     def run(self) -> int:
         """Count and print."""
-        from wmpo_gym.evaluation.capacity import Machine, make_plan, plan_text
-        from wmpo_gym.evaluation.estimate import Estimator, Option
+        from wmpo_gym.capacity.estimate import Estimator, Option
+        from wmpo_gym.capacity.fit import Machine, make_plan, plan_text
 
         default = ("1x80", "4x8x80") if self.preset == "paper" else ("here",)
         machines = [Machine.parse(text) for text in self.machines or default]
@@ -69,9 +69,9 @@ class Command:
         return int(any(plan.best is None for plan in plans))
 
     def _workload(self) -> Any:
+        from wmpo_gym.capacity.workload import published_workload, saved_workload
         from wmpo_gym.cli.train_grpo import MICRO_BATCH, usual_rows
         from wmpo_gym.cli.train_grpo import Command as Train
-        from wmpo_gym.evaluation.workload import published_workload, saved_workload
 
         given: dict[str, Any] = {
             name: getattr(self, name)

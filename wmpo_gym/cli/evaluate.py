@@ -14,9 +14,9 @@ from wmpo_gym.cli.common import load_policy, load_world
 from wmpo_gym.tasks import get_task
 
 if TYPE_CHECKING:
-    from wmpo_gym.evaluation.protocol import EvalProtocol
-    from wmpo_gym.evaluation.rollouts import Rollouts
     from wmpo_gym.evaluation.twin import TwinComparison
+    from wmpo_gym.rollouts.protocol import EvalProtocol
+    from wmpo_gym.rollouts.rollout import Rollouts
     from wmpo_gym.world.world import World
 
 Pair = tuple["Rollouts", "Rollouts"]  # sampled and greedy, on the same start states
@@ -55,7 +55,7 @@ class Command:
 
     def run(self) -> None:
         """Measure, print, save."""
-        from wmpo_gym.evaluation.protocol import save_result
+        from wmpo_gym.rollouts.protocol import save_result
 
         began = time.perf_counter()
         world = load_world(self.world) if self.world else None
@@ -73,7 +73,7 @@ class Command:
         print(f"\nwritten to {self.out}")
 
     def _measure(self, name_or_dir: str) -> Pair:
-        from wmpo_gym.evaluation.rollouts import evaluate_policy_on
+        from wmpo_gym.rollouts.rollout import evaluate_policy_on
 
         policy = load_policy(name_or_dir, seed=self.seed)
         sampled, greedy = (
@@ -100,7 +100,7 @@ class Command:
     def _report(
         self, world: World, comparison: TwinComparison, results: dict[str, Any], protocol: EvalProtocol
     ) -> None:
-        from wmpo_gym.evaluation.report import Report, choose_clips, write_report
+        from wmpo_gym.report.report import Report, choose_clips, write_report
 
         assert self.out is not None
         report = Report(
@@ -117,7 +117,7 @@ class Command:
 
 def _results(policy: Pair, base: Pair | None, twin: TwinComparison | None, seconds: float) -> dict[str, Any]:
     """The schema of ``results.json`` as far as it was measured."""
-    from wmpo_gym.evaluation.results import build_results, comparison
+    from wmpo_gym.report.results import build_results, comparison
 
     spent: dict[str, Any] = {
         "real_episodes": sum(len(r) for pair in (policy, base) if pair for r in pair),
@@ -148,7 +148,7 @@ def _results(policy: Pair, base: Pair | None, twin: TwinComparison | None, secon
 
 
 def _show(results: dict[str, Any]) -> None:
-    from wmpo_gym.evaluation.results import agreement_rows, aligned, show_rate, table
+    from wmpo_gym.report.results import agreement_rows, aligned, show_rate, table
 
     if "base" in results:
         rows = table(results)

@@ -63,7 +63,7 @@ class Command:
         )
 
     def _imagined(self) -> tuple[Task, Iterable[Episode]]:
-        from wmpo_gym.evaluation.rollouts import make_rollout_env, rollout
+        from wmpo_gym.rollouts.rollout import make_rollout_env, rollout
 
         if self.imagine < 1:
             raise ValueError(f"--imagine must be at least 1, got {self.imagine}.")

@@ -181,7 +181,7 @@ def _explain(error: Exception) -> str:
             f"this command needs {missing}, which is not installed: pip install 'wmpo-gym[{EXTRAS[missing]}]'"
         )
     text = " ".join(str(error).split()) or type(error).__name__
-    from wmpo_gym.data.atomic import ArtifactError
+    from wmpo_gym.utils.io import ArtifactError
 
     certain = isinstance(error, (ArtifactError, OSError, ImportError))
     return text if certain else f"{text} (--traceback shows where)"

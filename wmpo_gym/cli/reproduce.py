@@ -10,8 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from wmpo_gym.recipe.run import run_recipe
-from wmpo_gym.recipe.settings import Recipe, recipe_for
+from wmpo_gym.pipeline.presets import Recipe, recipe_for
+from wmpo_gym.pipeline.run import run_recipe
 from wmpo_gym.tasks import get_task
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wmpo_gym.cli.common import Flat, load_episodes, load_world, split_episodes
-from wmpo_gym.data.atomic import write_json_atomic
-from wmpo_gym.data.settings import keep_settings
-from wmpo_gym.evaluation.results import aligned
+from wmpo_gym.report.results import aligned
+from wmpo_gym.utils.config import keep_settings
+from wmpo_gym.utils.io import write_json_atomic
 from wmpo_gym.world.distillation import distillation_trainer, steps_to_imitate
 from wmpo_gym.world.training import WorldModelTraining
 
@@ -106,8 +106,8 @@ class Command:
 
 def _figures(world: World, many: World, held: list[Episode]) -> dict[str, float]:
     """How near a sampler is to the one with many steps, to the recordings and to their outcomes."""
-    from wmpo_gym.evaluation.imagining import imagine_episodes
     from wmpo_gym.evaluation.world_quality import sampler_distance, world_quality
+    from wmpo_gym.rollouts.imagined import imagine_episodes
 
     figures = {"grey levels from many steps": sampler_distance(world, many, held)}
     quality = world_quality(world, held)

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wmpo_gym.cli.common import Flat, choose_device, load_world
-from wmpo_gym.data.atomic import write_json_atomic
-from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.policies.memory import PolicyMemory
-from wmpo_gym.progress import progress_wanted
 from wmpo_gym.tasks import Task, get_task
+from wmpo_gym.utils.config import keep_settings
+from wmpo_gym.utils.io import write_json_atomic
+from wmpo_gym.utils.progress import progress_wanted
 
 MICRO_BATCH = 128  # decisions at once, where nothing is said
 
 
 def usual_rows(device: str) -> int | None:
     """Rollouts imagined at once, where nothing is said (by other networks fewer); None is all of them."""
-    from wmpo_gym.world.conv import ConvWorldModel
+    from wmpo_gym.world.networks.conv import ConvWorldModel
 
     return ConvWorldModel.cpu_batch if device == "cpu" else None
 
@@ -82,9 +82,9 @@ class Command:
 
     def run(self) -> None:
         """Train and save."""
-        from wmpo_gym.algorithms.common.distributed import Ranks
-        from wmpo_gym.algorithms.common.sharding import mixed_precision
+        from wmpo_gym.algorithms.distributed import Ranks
         from wmpo_gym.algorithms.grpo import GRPO
+        from wmpo_gym.algorithms.sharding import mixed_precision
         from wmpo_gym.world.world import find_pretrained
 
         ranks = Ranks.join(self.device)
@@ -130,10 +130,10 @@ class Command:
         print(f"{len(model.history)} iterations ({budget}); the policy is in {self.out}")
 
     def _require_room(self, n_processes: int) -> None:
-        from wmpo_gym.algorithms.common.sharding import sharding_wanted
-        from wmpo_gym.evaluation.capacity import require_room
-        from wmpo_gym.evaluation.estimate import Option
-        from wmpo_gym.evaluation.workload import saved_workload
+        from wmpo_gym.algorithms.sharding import sharding_wanted
+        from wmpo_gym.capacity.estimate import Option
+        from wmpo_gym.capacity.fit import require_room
+        from wmpo_gym.capacity.workload import saved_workload
 
         device, real = choose_device(self.device), self.env == "simulated"
         workload = saved_workload(
@@ -155,7 +155,7 @@ class Command:
         require_room(workload, Option(self.memory, self.offload, sharded), device, n_processes)
 
     def _make_env(self, rows: int) -> tuple[Any, list[int]]:
-        from wmpo_gym.evaluation.rollouts import make_rollout_env
+        from wmpo_gym.rollouts.rollout import make_rollout_env
 
         if self.env == "simulated":
             task = get_task(self.task)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from wmpo_gym.cli.common import Flat, load_episodes, load_world
-from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.reward.training import ClassifierTraining, train_classifier
+from wmpo_gym.utils.config import keep_settings
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Command:
 
     def run(self) -> None:
         """Train and save."""
-        from wmpo_gym.progress import progress_bar
+        from wmpo_gym.utils.progress import progress_bar
 
         task = task_of(self.task, self.episodes)
         episodes = load_episodes(self.episodes, task)
@@ -97,9 +97,9 @@ class Command:
 
     def _start(self, kwargs: dict[str, Any]) -> VLAPolicy:
         """The policy to go on from, if the device has room to train it."""
-        from wmpo_gym.evaluation.capacity import require_room
-        from wmpo_gym.evaluation.estimate import Option
-        from wmpo_gym.evaluation.workload import saved_workload
+        from wmpo_gym.capacity.estimate import Option
+        from wmpo_gym.capacity.fit import require_room
+        from wmpo_gym.capacity.workload import saved_workload
 
         assert self.policy is not None
         at_once = self.memory.micro_batch or self.settings.batch

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from wmpo_gym.cli.common import Flat, load_episodes, load_world, split_episodes, task_of
-from wmpo_gym.data.atomic import read_json, write_json_atomic
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.tasks import Task
-from wmpo_gym.world.motion import learn_motion, state_to_follow
+from wmpo_gym.utils.config import keep_settings
+from wmpo_gym.utils.io import read_json, write_json_atomic
+from wmpo_gym.world.proprio import learn_motion, state_to_follow
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Command:
     def _new_world(self, task: Task, episodes: list[Episode], state_dim: int) -> World:
         import torch
 
-        from wmpo_gym.world.autoencoder import LatentAutoencoder, PixelAutoencoder
+        from wmpo_gym.world.networks.autoencoder import LatentAutoencoder, PixelAutoencoder
         from wmpo_gym.world.world import StartFrames, World, WorldConfig
 
         autoencoder: Any = (
@@ -122,8 +122,8 @@ class Command:
         )
 
     def _new_network(self, task: Task, autoencoder: Any, state_dim: int) -> nn.Module:
-        from wmpo_gym.world.conv import ConvWorldModel
-        from wmpo_gym.world.stdit import STDiT
+        from wmpo_gym.world.networks.conv import ConvWorldModel
+        from wmpo_gym.world.networks.stdit import STDiT
 
         given = read_json(self.network_config) if self.network_config else {}
         shared = {"context_frames": self.context_frames, "chunk": task.chunk, "action_dim": task.action_dim}
@@ -162,8 +162,8 @@ class Command:
 
 def _judge(world: World, held: list[Episode], logs: Path, step: int) -> dict[str, float]:
     """Figures at a checkpoint; the whole table goes to quality.json and the pictures to samples/."""
-    from wmpo_gym.evaluation.video import save_video
     from wmpo_gym.evaluation.world_quality import sample_video, world_quality
+    from wmpo_gym.report.video import save_video
 
     quality = world_quality(world, held)
     write_json_atomic(logs / "quality.json", {"step": step, **quality})

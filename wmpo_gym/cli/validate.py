@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from wmpo_gym.cli.common import load_episodes, load_policy, load_world
-from wmpo_gym.data.atomic import read_json, write_json_atomic
+from wmpo_gym.utils.io import read_json, write_json_atomic
 
 
 @dataclass(frozen=True)

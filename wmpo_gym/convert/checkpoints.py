@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wmpo_gym.data.atomic import ArtifactError, load_safetensors, read_json
-from wmpo_gym.progress import progress_bar
+from wmpo_gym.utils.io import ArtifactError, load_safetensors, read_json
+from wmpo_gym.utils.progress import progress_bar
 
 WRAPPERS = ("rm_model_state_dict", "model_state_dict", "state_dict", "model")
 """Keys under which training scripts put a state dict beside other things."""
@@ -248,8 +248,8 @@ def available_memory() -> int | None:
 def copy_safetensors(path: str | Path, tensors: Mapping[str, Tensor], *, desc: str = "writing") -> None:
     """Write a safetensors file, one tensor in memory at a time.
 
-    :func:`~wmpo_gym.data.atomic.save_safetensors` holds all of them, which for a 7B policy is 15 GB. To be
-    used inside :func:`~wmpo_gym.data.atomic.write_dir_atomic`.
+    :func:`~wmpo_gym.utils.io.save_safetensors` holds all of them, which for a 7B policy is 15 GB. To be
+    used inside :func:`~wmpo_gym.utils.io.write_dir_atomic`.
 
     Args:
         path: The file.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from wmpo_gym.data.atomic import ArtifactError
+from wmpo_gym.utils.io import ArtifactError
 from wmpo_gym.world.flow import RELEASE_CONTEXT_NOISE
 
 T = TypeVar("T")

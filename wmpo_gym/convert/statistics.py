@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from wmpo_gym.convert.released import ACTION_BOUNDS, ReleasedTask
-from wmpo_gym.data.atomic import ArtifactError, read_json
 from wmpo_gym.policies.tokens import unnormalise_actions
+from wmpo_gym.utils.io import ArtifactError, read_json
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wmpo_gym.convert.checkpoints import check_disk, check_layout, check_memory, read_weights, size_of
+from wmpo_gym.convert.published import dead_layout, from_published, published_layout
 from wmpo_gym.convert.released import (
     NORMALISATIONS,
     Converted,
@@ -20,13 +21,12 @@ from wmpo_gym.convert.released import (
     check_path_names_task,
 )
 from wmpo_gym.convert.statistics import ActionStatistics, read_statistics
-from wmpo_gym.data.atomic import ArtifactError, read_json
 from wmpo_gym.reward.videomae import VideoMAESuccessClassifier, rename_published_keys
 from wmpo_gym.tasks import StartStates, Task
-from wmpo_gym.world.autoencoder import SDXL_SCALING, LatentAutoencoder
+from wmpo_gym.utils.io import ArtifactError, read_json
 from wmpo_gym.world.flow import RectifiedFlow
-from wmpo_gym.world.published import dead_layout, from_published, published_layout
-from wmpo_gym.world.stdit import CONFIGS, STDiT
+from wmpo_gym.world.networks.autoencoder import SDXL_SCALING, LatentAutoencoder
+from wmpo_gym.world.networks.stdit import CONFIGS, STDiT
 from wmpo_gym.world.world import StartFrames, World, WorldConfig
 
 if TYPE_CHECKING:

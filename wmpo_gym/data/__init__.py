@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from wmpo_gym.data.atomic import (
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.store import BrokenEpisodeError, EpisodeStore, load_episode, save_episode
+from wmpo_gym.utils.io import (
     ArtifactError,
     WriteError,
     load_safetensors,
@@ -11,8 +13,6 @@ from wmpo_gym.data.atomic import (
     write_dir_atomic,
     write_json_atomic,
 )
-from wmpo_gym.data.episode import Episode
-from wmpo_gym.data.store import BrokenEpisodeError, EpisodeStore, load_episode, save_episode
 
 __all__ = [
     "ArtifactError",

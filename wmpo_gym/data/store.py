@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from wmpo_gym.data.atomic import (
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.utils.io import (
     ArtifactError,
     load_safetensors,
     plain,
@@ -28,7 +29,6 @@ from wmpo_gym.data.atomic import (
     write_dir_atomic,
     write_json_atomic,
 )
-from wmpo_gym.data.episode import Episode
 
 logger = logging.getLogger(__name__)
 

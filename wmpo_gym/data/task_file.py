@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wmpo_gym.data.atomic import ArtifactError, read_json
 from wmpo_gym.tasks import TASKS, Task, get_task
+from wmpo_gym.utils.io import ArtifactError, read_json
 
 TASK_FILE = "task.json"
 

@@ -9,34 +9,34 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "Agreement": "statistics",
-    "Clip": "report",
-    "EvalProtocol": "protocol",
-    "GateResult": "gates",
-    "Report": "report",
-    "Rollouts": "rollouts",
-    "build_results": "results",
-    "collect_episodes": "rollouts",
-    "choose_clips": "report",
-    "compare_with_twin": "twin",
-    "evaluate_policy_on": "rollouts",
-    "gates_text": "gates",
-    "hallucination_gap": "statistics",
-    "imagine_full_horizon": "imagining",
-    "load_result": "protocol",
-    "measure_learnable": "validation",
-    "paired_difference": "statistics",
-    "precision_recall": "statistics",
-    "print_table": "results",
-    "replay": "twin",
-    "rollout": "rollouts",
-    "save_result": "protocol",
-    "save_video": "video",
-    "success_rate": "statistics",
-    "twin_agreement": "twin",
-    "validate": "validation",
-    "wilson_interval": "statistics",
-    "write_report": "report",
+    "Agreement": "wmpo_gym.statistics",
+    "Clip": "wmpo_gym.report.report",
+    "EvalProtocol": "wmpo_gym.rollouts.protocol",
+    "GateResult": "wmpo_gym.evaluation.gates",
+    "Report": "wmpo_gym.report.report",
+    "Rollouts": "wmpo_gym.rollouts.rollout",
+    "build_results": "wmpo_gym.report.results",
+    "collect_episodes": "wmpo_gym.rollouts.rollout",
+    "choose_clips": "wmpo_gym.report.report",
+    "compare_with_twin": "wmpo_gym.evaluation.twin",
+    "evaluate_policy_on": "wmpo_gym.rollouts.rollout",
+    "gates_text": "wmpo_gym.evaluation.gates",
+    "hallucination_gap": "wmpo_gym.statistics",
+    "imagine_full_horizon": "wmpo_gym.rollouts.imagined",
+    "load_result": "wmpo_gym.rollouts.protocol",
+    "measure_learnable": "wmpo_gym.evaluation.validation",
+    "paired_difference": "wmpo_gym.statistics",
+    "precision_recall": "wmpo_gym.statistics",
+    "print_table": "wmpo_gym.report.results",
+    "replay": "wmpo_gym.evaluation.twin",
+    "rollout": "wmpo_gym.rollouts.rollout",
+    "save_result": "wmpo_gym.rollouts.protocol",
+    "save_video": "wmpo_gym.report.video",
+    "success_rate": "wmpo_gym.statistics",
+    "twin_agreement": "wmpo_gym.evaluation.twin",
+    "validate": "wmpo_gym.evaluation.validation",
+    "wilson_interval": "wmpo_gym.statistics",
+    "write_report": "wmpo_gym.report.report",
 }
 
 __all__ = sorted(_HOMES)
@@ -45,7 +45,7 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from wmpo_gym.data.atomic import plain
 from wmpo_gym.envs.simulated import make_simulator
-from wmpo_gym.evaluation import results
-from wmpo_gym.evaluation.statistics import Agreement, paired_difference, success_rate
 from wmpo_gym.evaluation.twin import Replay, replay
+from wmpo_gym.report import results
+from wmpo_gym.statistics import Agreement, paired_difference, success_rate
 from wmpo_gym.tasks import Task
+from wmpo_gym.utils.io import plain
 
 GATES = ("physics", "learnable", "faithful", "honest")
 MAX_FLIPS = 0.10  # share of outcomes that a displacement of DISPLACEMENT_PX may change

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from wmpo_gym.evaluation.statistics import success_rate
 from wmpo_gym.evaluation.twin import simulate_full_horizon
+from wmpo_gym.statistics import success_rate
 from wmpo_gym.tasks import Task, get_task
 
 Contacts = Sequence[str | None]
@@ -42,7 +42,7 @@ def measure_self_correction(
 
     Args:
         task: Task whose simulator has a ``contact``.
-        policy: See :func:`~wmpo_gym.evaluation.acting.acting`.
+        policy: See :func:`~wmpo_gym.rollouts.policy_runner.acting`.
         start_state_ids: Where to start.
         seed: Root seed of the sampling.
         deterministic: Greedy actions.

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from wmpo_gym.envs.simulated import make_simulator
-from wmpo_gym.evaluation.acting import acting
-from wmpo_gym.evaluation.imagining import NEVER, Imagined, check_full_horizon, imagine_full_horizon
 from wmpo_gym.evaluation.locate import object_error
-from wmpo_gym.evaluation.statistics import Agreement, precision_recall
-from wmpo_gym.progress import progress_bar
+from wmpo_gym.rollouts.imagined import NEVER, Imagined, check_full_horizon, imagine_full_horizon
+from wmpo_gym.rollouts.policy_runner import acting
+from wmpo_gym.statistics import Agreement, precision_recall
 from wmpo_gym.tasks import Task, get_task
+from wmpo_gym.utils.progress import progress_bar
 from wmpo_gym.world.world import World
 
 
@@ -95,7 +95,7 @@ def compare_with_twin(
 
     Args:
         world: The world to judge.
-        policy: See :func:`~wmpo_gym.evaluation.acting.acting`.
+        policy: See :func:`~wmpo_gym.rollouts.policy_runner.acting`.
         start_state_ids: Start states of the task, of any split; the simulator renders their first frames.
         seed: Root seed.
         deterministic: Greedy actions.
@@ -205,7 +205,7 @@ def simulate_full_horizon(
 
     Args:
         task: Task or its name.
-        policy: See :func:`~wmpo_gym.evaluation.acting.acting`.
+        policy: See :func:`~wmpo_gym.rollouts.policy_runner.acting`.
         start_state_ids: Where to start.
         seed: Root seed of the sampling.
         deterministic: Greedy actions.

@@ -20,10 +20,10 @@ from wmpo_gym.evaluation.gates import (
     learnable_gate,
     physics_gate,
 )
-from wmpo_gym.evaluation.imagining import NEVER, Imagined, imagine_actions, imagine_episodes
 from wmpo_gym.evaluation.locate import object_error
-from wmpo_gym.evaluation.statistics import paired_difference, precision_recall
 from wmpo_gym.evaluation.twin import TwinComparison, compare_with_twin, simulate_full_horizon
+from wmpo_gym.rollouts.imagined import NEVER, Imagined, imagine_actions, imagine_episodes
+from wmpo_gym.statistics import paired_difference, precision_recall
 from wmpo_gym.tasks import Task
 from wmpo_gym.world.world import World
 
@@ -203,7 +203,7 @@ def measure_learnable(
     """
     from wmpo_gym.algorithms.grpo import GRPO
     from wmpo_gym.evaluation.learning import grpo_from_policy
-    from wmpo_gym.evaluation.rollouts import evaluate_policy_on, make_rollout_env
+    from wmpo_gym.rollouts.rollout import evaluate_policy_on, make_rollout_env
 
     def outcomes(candidate: Any) -> np.ndarray:
         return evaluate_policy_on(

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wmpo_gym.data.atomic import ArtifactError, read_json, write_json_atomic
 from wmpo_gym.policies.processor import LOCAL_TOKENIZER, copy_tokenizer
 from wmpo_gym.policies.vla_config import VLAConfig
+from wmpo_gym.utils.io import ArtifactError, read_json, write_json_atomic
 
 FORMAT_VERSION = 1
 

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from wmpo_gym.data.atomic import ArtifactError
 from wmpo_gym.policies.vla import VLAConfig
+from wmpo_gym.utils.io import ArtifactError
 
 PLACEHOLDER = -1
 LOCAL_TOKENIZER = "tokenizer"

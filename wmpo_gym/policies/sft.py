@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from wmpo_gym.data.atomic import (
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.optimizer_state import pack_optimizer, unpack_optimizer
+from wmpo_gym.policies.base import changing_weights, load_changing_weights
+from wmpo_gym.policies.vla import VLAConfig
+from wmpo_gym.policies.vla_policy import VLAPolicy, make_spaces
+from wmpo_gym.tasks import Symmetry, Task, get_task
+from wmpo_gym.utils.io import (
     load_safetensors,
     mend_dir,
     plain,
@@ -21,12 +27,6 @@ from wmpo_gym.data.atomic import (
     write_dir_atomic,
     write_json_atomic,
 )
-from wmpo_gym.data.episode import Episode
-from wmpo_gym.data.optimizer_state import pack_optimizer, unpack_optimizer
-from wmpo_gym.policies.base import changing_weights, load_changing_weights
-from wmpo_gym.policies.vla import VLAConfig
-from wmpo_gym.policies.vla_policy import VLAPolicy, make_spaces
-from wmpo_gym.tasks import Symmetry, Task, get_task
 
 Progress = Callable[[int, int, dict[str, float]], None]
 CHECKPOINT_EVERY = 100  # steps

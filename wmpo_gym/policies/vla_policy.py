@@ -15,7 +15,6 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from wmpo_gym.data.atomic import plain, save_safetensors, write_dir_atomic
 from wmpo_gym.policies.base import GroupPolicy, Observation
 from wmpo_gym.policies.card import read_policy_card, write_policy_card
 from wmpo_gym.policies.processor import InstructionTable, prepare_images
@@ -34,6 +33,7 @@ from wmpo_gym.policies.weights import (
     save_adapters,
     store_weights,
 )
+from wmpo_gym.utils.io import plain, save_safetensors, write_dir_atomic
 
 NAMED_CONFIGS = {"tiny": VLAConfig.tiny, "openvla-oft-7b": VLAConfig.openvla_oft_7b}
 # Layers whose output depends on chance or on the rest of the batch while training.

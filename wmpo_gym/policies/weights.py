@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from wmpo_gym.data.atomic import ArtifactError, load_safetensors, plain, save_safetensors, sha256
 from wmpo_gym.policies.vla import VLAConfig, VLANetwork
+from wmpo_gym.utils.io import ArtifactError, load_safetensors, plain, save_safetensors, sha256
 
 PRECISIONS = ("float32", "bf16")
 WEIGHTS, ADAPTERS = "model.safetensors", "adapters.safetensors"

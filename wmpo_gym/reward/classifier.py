@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wmpo_gym.data.atomic import (
+from wmpo_gym.reward.calibration import Calibration
+from wmpo_gym.reward.data import check_window_fits, first_success
+from wmpo_gym.utils.io import (
     ArtifactError,
     load_safetensors,
     read_json,
@@ -20,8 +22,6 @@ from wmpo_gym.data.atomic import (
     write_dir_atomic,
     write_json_atomic,
 )
-from wmpo_gym.reward.calibration import Calibration
-from wmpo_gym.reward.windows import check_window_fits, first_success
 
 FORMAT_VERSION = 1
 SCORED_AT_ONCE = 32  # frames of a recorded episode; bounds the memory of large pictures
@@ -236,7 +236,7 @@ class SuccessClassifier(nn.Module, abc.ABC):
         return torch.cat(probs).cpu().numpy()
 
     def decide(self, frames: Tensor | np.ndarray, task_id: int) -> tuple[bool, int]:
-        """Success and finish step of one episode; see :func:`~wmpo_gym.reward.windows.first_success`."""
+        """Success and finish step of one episode; see :func:`~wmpo_gym.reward.data.first_success`."""
         return first_success(self.scores(frames, task_id), self.threshold)
 
     def _frames(self, frames: Tensor | np.ndarray, ndim: int) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wmpo_gym.layers import RowLinear
 from wmpo_gym.reward.classifier import SuccessClassifier
+from wmpo_gym.utils.layers import RowLinear
 
 
 class ConvSuccessClassifier(SuccessClassifier):

@@ -17,7 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wmpo_gym.data.atomic import (
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.optimizer_state import pack_slots, unpack_slots
+from wmpo_gym.reward.calibration import assess, calibrate, split_episodes
+from wmpo_gym.reward.classifier import KINDS, SuccessClassifier
+from wmpo_gym.reward.data import ClipTable, augment, check_window_fits
+from wmpo_gym.tasks import Task, get_task
+from wmpo_gym.utils.io import (
     load_safetensors,
     mend_dir,
     read_json,
@@ -25,13 +31,7 @@ from wmpo_gym.data.atomic import (
     write_dir_atomic,
     write_json_atomic,
 )
-from wmpo_gym.data.episode import Episode
-from wmpo_gym.data.optimizer_state import pack_slots, unpack_slots
-from wmpo_gym.progress import progress_bar
-from wmpo_gym.reward.calibration import assess, calibrate, split_episodes
-from wmpo_gym.reward.classifier import KINDS, SuccessClassifier
-from wmpo_gym.reward.windows import ClipTable, augment, check_window_fits
-from wmpo_gym.tasks import Task, get_task
+from wmpo_gym.utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

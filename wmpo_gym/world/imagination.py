@@ -17,7 +17,7 @@ from torch import Tensor
 from wmpo_gym.world.flow import RectifiedFlow, WorldNetwork
 
 if TYPE_CHECKING:
-    from wmpo_gym.world.autoencoder import Autoencoder
+    from wmpo_gym.world.networks.autoencoder import Autoencoder
     from wmpo_gym.world.world import World
 
 Index = Tensor | np.ndarray | slice | list[int]

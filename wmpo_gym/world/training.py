@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wmpo_gym.data.atomic import (
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.tasks import Task
+from wmpo_gym.utils.io import (
     load_safetensors,
     mend_dir,
     read_json,
@@ -23,12 +25,10 @@ from wmpo_gym.data.atomic import (
     write_dir_atomic,
     write_json_atomic,
 )
-from wmpo_gym.data.episode import Episode
-from wmpo_gym.progress import progress_bar
-from wmpo_gym.tasks import Task
+from wmpo_gym.utils.progress import progress_bar
 from wmpo_gym.world.objectives import ChunkObjective, PatchCritic
 from wmpo_gym.world.optimizers import JointOptimizer
-from wmpo_gym.world.streams import ChunkBatch, EpisodeStreams
+from wmpo_gym.world.sampler import ChunkBatch, EpisodeStreams
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wmpo_gym.data.atomic import (
+from wmpo_gym.tasks import TASKS, Task
+from wmpo_gym.utils.io import (
     ArtifactError,
     load_safetensors,
     read_json,
@@ -29,7 +30,6 @@ from wmpo_gym.data.atomic import (
     write_dir_atomic,
     write_json_atomic,
 )
-from wmpo_gym.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from wmpo_gym.reward.classifier import SuccessClassifier
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 FIRST_KEYFRAME_ID = 10**9  # above all start states
 COMPONENTS = {
-    "ConvWorldModel": "wmpo_gym.world.conv",
-    "STDiT": "wmpo_gym.world.stdit",
-    "PixelAutoencoder": "wmpo_gym.world.autoencoder",
-    "LatentAutoencoder": "wmpo_gym.world.autoencoder",
+    "ConvWorldModel": "wmpo_gym.world.networks.conv",
+    "STDiT": "wmpo_gym.world.networks.stdit",
+    "PixelAutoencoder": "wmpo_gym.world.networks.autoencoder",
+    "LatentAutoencoder": "wmpo_gym.world.networks.autoencoder",
     "ConvSuccessClassifier": "wmpo_gym.reward.conv",
     "VideoMAESuccessClassifier": "wmpo_gym.reward.videomae",
 }
@@ -126,7 +126,8 @@ class World:
 
     Attributes:
         task: The task.
-        network: :class:`~wmpo_gym.world.conv.ConvWorldModel` or :class:`~wmpo_gym.world.stdit.STDiT`.
+        network: :class:`~wmpo_gym.world.networks.conv.ConvWorldModel` or
+            :class:`~wmpo_gym.world.networks.stdit.STDiT`.
         autoencoder: Maps frames to what the network works on.
         classifier: Success classifier; None in a world that is only pre-trained and cannot reward.
         start_frames: Where imagined episodes start.

@@ -18,13 +18,13 @@ from typing import Any
 import av
 import numpy as np
 
-from wmpo_gym.data.atomic import write_dir_atomic, write_json_atomic
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.importers.base import needs
 from wmpo_gym.data.importers.lerobot import STATE
 from wmpo_gym.data.statistics import from_unit
-from wmpo_gym.progress import progress_bar
 from wmpo_gym.tasks import Task
+from wmpo_gym.utils.io import write_dir_atomic, write_json_atomic
+from wmpo_gym.utils.progress import progress_bar
 
 CODEBASE_VERSION = "v3.0"
 FILES_PER_CHUNK, DATA_FILE_MB, VIDEO_FILE_MB = 1000, 100, 200  # a file this large is followed by another

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from wmpo_gym.data.atomic import ArtifactError
 from wmpo_gym.data.images import resize_area
+from wmpo_gym.utils.io import ArtifactError
 
 BLOCK = 64  # pictures resized at once
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from wmpo_gym.data.atomic import read_json
 from wmpo_gym.data.importers.base import (
     EpisodeFault,
     Outline,
@@ -31,6 +30,7 @@ from wmpo_gym.data.importers.base import (
     zero_or_one,
 )
 from wmpo_gym.data.video import decode_picture, read_frames
+from wmpo_gym.utils.io import read_json
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 STATE = "observation.state"

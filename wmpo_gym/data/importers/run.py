@@ -27,19 +27,19 @@ from typing import Any
 
 import numpy as np
 
-from wmpo_gym.data.atomic import plain, read_json, write_json_atomic
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.importers.base import EpisodeFault, Outline, Source, SourceError
 from wmpo_gym.data.importers.lerobot import LeRobotSource
 from wmpo_gym.data.importers.robomimic import RobomimicSource
 from wmpo_gym.data.importers.settings import ImportReport, ImportSettings
 from wmpo_gym.data.importers.wmpo_shards import WMPOSource
-from wmpo_gym.data.settings import keep_settings
 from wmpo_gym.data.statistics import ActionStatistics, to_unit
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.data.task_file import TASK_FILE
-from wmpo_gym.progress import progress_bar
 from wmpo_gym.tasks import TASKS, StartStates, Task
+from wmpo_gym.utils.config import keep_settings
+from wmpo_gym.utils.io import plain, read_json, write_json_atomic
+from wmpo_gym.utils.progress import progress_bar
 
 FORMATS: dict[str, type[Any]] = {
     "robomimic": RobomimicSource,

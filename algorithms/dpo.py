@@ -1,0 +1,286 @@
+"""Direct Preference Optimization from pairs of rollouts: the paper's offline baseline."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from wmpo_gym.algorithms.group_algorithm import NO_LIMIT, GroupAlgorithm
+from wmpo_gym.algorithms.preferences import pair_gain, preference_loss, preference_pairs
+from wmpo_gym.algorithms.trajectories import Trajectories
+from wmpo_gym.policies.base import GroupPolicy
+
+logger = logging.getLogger(__name__)
+
+ROUNDING = 1e-4  # nats; before the first step every margin is zero but for rounding
+
+SelfDPO = TypeVar("SelfDPO", bound="DPO")
+
+
+class DPO(GroupAlgorithm):
+    """Direct Preference Optimization (arXiv 2305.18290) of whole episodes, as in WMPO's comparison (§4.1).
+
+    One iteration collects groups of rollouts from common start states with the policy as it is, pairs every
+    success with failures of its own group, and raises the success's log-probability against the failure's,
+    both measured from the policy that made them: the log-probabilities noted while sampling are the
+    reference, and no second model is kept. With ``max_iterations=1`` all rollouts come from the policy that
+    training starts with, which is the paper's offline baseline; more iterations collect anew each time.
+
+    DPO lowers the likelihood of failures without bound and destroys a policy when it goes on too long.
+    Therefore some groups are held back, and the weights kept are those with the lowest loss on them; if that
+    never falls below indifference (log 2) the policy stays as it was. A lower loss does not have to mean more
+    successes; a subclass that can afford to measure them overrides :meth:`score`.
+
+    Args:
+        policy: See :class:`~wmpo_gym.algorithms.group_algorithm.GroupAlgorithm` for this and every
+            argument that is not listed here.
+        env: See there.
+        learning_rate: A number or a schedule.
+        beta: How strongly the policy is held to its reference; larger holds more.
+        sft_weight: Weight of the winners' negative log-likelihood per token, which keeps them from losing
+            probability together with the failures (arXiv 2404.19733, eq. 1); 0 is plain DPO.
+        failures_per_success: Pairs that each success forms, with different failures of its group.
+        batch_size: Pairs per optimizer step.
+        micro_batch_size: Pairs per forward pass, None for the whole minibatch; does not change the gradient.
+        n_epochs: Most passes over the pairs of an iteration.
+        patience: Passes without a lower held-out loss after which an iteration ends.
+        validation_share: Share of the groups that is held back; 0 holds back none and keeps the last weights.
+        max_grad_norm: Gradients are scaled down to this norm.
+
+    Attributes:
+        history: One dictionary of logged numbers per iteration.
+        budget: What training has spent (:class:`~wmpo_gym.envs.ledger.Ledger`).
+    """
+
+    resume_settings: ClassVar[tuple[str, ...]] = (
+        *GroupAlgorithm.resume_settings,
+        *"beta sft_weight failures_per_success batch_size micro_batch_size n_epochs patience".split(),
+        *"validation_share max_grad_norm".split(),
+    )
+
+    def __init__(
+        self,
+        policy: str | type[GroupPolicy] = "VLAPolicy",
+        env: str | gym.vector.VectorEnv | VecEnv | None = None,
+        learning_rate: float | Schedule = 1e-5,
+        group_size: int = 8,
+        n_groups: int | None = None,
+        beta: float = 0.1,
+        sft_weight: float = 0.0,
+        failures_per_success: int = 4,
+        batch_size: int = 32,
+        micro_batch_size: int | None = 16,
+        n_epochs: int = 40,
+        patience: int = 5,
+        validation_share: float = 0.2,
+        max_grad_norm: float = 1.0,
+        success_bounds: tuple[float, float] | None = (0.1, 0.9),
+        max_extra_waves: int = 4,
+        start_state_ids: Sequence[int] | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_interval: int = 1,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        counts = {
+            "failures_per_success": failures_per_success,
+            "batch_size": batch_size,
+            "n_epochs": n_epochs,
+            "patience": patience,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}.")
+        if not beta > 0:
+            raise ValueError(f"beta must be above 0, got {beta}.")
+        if not sft_weight >= 0:
+            raise ValueError(f"sft_weight must not be negative, got {sft_weight}.")
+        if not 0 <= validation_share < 1:
+            raise ValueError(f"validation_share must lie in [0, 1), got {validation_share}.")
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            group_size=group_size,
+            n_groups=n_groups,
+            success_bounds=success_bounds,
+            max_extra_waves=max_extra_waves,
+            start_state_ids=start_state_ids,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_interval=checkpoint_interval,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        self.beta = beta
+        self.sft_weight = sft_weight
+        self.failures_per_success = failures_per_success
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.n_epochs = n_epochs
+        self.patience = patience
+        self.validation_share = validation_share
+        self.max_grad_norm = max_grad_norm
+        if _init_setup_model:
+            self._setup_model()
+
+    def train(self, rollouts: Trajectories) -> None:
+        """Learn from the pairs of one iteration; the policy is unchanged if there are none."""
+        successes, group_ids = self._outcomes(rollouts)
+        pairs = preference_pairs(successes, group_ids, self.failures_per_success, self.group_rng)
+        self.logger.record("rollout/n_pairs", len(pairs))
+        if not len(pairs):
+            logger.warning("Iteration %d: no success has a failure beside it to learn from.", self._iteration)
+            return
+        training, held_out = self._split(pairs, group_ids)
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        best, best_score, best_epoch = self._weights(), self._agreed_score(rollouts, held_out), 0
+        figures: dict[str, float] = {}
+        for epoch in range(1, self.n_epochs + 1):
+            figures = self._epoch(rollouts, training)
+            score = self._agreed_score(rollouts, held_out)
+            if score is None or best_score is None:
+                continue
+            figures["validation_score"] = score
+            if score > best_score:
+                best, best_score, best_epoch = self._weights(), score, epoch
+            elif epoch - best_epoch >= self.patience:
+                break
+        if best_score is not None:
+            self.policy.load_state_dict(best)
+            figures |= {"best_validation_score": best_score, "best_epoch": best_epoch}
+        self.policy.set_training_mode(False)
+        for name, value in {**figures, "epochs": epoch, "n_updates": self._n_updates}.items():
+            self.logger.record(f"train/{name}", value)
+
+    def score(self, rollouts: Trajectories, held_out: th.Tensor) -> float | None:
+        """How good the present weights are, higher is better; asked before the first pass and after each.
+
+        Args:
+            rollouts: Those of the iteration.
+            held_out: Pairs ``(P, 2)`` not to be trained on, by their place among the rollouts of all ranks.
+
+        Returns:
+            Minus the loss on the held-out pairs, or None without any; with None the last weights are kept.
+        """
+        return -self._held_out_loss(rollouts, held_out) if len(held_out) else None
+
+    def _agreed_score(self, rollouts: Trajectories, held_out: th.Tensor) -> float | None:
+        """The main rank's score; others may round otherwise."""
+        return self.ranks.gather(self.score(rollouts, held_out))[0]
+
+    def _outcomes(self, rollouts: Trajectories) -> tuple[th.Tensor, th.Tensor]:
+        """Successes and group ids of the rollouts of all ranks, in the order of their places."""
+        if self.ranks.size == 1 or rollouts.places is None:
+            return rollouts.successes, rollouts.group_ids
+        parts = zip(*self.ranks.gather((rollouts.places, rollouts.successes)), strict=True)
+        places, successes = (th.cat(part) for part in parts)
+        return successes[places.argsort()], places.sort().values // self.group_size
+
+    def _weights(self) -> dict[str, th.Tensor]:
+        return copy.deepcopy(self.policy.state_dict())
+
+    def _split(self, pairs: th.Tensor, group_ids: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """Pairs to train on and pairs of groups held back; at least one group stays for training."""
+        group = group_ids[pairs[:, 0]]
+        groups = th.unique(group).numpy()
+        wanted = math.ceil(self.validation_share * len(groups))
+        held = self.group_rng.permutation(groups)[: min(wanted, len(groups) - 1)]
+        back = th.isin(group, th.as_tensor(held))
+        return pairs[~back], pairs[back]
+
+    def _epoch(self, rollouts: Trajectories, pairs: th.Tensor) -> dict[str, float]:
+        """One pass over the pairs in random order; means over its optimizer steps."""
+        order = th.as_tensor(self.group_rng.permutation(len(pairs)))
+        steps = [self._update(rollouts, pairs[index]) for index in order.split(self.batch_size)]
+        return {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
+
+    def _update(self, rollouts: Trajectories, pairs: th.Tensor) -> dict[str, float]:
+        """One optimizer step on a minibatch of pairs ``(P, 2)``."""
+        self.policy.optimizer.zero_grad()
+        total, n_tokens = {"loss": 0.0, "pair_accuracy": 0.0, "margin": 0.0}, rollouts.token_counts()
+        parts = self._micro_batches(rollouts, pairs)
+        n_short = self._passes_short(len(parts))
+        for part in parts:
+            winner, loser = self._gains(rollouts, part)
+            loss = preference_loss(winner, loser, self.beta).sum() / len(pairs)
+            if self.sft_weight:
+                # The reference's share of the log-likelihood is constant and left out.
+                per_token = winner / n_tokens[part[:, 0]].to(winner)
+                loss = loss - self.sft_weight * per_token.sum() / len(pairs)
+            self._backward(loss)
+            margin = (winner - loser).detach()
+            total["loss"] += loss.item()
+            total["pair_accuracy"] += (margin > ROUNDING).float().sum().item() / len(pairs)
+            total["margin"] += margin.sum().item() / len(pairs)
+        self._blank_passes(n_short, rollouts)
+        return {**self.ranks.add(total), "grad_norm": self._step_optimizer(self.max_grad_norm)}
+
+    def _micro_batches(self, rollouts: Trajectories, pairs: th.Tensor) -> tuple[th.Tensor, ...]:
+        """The pairs whose group is this rank's, by their index among its rollouts, some at a time."""
+        if self.ranks.size > 1 and rollouts.places is not None:
+            here = th.isin(pairs, rollouts.places).all(1)
+            pairs = th.searchsorted(rollouts.places, pairs[here])
+        return pairs.split(self.micro_batch_size or len(pairs)) if len(pairs) else ()
+
+    def _gains(self, rollouts: Trajectories, pairs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """How much likelier than to the reference winners and losers are, in nats per episode: (P,) each."""
+        episodes, place = th.unique(pairs, return_inverse=True)
+        some = rollouts.select(episodes)
+        log_prob = self._log_prob(some.obs, some.traces)[0]
+        gain = pair_gain(log_prob, some.log_probs.to(self.device), some.token_mask.to(self.device), some.rows)
+        return gain[place[:, 0]], gain[place[:, 1]]
+
+    @th.no_grad()
+    def _held_out_loss(self, rollouts: Trajectories, pairs: th.Tensor) -> float:
+        self.policy.set_training_mode(False)
+        parts = self._micro_batches(rollouts, pairs)
+        n_short = self._passes_short(len(parts))
+        losses = [preference_loss(*self._gains(rollouts, part), self.beta) for part in parts]
+        self._blank_passes(n_short, rollouts)
+        self.policy.set_training_mode(True)
+        share = (th.cat(losses).sum() / len(pairs)).item() if losses else 0.0
+        return sum(self.ranks.gather(share))
+
+    def learn(
+        self: SelfDPO,
+        total_timesteps: int = NO_LIMIT,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "DPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+        max_iterations: int | None = None,
+        resume: bool = False,
+    ) -> SelfDPO:
+        """Collect rollouts, learn from their pairs, and again; see :meth:`GroupAlgorithm.learn`."""
+        return super().learn(
+            total_timesteps,
+            callback,
+            log_interval,
+            tb_log_name,
+            reset_num_timesteps,
+            progress_bar,
+            max_iterations,
+            resume,
+        )

@@ -1,0 +1,1 @@
+"""``wmpo bench``: how fast the environments and the world model run."""

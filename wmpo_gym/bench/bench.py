@@ -1,0 +1,302 @@
+"""How fast imagination is, where the time goes, what its shortcuts save, and the same table for the twin.
+
+Policies are left out: actions are random unless a policy is given, and its time never counts.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wmpo_gym.bench.peak import synchronizer
+from wmpo_gym.bench.shortcuts import REPEATS, RandomPolicy, bench_plain
+from wmpo_gym.bench.stopwatch import Stopwatch, Targets, timed_methods
+from wmpo_gym.bench.transformer import bench_transformer, cpu_imagination
+from wmpo_gym.report.results import aligned
+from wmpo_gym.rollouts.imagined import device_of
+from wmpo_gym.rollouts.protocol import installed_versions
+from wmpo_gym.rollouts.rollout import make_rollout_env
+from wmpo_gym.utils.progress import progress_bar
+from wmpo_gym.world.world import World
+
+if TYPE_CHECKING:
+    import torch
+
+ROWS = (1, 8, 64)
+
+
+def bench_imagined(
+    world: World, rows: int, *, repeats: int = REPEATS, seed: int = 0, **options: Any
+) -> dict[str, Any]:
+    """Speed of the imagined environment with everything on.
+
+    Args:
+        world: The world.
+        rows: Batch size.
+        repeats: Whole episodes of the batch.
+        seed: Seed of environment and actions.
+        **options: Of the environment: ``device``, ``dtype``, ``compile``.
+
+    Returns:
+        See :func:`bench_environment`; the parts are network, decoder, classifier and glue.
+    """
+    env = make_rollout_env("WMPO-Imagined-v0", rows, world=world, **options)
+    env.reset(seed=seed)  # takes the networks to their device
+    imagination = env.unwrapped._imagination  # type: ignore[attr-defined]
+    targets = [
+        (imagination.network, ("forward", "encode_context", "denoise"), "network"),
+        (imagination.autoencoder, ("encode", "decode"), "decoder"),
+        (world.classifier, ("start", "update"), "classifier"),
+    ]
+    result = bench_environment(
+        env, targets, repeats=repeats, seed=seed, synchronize=synchronizer(device_of(world))
+    )
+    nfe = world.config.denoising_steps
+    return result | {"nfe_per_chunk": nfe, "frames_per_second_times_nfe": result["frames_per_second"] * nfe}
+
+
+def bench_simulated(task: Any, rows: int, *, repeats: int = REPEATS, seed: int = 0) -> dict[str, Any]:
+    """Speed of the twin; the parts are physics, renderer and glue. Arguments as :func:`bench_imagined`."""
+    env = make_rollout_env("WMPO-Simulated-v0", rows, task=task)
+    env.reset(seed=seed)  # makes the simulators
+    simulators = env.unwrapped.simulators  # type: ignore[attr-defined]
+    targets = [
+        (s, names, part)
+        for s in simulators
+        for names, part in ((["step"], "physics"), (["render"], "renderer"))
+    ]
+    return bench_environment(env, targets, repeats=repeats, seed=seed)
+
+
+def bench_environment(
+    env: Any,
+    targets: Targets,
+    *,
+    repeats: int,
+    seed: int,
+    synchronize: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Step a batch with random actions.
+
+    Args:
+        env: Made with :func:`~wmpo_gym.rollouts.rollout.make_rollout_env`; is closed.
+        targets: What to time by name, see :func:`timed_methods`.
+        repeats: Whole episodes of the batch, after one to warm up.
+        seed: Seed of environment and actions.
+        synchronize: See :class:`Stopwatch`.
+
+    Returns:
+        ``frames_per_second`` (median over repeats, resets excluded) with its quartiles, ``chunk_ms_p50`` and
+        ``chunk_ms_p95`` per step of the whole batch, ``reset_ms`` (median), and ``split`` in shares of the
+        step time.
+    """
+    watch, inner = Stopwatch(synchronize), env.unwrapped
+    policy = RandomPolicy(inner.single_action_space.shape, seed)
+    chunk_seconds, reset_seconds, speeds = [], [], []
+    for repeat in range(-1, repeats):
+        if repeat == 0:
+            watch.seconds = dict.fromkeys(watch.seconds, 0.0)
+        began = time.perf_counter()
+        obs, _ = env.reset(seed=seed + repeat + 1)
+        synchronize()
+        reset = time.perf_counter() - began
+        frames, steps = _frames_made(inner), []
+        with timed_methods(targets, watch):
+            done = np.zeros(inner.num_envs, bool)
+            while not done.all():
+                actions = policy.predict(obs)[0]
+                began = time.perf_counter()
+                obs, _, terminated, truncated, _ = env.step(actions)
+                synchronize()
+                steps.append(time.perf_counter() - began)
+                done |= terminated | truncated
+        if repeat >= 0:
+            chunk_seconds += steps
+            reset_seconds.append(reset)
+            speeds.append((_frames_made(inner) - frames) / sum(steps))
+    env.close()
+    total = sum(chunk_seconds)
+    split = {part: seconds / total for part, seconds in watch.seconds.items()}
+    return {
+        "rows": inner.num_envs,
+        "frames_per_second": float(np.median(speeds)),
+        "frames_per_second_quartiles": np.percentile(speeds, [25, 75]).tolist(),
+        "chunk_ms_p50": 1000 * float(np.percentile(chunk_seconds, 50)),
+        "chunk_ms_p95": 1000 * float(np.percentile(chunk_seconds, 95)),
+        "reset_ms": 1000 * float(np.median(reset_seconds)),
+        "split": split | {"glue": 1.0 - sum(split.values())},
+    }
+
+
+def bench(
+    world: World,
+    policy: Any = None,
+    *,
+    rows: Sequence[int] = ROWS,
+    repeats: int = REPEATS,
+    simulated: bool = True,
+    transformer: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Everything above in one run.
+
+    Args:
+        world: The world.
+        policy: Whose episodes are timed in the comparisons with the plain way; None is random actions.
+        rows: Batch sizes.
+        repeats: Repeats of every measurement.
+        simulated: Measure the twin too.
+        transformer: Changes to :data:`~wmpo_gym.bench.transformer.CPU_STDIT` and its ``rows``.
+        seed: Root seed.
+        progress: Show a progress bar.
+        **options: Of the imagined environment: ``device``, ``dtype``, ``compile``.
+
+    Returns:
+        JSON-able. First what is asked for most: ``frames_per_second`` and ``split`` (largest batch of this
+        world), ``ratio_to_plain_bundled`` (this world), ``ratio_to_plain``, ``ratio_to_plain_few_step``,
+        ``max_abs_frame_difference`` and ``peak_fraction`` (the transformer). Then everything: ``imagined``
+        and ``simulated`` (one entry per batch size), ``plain``, ``transformer``, ``machine``.
+    """
+    result: dict[str, Any] = {"imagined": [], "simulated": []}
+    most = max(rows)
+
+    def compare() -> None:
+        result["plain"] = bench_plain(world, policy, rows=most, repeats=repeats, seed=seed, **options)
+
+    def compare_transformer() -> None:
+        size = {"rows": 16, **(transformer or {})}
+        n = size.pop("rows")
+        imagination = cpu_imagination(world, seed=seed, **size)
+        result["transformer"] = bench_transformer(
+            imagination, world.classifier, result["plain"]["finish"], world.task.horizon, rows=n, seed=seed
+        )
+
+    def measure(name: str, function: Callable[..., dict[str, Any]], what: Any, n: int, **more: Any) -> None:
+        result[name].append(function(what, n, repeats=repeats, seed=seed, **more))
+
+    jobs: list[Callable[[], None]] = []
+    jobs += [partial(measure, "imagined", bench_imagined, world, n, **options) for n in rows]
+    jobs += [partial(measure, "simulated", bench_simulated, world.task, n) for n in rows if simulated]
+    # First the plain way, which a heap that others have grown would spare what it costs by itself.
+    for job in progress_bar([compare, *jobs, compare_transformer], desc="bench", disable=not progress):
+        job()
+    largest = max(result["imagined"], key=lambda entry: entry["rows"])
+    ours = result["transformer"]
+    headline = {
+        "frames_per_second": largest["frames_per_second"],
+        "split": largest["split"],
+        "ratio_to_plain_bundled": result["plain"]["ratio"],
+        "ratio_to_plain": ours["ratio"],
+        "ratio_to_plain_few_step": ours["ratio_few_step"],
+        "max_abs_frame_difference": ours["largest_difference"],
+        "peak_fraction": ours["peak_fraction"],
+    }
+    return headline | result | {"machine": machine(device_of(world))}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a benchmark ran on, and how much of it was somebody else's."""
+    import torch
+
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": _load(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "peak_memory_mb": _peak_memory_mb(),
+        "versions": installed_versions(),
+    }
+
+
+def bench_text(result: Mapping[str, Any]) -> str:
+    """The result of :func:`bench` as tables to print."""
+    lines = []
+    for name in ("imagined", "simulated"):
+        entries = result.get(name)
+        if not entries:
+            continue
+        parts = list(entries[0]["split"])
+        rows: list[tuple[str, ...]] = [
+            (name, "frames/s", "quartiles", "ms/chunk p50", "p95", "reset ms", *(f"{p} %" for p in parts))
+        ]
+        for e in entries:
+            low, high = e["frames_per_second_quartiles"]
+            times = (f"{e[k]:.1f}" for k in ("chunk_ms_p50", "chunk_ms_p95", "reset_ms"))
+            shares = (f"{100 * e['split'][p]:.1f}" for p in parts)
+            speed = f"{e['frames_per_second']:,.0f}"
+            rows.append((f"{e['rows']} rows", speed, f"{low:,.0f} – {high:,.0f}", *times, *shares))
+        lines += [aligned(rows), ""]
+    plain = result["plain"]
+    lines.append(
+        f"plain way, this world: {plain['ratio']:.2f} times the time per episode (loop {plain['loop']:.2f}, "
+        f"kernels {plain['kernels']:.2f}); {100 * plain['plain_wasted_frames']:.0f} % of its frames come "
+        f"after the claim, {100 * plain['same_finish']:.1f} % of the episodes end at the same frame"
+    )
+    return "\n".join([*lines, *transformer_text(result["transformer"]), machine_text(result["machine"])])
+
+
+def transformer_text(t: Mapping[str, Any]) -> list[str]:
+    """Lines about the result of :func:`~wmpo_gym.bench.transformer.bench_transformer`."""
+    measured = (
+        ""
+        if t["executed_steps"] == t["denoising_steps"]
+        else (
+            f", {t['executed_steps']} of {t['denoising_steps']} denoising steps carried out, counted for all"
+        )
+    )
+    split = ", ".join(f"{part} {100 * share:.1f} %" for part, share in t["split"].items())
+    return [
+        f"transformer with random weights, {t['rows']} rows{measured}:",
+        f"  {t['frames_per_second']:.1f} frames/s with {t['denoising_steps']} steps ({split}), "
+        f"{t['frames_per_second_few_step']:.1f} with {t['few_steps']}",
+        f"  plain way: {t['ratio']:.2f} times the time per episode with as many steps (early stop "
+        f"{t['early_stop']:.2f}, cached context {t['cached_context']:.2f}, kernels {t['kernels']:.2f}), "
+        f"{t['ratio_few_step']:.1f} times that with {t['few_steps']}",
+        f"  largest difference of the frames {t['largest_difference']:.1e}; {t['gflops_per_second']:,.0f} "
+        f"GFLOP/s in a step, {100 * t['peak_fraction']:.0f} % of the machine's matmul peak",
+    ]
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """One line about the machine."""
+    return (
+        f"{machine['processor']}, {machine['threads']} thread(s) of {machine['cores']} cores, load "
+        f"{machine['load']:.1f}, {machine['device']}, peak memory {machine['peak_memory_mb']:,.0f} MB"
+    )
+
+
+def _frames_made(env: Any) -> int:
+    return env.ledger.imagined_frames + env.ledger.real_steps
+
+
+def _processor() -> str:
+    """Name of the processor as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _load() -> float:
+    """Mean number of processes that wanted a core in the last minute; NaN where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+
+
+def _peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, MB (Linux and macOS; NaN elsewhere)."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    unit = 1024**2 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,236 @@
+"""What the shortcuts of the imagined environment save against the plain way of the published loop.
+
+The plain way is what the published loop does (paper §3, and its code): it computes the context anew at every
+denoising step, imagines every episode to the horizon and all rows at once, and classifies all windows when
+that is over, every window preprocessed by itself. It calls PyTorch's own layers in PyTorch's own memory
+layout and leaves freed memory to the C library. It is spared what else the published loop pays: attention
+without a fused kernel, a second modulation of every frame in every block, a noised copy of the clip that
+nobody reads, and the policy, which is timed in neither way.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from wmpo_gym.bench.peak import synchronizer
+from wmpo_gym.bench.stopwatch import Stopwatch
+from wmpo_gym.envs.heap import keep_freed_memory, return_freed_memory
+from wmpo_gym.rollouts.imagined import device_of
+from wmpo_gym.rollouts.policy_runner import Act, acting
+from wmpo_gym.rollouts.rollout import make_rollout_env
+from wmpo_gym.utils.kernels import ordinary_kernels
+from wmpo_gym.world.world import World
+
+REPEATS = 5
+
+
+class RandomPolicy:
+    """Uniform actions in [-1, 1].
+
+    Args:
+        shape: ``(K, D)`` of an action chunk.
+        seed: Seed of the draws.
+    """
+
+    def __init__(self, shape: tuple[int, ...], seed: int = 0) -> None:
+        self.shape, self._rng = shape, np.random.default_rng(seed)
+
+    def predict(self, obs: Mapping[str, np.ndarray], deterministic: bool = False) -> tuple[np.ndarray, None]:
+        """One chunk per observation, and no state."""
+        return self._rng.uniform(-1, 1, (len(obs["task_id"]), *self.shape)).astype(np.float32), None
+
+
+@contextmanager
+def plain_way() -> Iterator[None]:
+    """Within this block nothing is done to be fast on a CPU."""
+    return_freed_memory()
+    try:
+        with ordinary_kernels():
+            yield
+    finally:
+        keep_freed_memory()
+
+
+class Uncached:
+    """A network without its fast path: it computes all frames whenever it is called."""
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the network itself."""
+        return self._network(*args, **kwargs)
+
+
+def bench_plain(
+    world: World, policy: Any = None, *, rows: int = 64, repeats: int = REPEATS, seed: int = 0, **options: Any
+) -> dict[str, Any]:
+    """What the environment saves against the plain way, in turn on the same batch of episodes.
+
+    Args:
+        world: The world.
+        policy: Whose actions; None is random ones, which seldom succeed and so hide what early stop saves.
+        rows: Batch size.
+        repeats: How often the batch is imagined each way.
+        seed: Root seed.
+        **options: Of the environment: ``device``, ``dtype``, ``compile``.
+
+    Returns:
+        ``seconds_per_episode`` and ``plain_seconds_per_episode`` (the best of the repeats, which others on
+        the machine disturbed least), their ``ratio`` and what it is made of, ``loop`` (the plain way on our
+        kernels) and ``kernels``; ``plain_wasted_frames`` (the share of the plain way's frames that come
+        after the claimed success), ``same_finish`` (the share of the episodes that end at the same frame
+        either way) and ``finish`` (the frame each episode ends at).
+    """
+    shape = (world.task.chunk, world.task.action_dim)
+    env = make_rollout_env("WMPO-Imagined-v0", rows, world=world, **options)
+    env.reset(seed=seed)  # takes the networks to their device
+    imagination = copy.copy(env.unwrapped._imagination)  # type: ignore[attr-defined]
+    imagination.network = Uncached(getattr(imagination.network, "original", imagination.network))
+    rng = np.random.default_rng(seed)
+    ids, seeds = rng.choice(world.start_frames.ids, rows), rng.integers(2**31, size=rows)
+    with acting(policy or RandomPolicy(shape, seed), deterministic=False, seed=seed) as act, plain_way():
+        _, finish, actions = _run_plain(world, imagination, act, ids, seeds)
+    seconds, our_finish = [], finish
+    for _ in range(repeats + 1):
+        ours, our_finish = _run_ours(env, actions, ids, seeds)
+        loop, _, _ = _run_plain(world, imagination, _repeating(actions), ids, seeds)
+        with plain_way():
+            plain, _, _ = _run_plain(world, imagination, _repeating(actions), ids, seeds)
+        seconds.append((ours, loop, plain))
+    env.close()
+    ours, loop, plain = np.min(seconds[1:], axis=0)  # the first warms up
+    return {
+        "rows": rows,
+        "seconds_per_episode": ours / rows,
+        "plain_seconds_per_episode": plain / rows,
+        "ratio": plain / ours,
+        "loop": loop / ours,
+        "kernels": plain / loop,
+        "plain_wasted_frames": float(1.0 - finish.mean() / world.task.horizon),
+        "same_finish": float(np.mean(finish == our_finish)),
+        "finish": finish.tolist(),
+    }
+
+
+def _repeating(actions: np.ndarray) -> Act:
+    """What chooses chunk after chunk of ``actions`` (N, chunks, K, D) whatever it sees."""
+    chunks = iter(np.moveaxis(actions, 1, 0))
+    return lambda obs: next(chunks)
+
+
+def _run_ours(env: Any, actions: np.ndarray, ids: np.ndarray, seeds: np.ndarray) -> tuple[float, np.ndarray]:
+    """Seconds inside the environment and the frame (N,) each episode ended at.
+
+    Args:
+        env: Of N rows.
+        actions: (N, chunks, K, D), to be carried out whatever is seen.
+        ids: Start states (N,).
+        seeds: Of the noise (N,).
+    """
+    began = time.perf_counter()
+    env.reset(seed=0, options={"start_state_id": ids, "noise_seed": seeds})
+    seconds = time.perf_counter() - began
+    done, finish = np.zeros(len(ids), bool), np.zeros(len(ids), np.int64)
+    for chunk in range(actions.shape[1]):
+        began = time.perf_counter()
+        _, _, terminated, truncated, info = env.step(actions[:, chunk])
+        seconds += time.perf_counter() - began
+        finish += np.where(done, 0, info["n_frames"])
+        done |= terminated | truncated
+        if done.all():
+            break
+    return seconds, finish
+
+
+def _run_plain(
+    world: World, imagination: Any, act: Act, ids: np.ndarray, seeds: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Seconds of the plain way, the frame (N,) of the claims, and the actions (N, chunks, K, D) chosen.
+
+    Arguments as :func:`_run_ours` and :func:`imagine_plainly`.
+    """
+    import torch
+
+    starts, watch = world.start_frames, Stopwatch(synchronizer(device_of(world)))
+    where = {int(start_id): i for i, start_id in enumerate(starts.ids)}
+    index = [where[int(i)] for i in ids]
+    generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+    chosen: list[np.ndarray] = []
+
+    def choose(obs: dict[str, np.ndarray]) -> np.ndarray:
+        chosen.append(act(obs))
+        return chosen[-1]
+
+    def noise() -> Any:
+        return torch.stack([torch.randn(imagination.noise_shape, generator=g) for g in generators])
+
+    began = time.perf_counter()
+    _, finish = imagine_plainly(
+        imagination,
+        world.classifier,
+        torch.as_tensor(starts.frames[index], device=device_of(world)),
+        starts.task_ids[index],
+        watch.wrap("policy", choose),
+        noise,
+        world.task.n_chunks,
+    )
+    seconds = time.perf_counter() - began - watch.seconds["policy"]
+    return seconds, finish, np.stack(chosen, axis=1)
+
+
+def imagine_plainly(
+    imagination: Any,
+    classifier: Any,
+    first: Any,
+    task_ids: np.ndarray,
+    act: Act,
+    noise: Callable[[], Any],
+    n_chunks: int,
+) -> tuple[Any, np.ndarray]:
+    """Imagine all rows to the horizon and classify at the end.
+
+    Args:
+        imagination: Whose network is :class:`Uncached`.
+        classifier: The success classifier.
+        first: uint8 tensor (N, H, W, 3), first frames.
+        task_ids: int64 (N,).
+        act: From observations to actions (N, K, D).
+        noise: Gives the noise of the next chunk.
+        n_chunks: Chunks to the horizon.
+
+    Returns:
+        uint8 tensor (N, T+1, H, W, 3), and the first frame (N,) that reaches the threshold, T where none
+        does.
+    """
+    import torch
+
+    dream, clips = imagination.start(first), [first[:, None]]
+    for _ in range(n_chunks):
+        actions = act({"pixels": clips[-1][:, -1].cpu().numpy(), "task_id": task_ids})
+        frames, dream = imagination.step(dream, actions, noise())
+        clips.append(frames)
+    frames = torch.cat(clips, dim=1)
+    return frames, classify_at_the_end(classifier, frames, torch.as_tensor(task_ids, device=first.device))
+
+
+def classify_at_the_end(classifier: Any, frames: Any, task_ids: Any) -> np.ndarray:
+    """First frame (N,) of clips (N, T+1, H, W, 3) that reaches the threshold, T where none does."""
+    import torch
+
+    window = classifier.window
+    reached = []
+    with torch.no_grad():
+        for end in range(window, frames.shape[1] + 1):
+            clip = classifier.preprocess(frames[:, end - window : end].flatten(0, 1)).unflatten(
+                0, (-1, window)
+            )
+            reached.append(classifier.probabilities(clip, task_ids) >= classifier.threshold)
+    hit = torch.stack(reached, dim=1).cpu().numpy()
+    return np.where(hit.any(axis=1), hit.argmax(axis=1) + window - 1, frames.shape[1] - 1)

@@ -1,0 +1,1 @@
+"""``wmpo estimate``: memory and computation of a run before anything is loaded."""

@@ -1,1 +1,0 @@
-"""Methods compared on identical environments, budgets and start states."""

@@ -1,0 +1,178 @@
+"""What a comparison covers: methods, budgets of real episodes, seeds and scene variants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from wmpo_gym.pipeline.presets import Recipe
+from wmpo_gym.policies.sft import SFTSettings
+
+SAW = {
+    "base": "demonstrations",
+    "sft": "demonstrations, and the successes among P rollouts of the base policy",
+    "dpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
+    "dpo-imagined": "what wmpo saw, in whose last world it pairs imagined rollouts of the base policy",
+    "grpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
+    "sac": "P episodes of its own, from scratch",
+    "sac-demos": "demonstrations in its replay buffer, and P episodes of its own",
+    "sac-imagined": "what wmpo saw, in whose last world it acts; demonstrations in its replay buffer",
+    "wmpo": "demonstrations, unlabelled play, P rollouts (half by the base policy, half after practice), "
+    "and imagined rollouts",
+    "demonstrations": "demonstrations, and P more of the same expert",
+    "dpo-lifelong": "as dpo, the P rollouts collected in equal rounds by the policy as it was then",
+    "wmpo-lifelong": "as wmpo, the P rollouts collected in equal rounds by the policy as it was then",
+}
+"""What every method learned from, by its name."""
+
+WITHOUT_BUDGET = ("base",)
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Settings of the methods that are not WMPO; found by the sweeps in ``docs/experiments.md``.
+
+    Attributes:
+        grpo_iterations: Equal parts that GRPO on real episodes divides its budget into.
+        grpo_epochs: Its passes over each part.
+        grpo_learning_rate: Its step size.
+        dpo_learning_rate: DPO's step size.
+        dpo_beta: DPO's hold on its reference.
+        dpo_sft_weight: Weight of the winners' own likelihood.
+        dpo_group_size: Rollouts from one start state.
+        dpo_imagined_groups: Imagined start states DPO pairs rollouts from; as many as 1,280 episodes have.
+        sft: Fine-tuning on filtered successes, from the base policy on.
+        sac_gradient_steps: SAC's updates per round of its 16 rows.
+        sac_imagined_chunks: Imagined action chunks SAC trains on; as many as 1,280 episodes have.
+    """
+
+    grpo_iterations: int = 4
+    grpo_epochs: int = 2
+    grpo_learning_rate: float = 5e-4
+    dpo_learning_rate: float = 1e-4
+    dpo_beta: float = 0.1
+    dpo_sft_weight: float = 1.0
+    dpo_group_size: int = 8
+    dpo_imagined_groups: int = 160
+    sft: SFTSettings = SFTSettings(steps=200, lr=5e-4, symmetries=("swap colours",))
+    sac_gradient_steps: int = 16
+    sac_imagined_chunks: int = 6_400
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained policy.
+
+    Attributes:
+        method: A key of :data:`SAW`.
+        budget: Real episodes P; 0 for the base policy.
+        seed: Everything random.
+    """
+
+    method: str
+    budget: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As a directory."""
+        return f"{self.method}-{self.budget}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table of cells.
+
+    Attributes:
+        task: Task.
+        methods: Keys of :data:`SAW`.
+        budgets: Real episodes P.
+        seeds: Seeds; each has its own demonstrations, base policy and play.
+        variants: Scene variants every policy is tested in.
+        episodes: Test start states per variant.
+        selection_episodes: Validation start states by which GRPO's checkpoint on real episodes is chosen; 0
+            takes the last. The other methods have one checkpoint.
+        self_correction: Also count failed first contacts and what came of them.
+        bundled: Start from the bundled base policy and play-trained world instead of training them per seed.
+        recipe: WMPO's settings, and those of what all methods share.
+        baselines: Settings of the others.
+    """
+
+    task: str = "move-block"
+    methods: tuple[str, ...] = (
+        "base",
+        "sft",
+        "dpo",
+        "dpo-imagined",
+        "grpo",
+        "sac",
+        "sac-demos",
+        "sac-imagined",
+        "wmpo",
+    )
+    budgets: tuple[int, ...] = (128, 1280)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    variants: tuple[str, ...] = ("nominal",)
+    episodes: int = 512
+    selection_episodes: int = 128
+    self_correction: bool = False
+    bundled: bool = False
+    recipe: Recipe = field(default_factory=Recipe)
+    baselines: Baselines = field(default_factory=Baselines)
+
+    def __post_init__(self) -> None:
+        if unknown := [m for m in self.methods if m not in SAW]:
+            raise ValueError(f"Unknown method {', '.join(unknown)}; choose from {', '.join(SAW)}.")
+        if bad := [b for b in self.budgets if b < 32 or b % 32]:
+            raise ValueError(f"Budgets are multiples of 32 real episodes, got {bad}.")
+        if any(m.endswith("-lifelong") for m in self.methods):
+            share = max(self.budgets) // len(self.budgets)
+            if sorted(self.budgets) != [share * (i + 1) for i in range(len(self.budgets))]:
+                raise ValueError(
+                    f"Lifelong methods take budgets in equal steps, such as 128 256 384, got {self.budgets}."
+                )
+
+    def round_of(self, budget: int) -> int:
+        """Which lifelong round a budget belongs to, from 1."""
+        return sorted(self.budgets).index(budget) + 1
+
+    def cells(self) -> Iterator[Cell]:
+        """Seed by seed, so that an interrupted comparison has whole rows."""
+        for seed in self.seeds:
+            for method in self.methods:
+                for budget in (0,) if method in WITHOUT_BUDGET else self.budgets:
+                    yield Cell(method, budget, seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+
+PRESETS: dict[str, Plan] = {
+    "table1": Plan(),
+    "table2": Plan(
+        methods=("base", "dpo", "grpo", "wmpo"),
+        budgets=(128,),
+        variants=("nominal", "moved-goal", "background", "texture"),
+    ),
+    "behaviour": Plan(methods=("base", "dpo", "grpo", "wmpo"), budgets=(128,), self_correction=True),
+    "lifelong": Plan(
+        methods=("base", "demonstrations", "dpo-lifelong", "wmpo-lifelong"), budgets=(128, 256, 384)
+    ),
+}
+"""The paper's questions: ``table1`` sample efficiency and final success, ``table2`` changed scenes,
+``behaviour`` length of successful episodes and self-correction (Figures 3 to 5), ``lifelong`` round after
+round (Figure 6)."""
+
+
+def preset(name: str, task: str) -> Plan:
+    """A preset for a task.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    plan = PRESETS[name]
+    return replace(plan, task=task, recipe=replace(plan.recipe, task=task))

@@ -1,0 +1,1 @@
+"""``results.json``, its table, and the HTML report."""

@@ -1,0 +1,165 @@
+"""``results.json``: the figures of a run, and the table printed from that very file.
+
+Schema: ``success`` and ``imagined_success`` are fractions, ``points`` and ``hallucination_gap`` percentage
+points, ``ci95`` has the unit of its figure::
+
+    {"base": {"success", "n", "ci95"}, "wmpo": {...}, "paired_gain": {"points", "ci95", "n"},
+     "imagined_success", "hallucination_gap", "agreement": {...},
+     "greedy": {"base": {...}, "wmpo": {...}, "paired_gain": {...}},
+     "budget": {...}, "seconds": {...}, ...}
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from numpy.typing import ArrayLike
+
+from wmpo_gym.statistics import Agreement, paired_difference, success_rate
+from wmpo_gym.utils.io import plain
+
+DIGITS = 4  # decimals kept: a hundredth of a point, so that the printed tenth is the file's
+
+
+def comparison(base: ArrayLike, wmpo: ArrayLike) -> dict[str, Any]:
+    """Two policies on the same start states.
+
+    Args:
+        base: Outcomes of the base policy, booleans (N,).
+        wmpo: Outcomes of the optimised policy on the same start states in the same order.
+
+    Returns:
+        ``base``, ``wmpo`` and ``paired_gain`` of the schema.
+    """
+    gain = paired_difference(base, wmpo)
+    return {
+        "base": success_rate(base).to_dict(),
+        "wmpo": success_rate(wmpo).to_dict(),
+        "paired_gain": gain.to_dict(),
+    }
+
+
+def build_results(
+    *,
+    base: ArrayLike,
+    wmpo: ArrayLike,
+    agreement: Agreement,
+    budget: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    greedy: tuple[ArrayLike, ArrayLike] | None = None,
+    **extra: Any,
+) -> dict[str, Any]:
+    """Figures of a run in the schema above, rounded to what is printed.
+
+    Args:
+        base: Sampled (T = 1) outcomes of the base policy in the twin.
+        wmpo: The same of the optimised policy, same start states.
+        agreement: The optimised policy's imagined successes judged by twin replay
+            (:func:`~wmpo_gym.evaluation.twin.twin_agreement`).
+        budget: What was spent (:class:`~wmpo_gym.envs.ledger.Ledger` as a mapping).
+        seconds: Wall-clock seconds per stage; ``total`` is added unless given.
+        greedy: Greedy outcomes of base and optimised policy.
+        **extra: Further JSON-able entries, kept as they are named.
+
+    Raises:
+        ValueError: If an extra entry would overwrite one of the schema.
+    """
+    results: dict[str, Any] = comparison(base, wmpo) | {
+        "imagined_success": agreement.claimed.value,
+        "hallucination_gap": agreement.gap.points,
+        "agreement": agreement.to_dict(),
+        "budget": dict(budget),
+        "seconds": {"total": sum(seconds.values())} | dict(seconds),
+    }
+    if greedy is not None:
+        results["greedy"] = comparison(*greedy)
+    clash = sorted(results.keys() & extra.keys())
+    if clash:
+        raise ValueError(
+            f"{', '.join(clash)} belong to the results schema; choose other names for extra entries."
+        )
+    return _rounded(plain(results)) | plain(extra)
+
+
+def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the results table as text; the first row is the header."""
+    rows: list[tuple[str, ...]] = [("", "base", "WMPO", "gain (paired, 95 %)", "n")]
+    for name, part in (("sampled, T = 1", results), ("greedy", results.get("greedy"))):
+        if part:
+            base, wmpo = part["base"], part["wmpo"]
+            rows.append(
+                (name, show_rate(base), show_rate(wmpo), show_points(part["paired_gain"]), str(wmpo["n"]))
+            )
+    return rows
+
+
+def agreement_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How far imagination can be believed, as label and text."""
+    rows = [
+        ("imagined success", percent(results["imagined_success"])),
+        ("hallucination gap", show_points({"points": results["hallucination_gap"], "ci95": None})),
+    ]
+    agreement = results.get("agreement") or {}
+    if "gap" in agreement:
+        rows[1] = ("hallucination gap", show_points(agreement["gap"]))
+    rows += [(f"twin replay {k}", show_rate(agreement[k])) for k in ("precision", "recall") if k in agreement]
+    return rows
+
+
+def print_table(results: Mapping[str, Any], file: TextIO | None = None) -> None:
+    """Print the table of a ``results.json``; every number is read from ``results``.
+
+    Args:
+        results: As :func:`build_results` returns it or as read from the file.
+        file: Where to print, stdout by default.
+    """
+    out = file or sys.stdout
+    print(aligned(table(results)), file=out)
+    spent = [(f"budget: {k.replace('_', ' ')}", show_number(v)) for k, v in results["budget"].items()]
+    times = [(f"seconds: {k.replace('_', ' ')}", show_number(v)) for k, v in results["seconds"].items()]
+    print("\n" + aligned([*agreement_rows(results), *spent, *times]), file=out)
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Rows of text as columns of equal width."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction as percent with one decimal, a dash if undefined."""
+    return "–" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.1f} %"
+
+
+def show_rate(rate: Mapping[str, Any]) -> str:
+    """``83.6 % [80.1, 86.6]`` of a rate entry."""
+    low, high = rate["ci95"]
+    return (
+        "–" if rate["success"] is None else f"{percent(rate['success'])} [{100 * low:.1f}, {100 * high:.1f}]"
+    )
+
+
+def show_points(difference: Mapping[str, Any]) -> str:
+    """``+37.5 points [+33.0, +41.8]`` of a difference entry; the interval is optional."""
+    points, interval = difference["points"], difference.get("ci95")
+    if points is None:
+        return "–"
+    return f"{points:+.1f} points" + (f" [{interval[0]:+.1f}, {interval[1]:+.1f}]" if interval else "")
+
+
+def show_number(value: Any) -> str:
+    """Counts with thousands separators, other numbers with one decimal, text as it is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "–" if value is None else str(value)
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.1f}"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return round(value, DIGITS) if isinstance(value, float) else value

@@ -1,0 +1,1 @@
+"""Run a policy: in the simulator, in a world model, and the protocol it is measured under."""

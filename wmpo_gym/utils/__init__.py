@@ -1,0 +1,1 @@
+"""Helpers without a domain: files, settings, progress bars and layers."""

@@ -1,0 +1,1 @@
+"""The networks of a world: convolutional, STDiT, and the autoencoders."""

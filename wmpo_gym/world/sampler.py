@@ -1,0 +1,173 @@
+"""Training data for the world model: rows that walk through episodes on their own predictions.
+
+A row starts at some frame of some episode. The model predicts the next action chunk; the row then goes on
+from *the prediction*, not from the recorded frames, until the episode ends (self-forcing). Every prediction
+is trained on, so no network call is spent on building contexts, and after a few steps a batch holds contexts
+of all depths, as in imagination. Walks that do not begin at an episode's start begin where the model erred
+most: the moments that decide an episode (a grasp) are few among the many in which something just moves on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from wmpo_gym.data.episode import Episode
+from wmpo_gym.tasks import Symmetry, Task
+
+MAX_PRIORITY = 10.0  # how much more often than average a walk begins at a chunk the model gets wrong
+
+
+@dataclass
+class ChunkBatch:
+    """One chunk per row, as arrays.
+
+    Attributes:
+        context: uint8 ``(B, H, h, w, 3)`` recorded context frames (to be used where ``fresh``).
+        targets: uint8 ``(B, K, h, w, 3)`` frames to predict; the last one repeats after the episode's end.
+        actions: float32 ``(B, K, D)``; zeros after the episode's end.
+        prev_action: float32 ``(B, D)``, or ``(B, D + M)`` with where the robot is, as in imagination.
+        valid: bool ``(B, K)``, False after the episode's end.
+        fresh: bool ``(B,)``, the row has just started: its context is the recorded one.
+    """
+
+    context: np.ndarray
+    targets: np.ndarray
+    actions: np.ndarray
+    prev_action: np.ndarray
+    valid: np.ndarray
+    fresh: np.ndarray
+
+
+class EpisodeStreams:
+    """``n_rows`` independent walks through a set of episodes.
+
+    Args:
+        episodes: At least one, each of at least one step.
+        task: Gives chunk length and symmetries.
+        n_rows: Rows B.
+        context_frames: H.
+        seed: Seed of the walks.
+        weights: How often an episode is chosen, relative to the others; None for equally often.
+        from_start: Share of walks that begin at the episode's first frame (imagination always does).
+        restart: Probability per chunk that a walk is given up for a new one.
+        recall: Where the robot is at every frame of an episode, float32 ``(T + 1, M)``
+            (a memory of :class:`~wmpo_gym.world.proprio.Motion`); None for a network that does not follow it.
+
+    Raises:
+        ValueError: If there is no episode to train on, or the robot is to be followed in a task with
+            symmetries, which say nothing about its state.
+    """
+
+    def __init__(
+        self,
+        episodes: Sequence[Episode],
+        task: Task,
+        *,
+        n_rows: int,
+        context_frames: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        from_start: float = 0.5,
+        restart: float = 0.1,
+        recall: Callable[[Episode], np.ndarray] | None = None,
+    ) -> None:
+        self.episodes = [e for e in episodes if e.n_steps > 0]
+        if not self.episodes:
+            raise ValueError(
+                "No episode with at least one step to train the world model on; collect some first."
+            )
+        if recall is not None and task.symmetries:
+            raise ValueError(
+                f"The symmetries of {task.name!r} do not say how they change the robot's state; use a task "
+                "without symmetries, or a network with state_dim=0."
+            )
+        self._memories = None if recall is None else [recall(episode) for episode in self.episodes]
+        self.task, self.n_rows, self.context_frames = task, n_rows, context_frames
+        self.from_start, self.restart = from_start, restart
+        p = np.ones(len(self.episodes)) if weights is None else np.asarray(weights, dtype=np.float64)
+        # Long episodes hold more to learn than short ones.
+        p = p * np.array([e.n_steps for e in self.episodes])
+        self._p = np.cumsum(p / p.sum())
+        lengths = np.array([-(-e.n_steps // task.chunk) for e in self.episodes])
+        self._first_cell = np.cumsum(lengths) - lengths
+        self._cell_episode = np.repeat(np.arange(len(self.episodes)), lengths)
+        self._cell_weight = np.repeat(p / lengths, lengths)
+        self._error = np.ones(lengths.sum())  # per chunk of every episode, relative to the average
+        self._rng = np.random.default_rng([seed, 3])
+        self._episode = np.zeros(n_rows, np.int64)
+        self._step = np.full(n_rows, np.iinfo(np.int64).max)  # past every end: all rows start anew
+        self._symmetry = np.zeros((n_rows, len(task.symmetries)), bool)
+
+    def next(self) -> ChunkBatch:
+        """The next chunk of every row; rows at the end of their episode start a new walk."""
+        rows = [self._row(i) for i in range(self.n_rows)]
+        return ChunkBatch(*(np.stack(column) for column in zip(*rows, strict=True)))
+
+    def _row(self, i: int) -> tuple[np.ndarray, ...]:
+        episode, fresh = self.episodes[self._episode[i]], False
+        if self._step[i] >= episode.n_steps or self._rng.random() < self.restart:
+            episode, fresh = self._start(i), True
+        s, k = int(self._step[i]), self.task.chunk
+        self._step[i] += k
+        frame = np.clip(np.arange(s - self.context_frames + 1, s + k + 1), 0, episode.n_steps)
+        frames, actions = episode.frames[frame], np.zeros((k + 1, episode.actions.shape[1]), np.float32)
+        steps = np.arange(s - 1, s + k)
+        inside = (steps >= 0) & (steps < episode.n_steps)
+        actions[inside] = episode.actions[steps[inside]]
+        for symmetry, use in zip(self.task.symmetries, self._symmetry[i], strict=True):
+            if use:
+                frames, actions = apply_symmetry(symmetry, frames, actions)
+        h, before = self.context_frames, actions[0]
+        if self._memories is not None:
+            before = np.concatenate([before, self._memories[self._episode[i]][s]])
+        return frames[:h], frames[h:], actions[1:], before, inside[1:], np.array(fresh)
+
+    def report(self, losses: np.ndarray) -> None:
+        """Tell how wrong the model was about the chunks of the last :meth:`next`, ``(B,)``."""
+        step = np.maximum(self._step - self.task.chunk, 0)
+        cells = self._first_cell[self._episode] + step // self.task.chunk
+        relative = np.clip(losses / max(float(losses.mean()), 1e-9), 0.1, MAX_PRIORITY)
+        self._error[cells] += 0.5 * (relative - self._error[cells])
+
+    def _start(self, i: int) -> Episode:
+        rng, chunk = self._rng, self.task.chunk
+        if rng.random() < self.from_start:
+            self._episode[i] = min(int(np.searchsorted(self._p, rng.random())), len(self.episodes) - 1)
+            self._step[i] = 0
+        else:
+            p = np.cumsum(self._cell_weight * self._error)
+            cell = min(np.searchsorted(p, rng.random() * p[-1]), len(p) - 1)
+            self._episode[i] = self._cell_episode[cell]
+            nearby = (cell - self._first_cell[self._episode[i]]) * chunk + rng.integers(1 - chunk, chunk)
+            self._step[i] = np.clip(nearby, 0, self.episodes[self._episode[i]].n_steps - 1)
+        episode = self.episodes[self._episode[i]]
+        self._symmetry[i] = rng.random(len(self.task.symmetries)) < 0.5
+        return episode
+
+    def get_state(self) -> dict[str, np.ndarray | str]:
+        """Position of every walk and the generator, to continue exactly."""
+        return {
+            "episode": self._episode.copy(), "step": self._step.copy(), "symmetry": self._symmetry.copy(),
+            "error": self._error.copy(), "rng": json.dumps(self._rng.bit_generator.state),
+        }  # fmt: skip
+
+    def set_state(self, state: dict) -> None:
+        """Restore what :meth:`get_state` returned."""
+        self._episode, self._step = state["episode"].copy(), state["step"].copy()
+        self._symmetry, self._error = state["symmetry"].copy(), state["error"].copy()
+        self._rng.bit_generator.state = json.loads(state["rng"])
+
+
+def apply_symmetry(
+    symmetry: Symmetry, frames: np.ndarray, actions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Transform frames ``(..., h, w, 3)`` and actions ``(..., D)`` of one row."""
+    if symmetry.flip == "vertical":
+        frames = frames[..., ::-1, :, :]
+    elif symmetry.flip == "horizontal":
+        frames = frames[..., ::-1, :]
+    return frames[..., list(symmetry.channel_order)], actions * np.array(symmetry.action_signs, np.float32)
