@@ -16,8 +16,7 @@ from grpo_toys import ReachEnv, Recorder, TokenPolicy, vec
 from kills import disk_states
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from wmpo_gym.algorithms import DPO, GRPO
-from wmpo_gym.algorithms.common import checkpoint
+from wmpo_gym.algorithms import DPO, GRPO, checkpoint
 from wmpo_gym.algorithms.distributed import Ranks, is_sharded
 from wmpo_gym.algorithms.sharding import whole
 from wmpo_gym.envs.sb3 import make_sb3_env

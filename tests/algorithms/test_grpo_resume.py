@@ -176,7 +176,7 @@ def test_half_written_checkpoints_are_ignored(tmp_path, uninterrupted):
 
 
 def test_a_full_disk_keeps_everything(tmp_path, monkeypatch, uninterrupted):
-    from wmpo_gym.algorithms.common import checkpoint
+    from wmpo_gym.algorithms import checkpoint
 
     model = make(tmp_path)
     written = checkpoint.save_safetensors

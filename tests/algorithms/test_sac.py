@@ -7,8 +7,8 @@ import pytest
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from wmpo_gym.algorithms import make_sac
+from wmpo_gym.algorithms import sac as module
 from wmpo_gym.algorithms.sac import add_demonstrations, buffer_bytes
-from wmpo_gym.algorithms.sac import sac as module
 from wmpo_gym.envs.simulated.scripted import record_expert
 from wmpo_gym.tasks import get_task
 

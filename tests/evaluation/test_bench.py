@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from wmpo_gym.bench import shortcuts, stopwatch
 from wmpo_gym.bench.bench import bench, bench_imagined, bench_simulated, bench_text
 from wmpo_gym.bench.shortcuts import (
     RandomPolicy,
@@ -17,7 +18,6 @@ from wmpo_gym.bench.shortcuts import (
     plain_way,
 )
 from wmpo_gym.bench.stopwatch import Stopwatch, timed_methods
-from wmpo_gym.evaluation import shortcuts, stopwatch
 from wmpo_gym.rollouts.rollout import make_rollout_env
 
 

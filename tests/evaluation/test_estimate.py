@@ -14,13 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from wmpo_gym.capacity import fit as capacity
 from wmpo_gym.capacity.estimate import GIB, Estimator, Option, options
 from wmpo_gym.capacity.fit import Machine, TooLittleMemoryError, make_plan, plan_text, require_room
 from wmpo_gym.capacity.meter import measure
 from wmpo_gym.capacity.workload import published_workload, saved_workload
 from wmpo_gym.cli.main import main
 from wmpo_gym.envs.imagined import ImaginedVectorEnv
-from wmpo_gym.evaluation import capacity
 from wmpo_gym.policies import VLAPolicy
 from wmpo_gym.policies.memory import PolicyMemory
 from wmpo_gym.policies.weights import add_lora

@@ -52,6 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "aligned_network", stopped)
+        patch.setattr(recipe_run.GRPO, "learn", _learn_something)
         # What the *learnable* gate measures takes minutes; here it only has to be asked for.
         patch.setattr("wmpo_gym.pipeline.stages.measure_learnable", lambda *a, **k: _no_gain())
         with pytest.raises(KeyboardInterrupt):
@@ -59,6 +60,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         patch.setattr(Run, "aligned_network", real)
         results = run_recipe(TINY, out, progress=False, command="wmpo reproduce")
     return out, results
+
+
+def _learn_something(self: Any, *args: Any, real: Any = recipe_run.GRPO.learn, **kwargs: Any) -> Any:
+    """So few rollouts may hold nothing to learn from; every round shall change the policy."""
+    real(self, *args, **kwargs)
+    with torch.no_grad():
+        for parameter in self.policy.parameters():
+            parameter.mul_(1.01)
+    return self
 
 
 def _no_gain() -> Any:
