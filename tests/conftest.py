@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +45,15 @@ def golden() -> Callable[[str], tuple[dict[str, Any], dict[str, Any]]]:
         return load_file(GOLDEN / f"{name}.safetensors"), meta
 
     return load
+
+
+@pytest.fixture(scope="session")
+def pretend_device() -> Iterator[Callable[..., Any]]:
+    """``pretend_device(function, *args)``: call with a device that refuses tensors of the CPU.
+
+    See ``pretend_device.py``; the function gets the device's name before the other arguments.
+    """
+    from pretend_device import DEVICE, apart
+
+    with apart() as run:
+        yield lambda function, *args: run(function, DEVICE, *args)
