@@ -12,16 +12,21 @@ import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
 
-from wmpo_gym.algorithms.distributed import Ranks
-from wmpo_gym.algorithms.sharding import spread_slots, spread_state, whole_state
+from wmpo_gym.algorithms.distributed import Ranks, full_state, shard_optimizer_state, shard_state
 from wmpo_gym.data.optimizer_state import pack_optimizer, unpack_optimizer
 from wmpo_gym.envs.ledger import Ledger
-from wmpo_gym.policies.base import changing_weights, load_changing_weights, policy_generators
+from wmpo_gym.policies.base import (
+    GroupPolicy,
+    changing_weights,
+    load_changing_weights,
+    policy_generators,
+)
 from wmpo_gym.utils.io import (
     ArtifactError,
     WriteError,
@@ -32,9 +37,6 @@ from wmpo_gym.utils.io import (
     write_dir_atomic,
     write_json_atomic,
 )
-
-if TYPE_CHECKING:
-    from wmpo_gym.algorithms.group_algorithm import GroupAlgorithm
 
 logger = logging.getLogger(__name__)
 
@@ -152,102 +154,158 @@ def unpack_rng(
     random.setstate((version, tuple(internal), gauss))
 
 
-def _settings(model: GroupAlgorithm) -> dict[str, Any]:
-    """What must be equal on resuming; schedules are functions and cannot be compared."""
-    values = {name: getattr(model, name) for name in model.resume_settings}
-    if digest := model.policy.kept_elsewhere()[1]:
-        values["frozen weights"] = digest
-    values["n_envs"] = model.n_envs * model.ranks.size  # the number of processes may be another
-    return plain({k: v for k, v in values.items() if not callable(v)})
-
-
-def save_training(model: GroupAlgorithm, checkpoints: CheckpointDirectory) -> Path:
-    """Write a checkpoint of a run between two iterations; every rank calls it, the main one writes.
-
-    Raises:
-        WriteError: If the disk is full; the model and earlier checkpoints are untouched.
-    """
-    optimizer, optimizer_state = pack_optimizer(model.policy.optimizer)
-    kept, _ = model.policy.kept_elsewhere()
-    states = {name: changing_weights(getattr(model, name).state_dict(), kept) for name in model._modules()}
-    tensors = {name: whole_state(state, model.ranks) for name, state in states.items()}
-    tensors["optimizer"] = whole_state(optimizer, model.ranks)
-    random_states = model.ranks.gather(pack_rng(model.policy, model.group_rng, model.ranks))
-    tensors |= {_rng_name(rank): found for rank, (found, _) in enumerate(random_states)}
-    state = {
-        "settings": _settings(model),
-        "iteration": model._iteration,
-        "num_timesteps": model.num_timesteps,
-        "n_updates": model._n_updates,
-        "budget": model.budget.to_dict(),
-        "history": model.history,
-        "optimizer": optimizer_state,
-        **{_rng_name(rank): found for rank, (_, found) in enumerate(random_states)},
-    }
-    return model.ranks.on_main(lambda: checkpoints.save(model._iteration, tensors, state))
-
-
 def _rng_name(rank: int) -> str:
-    """Where the random states of a process stand in a checkpoint."""
+    """Name of a process's random states in a checkpoint."""
     return f"rng-{rank}" if rank else "rng"
 
 
-def load_training(model: GroupAlgorithm, checkpoints: CheckpointDirectory) -> bool:
-    """Put a model back to the newest checkpoint, in place; False if there is none.
+class ResumableAlgorithm(BaseAlgorithm):
+    """An algorithm whose run, killed at any time, goes on to the numbers of an uninterrupted one.
 
-    Raises:
-        ValueError: If the checkpoint was written under other settings, or not every rank sees it.
+    Between two iterations :meth:`save_checkpoint` writes everything that changes; :meth:`learn` of a subclass
+    begins with :meth:`_resume`. Every method that reads or writes files is called by every rank, and the main
+    one writes.
     """
-    found = checkpoints.load_newest()
-    seen = model.ranks.gather(found and found[1]["iteration"])
-    if len(set(seen)) > 1:
-        raise ValueError(
-            f"The processes see different checkpoints in {checkpoints.path}, of iterations {seen}; "
-            "checkpoint_dir must be on a file system that all machines share."
-        )
-    if found is None:
-        return False
-    tensors, state = found
-    now, was = _settings(model), state["settings"]
-    changed = [f"{k}={now.get(k)!r} (was {was.get(k)!r})" for k in now | was if now.get(k) != was.get(k)]
-    if changed:
-        raise ValueError(
-            f"The checkpoints in {checkpoints.path} belong to a run with other settings: "
-            f"{', '.join(changed)}. Use the same settings, or another checkpoint_dir."
-        )
-    kept, _ = model.policy.kept_elsewhere()
-    for name in model._modules():
-        module = getattr(model, name)
-        load_changing_weights(module, spread_state(module, tensors[name]), kept)
-    slots = spread_slots(model.policy.optimizer, tensors["optimizer"])
-    unpack_optimizer(model.policy.optimizer, slots, state["optimizer"])
-    own = _rng_name(model.ranks.index)
-    own = own if own in tensors else "rng"  # written by fewer processes
-    unpack_rng(model.policy, model.group_rng, model.ranks, tensors[own], state[own])
-    model._iteration, model.num_timesteps = state["iteration"], state["num_timesteps"]
-    model._n_updates, model.history = state["n_updates"], state["history"]
-    model.budget = Ledger(**state["budget"])
-    return True
 
+    # What must be equal for a checkpoint to go on to the same numbers.
+    resume_settings: ClassVar[tuple[str, ...]] = ()
 
-def resume_or_refuse(model: GroupAlgorithm, resume: bool) -> bool:
-    """At the start of ``learn``: restore the newest checkpoint if asked to; True if there was one.
+    policy: GroupPolicy
+    ranks: Ranks
+    group_rng: np.random.Generator
+    checkpoint_dir: str | Path | None
+    history: list[dict[str, float]]
+    budget: Ledger
+    sharded: bool  # whether the weights are spread over the ranks
+    _iteration: int
 
-    Raises:
-        ValueError: If the model has no ``checkpoint_dir`` to resume from, or if its directory holds an
-            earlier run that is not to be resumed.
-    """
-    if model.checkpoint_dir is None:
+    def _excluded_save_params(self) -> list[str]:
+        """Observations are images: SB3 would pickle a batch of them into every file."""
+        images = ["_last_obs", "_last_original_obs", "_last_episode_starts"]
+        return [*super()._excluded_save_params(), *images, "ranks", "sharded"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+    def _modules(self) -> list[str]:
+        """Attributes that hold weights."""
+        return [name for name in self._get_torch_save_params()[0] if name != "policy.optimizer"]
+
+    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
+        """SB3's ``save`` (a zip with pickle inside), by the main process.
+
+        Raises:
+            ValueError: If the weights are spread over several processes, which the format cannot hold.
+        """
+        if self.sharded:
+            raise ValueError("The weights are spread by FSDP; use save_policy() or save_checkpoint().")
+        if self.ranks.is_main:
+            super().save(path, exclude, include)
+
+    def save_policy(
+        self, directory: str | Path, meta: Mapping[str, Any] | None = None, *, merged: bool = False
+    ) -> Path:
+        """``policy.save_pretrained``, or ``save_merged``, once for all processes, each of which calls this.
+
+        Raises:
+            ValueError: If adapters are to be merged into weights that are spread over the processes.
+        """
+        if merged and self.sharded:
+            raise ValueError("Adapters are not merged under FSDP; save them, and merge them in one process.")
+        if merged:
+            return self.ranks.on_main(lambda: self.policy.save_merged(directory, meta))
+        weights: dict[str, Any] = {}
+        if self.sharded:
+            weights["state_dict"] = full_state(self.policy.network.state_dict(), self.ranks)
+        return self.ranks.on_main(lambda: self.policy.save_pretrained(directory, meta, **weights))
+
+    def save_checkpoint(self) -> Path:
+        """Write all that a later ``learn(resume=True)`` needs to go on to the same numbers.
+
+        Raises:
+            ValueError: If the model was made without ``checkpoint_dir``.
+            WriteError: If the disk is full; the model and earlier checkpoints are untouched.
+        """
+        if self.checkpoint_dir is None:
+            raise ValueError("This model has no checkpoint_dir; give one to the constructor.")
+        optimizer, optimizer_state = pack_optimizer(self.policy.optimizer)
+        kept, _ = self.policy.kept_elsewhere()
+        states = {name: changing_weights(getattr(self, name).state_dict(), kept) for name in self._modules()}
+        tensors = {name: full_state(state, self.ranks) for name, state in states.items()}
+        tensors["optimizer"] = full_state(optimizer, self.ranks)
+        random_states = self.ranks.gather(pack_rng(self.policy, self.group_rng, self.ranks))
+        tensors |= {_rng_name(rank): found for rank, (found, _) in enumerate(random_states)}
+        state = {
+            "settings": self._resume_settings(),
+            "iteration": self._iteration,
+            "num_timesteps": self.num_timesteps,
+            "n_updates": self._n_updates,
+            "budget": self.budget.to_dict(),
+            "history": self.history,
+            "optimizer": optimizer_state,
+            **{_rng_name(rank): found for rank, (_, found) in enumerate(random_states)},
+        }
+        directory = CheckpointDirectory(self.checkpoint_dir)
+        return self.ranks.on_main(lambda: directory.save(self._iteration, tensors, state))
+
+    def _resume(self, resume: bool) -> bool:
+        """Put the model back to its newest checkpoint if ``resume``; returns whether there was one.
+
+        Raises:
+            ValueError: If there is no ``checkpoint_dir`` to resume from, if it holds an earlier run that is
+                not to be resumed or one with other settings, or if not every rank sees the checkpoint.
+        """
+        if self.checkpoint_dir is None:
+            if resume:
+                raise ValueError("learn(resume=True) needs a checkpoint_dir; give one to the constructor.")
+            return False
+        directory = CheckpointDirectory(self.checkpoint_dir)
         if resume:
-            raise ValueError("learn(resume=True) needs a checkpoint_dir; give one to the constructor.")
+            return self._load_newest(directory)
+        newest = directory.newest_iteration()
+        if newest > self._iteration:
+            raise ValueError(
+                f"{self.checkpoint_dir} holds checkpoints of an earlier run (iteration {newest}); call "
+                "learn(resume=True) to go on with it, or give another checkpoint_dir."
+            )
         return False
-    checkpoints = CheckpointDirectory(model.checkpoint_dir)
-    if resume:
-        return load_training(model, checkpoints)
-    newest = checkpoints.newest_iteration()
-    if newest > model._iteration:
-        raise ValueError(
-            f"{model.checkpoint_dir} holds checkpoints of an earlier run (iteration {newest}); call "
-            "learn(resume=True) to go on with it, or give another checkpoint_dir."
-        )
-    return False
+
+    def _resume_settings(self) -> dict[str, Any]:
+        """Values of ``resume_settings``; schedules are functions and cannot be compared."""
+        values = {name: getattr(self, name) for name in self.resume_settings}
+        if digest := self.policy.kept_elsewhere()[1]:
+            values["frozen weights"] = digest
+        values["n_envs"] = self.n_envs * self.ranks.size  # the number of processes may be another
+        return plain({k: v for k, v in values.items() if not callable(v)})
+
+    def _load_newest(self, directory: CheckpointDirectory) -> bool:
+        found = directory.load_newest()
+        iterations = self.ranks.gather(found and found[1]["iteration"])
+        if len(set(iterations)) > 1:
+            raise ValueError(
+                f"The processes see different checkpoints in {directory.path}, of iterations {iterations}; "
+                "checkpoint_dir must be on a file system that all machines share."
+            )
+        if found is None:
+            return False
+        tensors, state = found
+        now, was = self._resume_settings(), state["settings"]
+        changed = [f"{k}={now.get(k)!r} (was {was.get(k)!r})" for k in now | was if now.get(k) != was.get(k)]
+        if changed:
+            raise ValueError(
+                f"The checkpoints in {directory.path} belong to a run with other settings: "
+                f"{', '.join(changed)}. Use the same settings, or another checkpoint_dir."
+            )
+        kept, _ = self.policy.kept_elsewhere()
+        for name in self._modules():
+            module = getattr(self, name)
+            load_changing_weights(module, shard_state(module, tensors[name]), kept)
+        slots = shard_optimizer_state(self.policy.optimizer, tensors["optimizer"])
+        unpack_optimizer(self.policy.optimizer, slots, state["optimizer"])
+        own = _rng_name(self.ranks.index)
+        own = own if own in tensors else "rng"  # written by fewer processes
+        unpack_rng(self.policy, self.group_rng, self.ranks, tensors[own], state[own])
+        self._iteration, self.num_timesteps = state["iteration"], state["num_timesteps"]
+        self._n_updates, self.history = state["n_updates"], state["history"]
+        self.budget = Ledger(**state["budget"])
+        return True

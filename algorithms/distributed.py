@@ -1,10 +1,16 @@
-"""Several processes that train one policy: what each of them does, and what they tell one another.
+"""Several processes that train one policy: what each of them does, messages, and weights spread by FSDP2.
 
-Every *rank* is a process, as a rule with a GPU of its own, started by ``torchrun`` or ``accelerate launch``.
-The groups of a wave are dealt out like cards: group g of all ranks together belongs to rank ``g % size``.
-Random numbers are those that one process with all the rows would have drawn, decisions (which groups are
-kept, when to stop) are made from what all ranks saw, and gradients are summed; so the number of ranks changes
-rounding and nothing else.
+Every *rank* is a process, as a rule with a GPU of its own, started by ``torchrun`` or ``accelerate launch``;
+accelerate sets up the process group and moves the messages. Group g of a batch of rollouts belongs to rank
+``g % size``. Random numbers are those that one process with all the rows would have drawn, decisions (which
+groups are kept, when to stop) are made from the numbers of all ranks, and gradients are summed; so the number
+of ranks changes rounding and nothing else.
+
+A policy too large for one GPU is spread over the ranks: weights, gradients and optimizer. It is switched on
+where users of accelerate switch it on: in the configuration file that ``accelerate launch`` is given, or with
+``ACCELERATE_USE_FSDP=true`` before ``torchrun``. Every forward pass is then collective: the ranks gather the
+weights layer by layer. ``Accelerator.prepare`` is not used for that, because it shards on accelerators only
+(not on a CPU, where it can be tested) and drops the moments of an optimizer that has already taken steps.
 """
 
 from __future__ import annotations
@@ -12,31 +18,27 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-import torch.distributed as dist
+from torch import nn
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", th.Tensor, np.ndarray)
 
 
-def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is this rank's part of a larger one."""
-    return hasattr(tensor, "full_tensor")
-
-
 class Ranks:
-    """This process among those that train together; by itself it is all there is.
+    """This process among those that train together; a single process is rank 0 of 1.
 
-    Every method but :meth:`own` and :meth:`share` is a meeting: all ranks call it, in the same order.
+    Every method but :meth:`local_slice` and :meth:`rows_per_rank` is collective: all ranks call it, in the
+    same order.
 
     Args:
         index: Number of this process, from 0.
         size: Number of processes.
-        device: What messages between them must lie on.
+        device: Where tensors that are sent to other ranks must be.
     """
 
     def __init__(self, index: int = 0, size: int = 1, device: th.device | str = "cpu") -> None:
@@ -44,31 +46,45 @@ class Ranks:
 
     @classmethod
     def join(cls, device: th.device | str = "auto") -> Ranks:
-        """The ranks that this process was started with; may be called again and again.
+        """The ranks that this process was started with; may be called repeatedly.
 
         Args:
             device: Where this process computes; ``"auto"`` is an own GPU where there are any.
 
         Raises:
             ImportError: If there are several processes and accelerate is missing.
+            ValueError: If accelerate's configuration is for more processes than were started, or more were
+                started on this machine than it has GPUs.
         """
         if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            _require_one_process()
             return cls()
         try:
             from accelerate import PartialState
         except ImportError as error:
             raise ImportError('Several processes need accelerate: pip install "wmpo-gym[train]"') from error
-        state = PartialState(cpu=not th.cuda.is_available() or str(device).startswith("cpu"))
+        on_cpu = not th.cuda.is_available() or str(device).startswith("cpu")
+        n_here = int(os.environ.get("LOCAL_WORLD_SIZE") or int(os.environ["LOCAL_RANK"]) + 1)
+        if not on_cpu and n_here > (n_gpus := th.cuda.device_count()):
+            raise ValueError(
+                f"{n_here} processes were started on this machine, which has {n_gpus} GPU(s), and each needs "
+                f"its own. Start {n_gpus} (num_processes in the accelerate configuration, torchrun's "
+                "--nproc-per-node), or compute on the CPU with --device cpu."
+            )
+        state = PartialState(cpu=on_cpu)
         if not state.is_main_process:
-            logging.getLogger("wmpo_gym").setLevel(logging.ERROR)  # the main one has said it
+            logging.getLogger("wmpo_gym").setLevel(logging.ERROR)  # the main one has logged it
         return cls(state.process_index, state.num_processes, state.device)
 
     @staticmethod
     def leave() -> None:
-        """Say goodbye at the end of a script, as NCCL wants it and gloo needs it."""
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
+        """Close the process group at the end of a script, as NCCL and gloo need it."""
+        if th.distributed.is_initialized():
+            from accelerate import PartialState
+
+            state = PartialState()
+            state.wait_for_everyone()
+            state.destroy_process_group()
             # gloo's threads outlive the group. One that has not yet let go of the last message's tensors when
             # the interpreter ends aborts the process, so they are given the time.
             time.sleep(0.5)
@@ -78,13 +94,13 @@ class Ranks:
         """Whether this process writes logs and files."""
         return self.index == 0
 
-    # ------------------------------------------------------------------ who does what
+    # ------------------------------------------------------------------ which rows are whose
 
-    def share(self, n_rows: int, group_size: int) -> int:
-        """How many of ``n_rows`` rows fall to each rank, in whole groups.
+    def rows_per_rank(self, n_rows: int, group_size: int) -> int:
+        """How many of ``n_rows`` rows each rank has, in whole groups.
 
         Raises:
-            ValueError: If the groups cannot be dealt out evenly.
+            ValueError: If the groups cannot be divided evenly.
         """
         groups, left = divmod(n_rows // group_size, self.size)
         if left:
@@ -95,24 +111,23 @@ class Ranks:
             )
         return groups * group_size
 
-    def own(self, per_group: Rows) -> Rows:
+    def local_slice(self, per_group: Rows) -> Rows:
         """The entries of this rank's groups, of an array with one entry per group of all ranks."""
         return per_group[self.index :: self.size]
 
-    # ------------------------------------------------------------------ meetings
+    # ------------------------------------------------------------------ collective operations
 
-    def merge(self, rows: th.Tensor, group_size: int) -> th.Tensor:
+    def gather_rows(self, rows: th.Tensor, group_size: int) -> th.Tensor:
         """Rows ``(n, ...)`` of all ranks on the CPU, ``(size * n, ...)``, in the order of all groups."""
         if self.size == 1:
             return rows
-        mine = rows.to(self.device)
-        parts = [th.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine)
-        groups = th.stack(parts).cpu().unflatten(1, (-1, group_size))
+        from accelerate.utils import gather
+
+        groups = gather(rows.to(self.device)).cpu().unflatten(0, (self.size, -1, group_size))
         return groups.transpose(0, 1).flatten(0, 2)
 
-    def places(self, mask: th.Tensor, group_size: int) -> tuple[th.Tensor, int]:
-        """Where this rank's marked rows stand among the marked rows of all ranks.
+    def global_indices(self, mask: th.Tensor, group_size: int) -> tuple[th.Tensor, int]:
+        """Indices of this rank's marked rows among the marked rows of all ranks.
 
         Args:
             mask: bool (n,).
@@ -121,17 +136,17 @@ class Ranks:
         Returns:
             int64 with one entry per marked row, and the number of marked rows of all ranks.
         """
-        everywhere = self.merge(mask, group_size)
-        place = (everywhere.cumsum(0) - 1).view(-1, group_size)
-        return self.own(place).flatten()[mask], int(everywhere.sum())
+        everywhere = self.gather_rows(mask, group_size)
+        index = (everywhere.cumsum(0) - 1).view(-1, group_size)
+        return self.local_slice(index).flatten()[mask], int(everywhere.sum())
 
     def gather(self, value: T) -> list[T]:
         """The small objects of all ranks, by rank."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
 
     def total(self, count: int) -> int:
         """Sum of a count over all ranks."""
@@ -151,25 +166,27 @@ class Ranks:
         """Run something on the main rank while the others wait; all get its result, or its error."""
         if self.size == 1:
             return function()
+        from accelerate.utils import broadcast_object_list
+
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = function()
             except Exception as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0)
+        broadcast_object_list(outcome)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
 
-    def copy_main(self, tensors: Iterable[th.Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[th.Tensor]) -> None:
         """Overwrite tensors with those of the main rank, in place."""
         if self.size == 1:
             return
+        from accelerate.utils import broadcast
+
         for tensor in tensors:
-            message = tensor.detach().to(self.device).contiguous()
-            dist.broadcast(message, src=0)
-            tensor.detach().copy_(message)
+            tensor.detach().copy_(broadcast(tensor.detach().to(self.device).contiguous()))
 
     def sum_gradients(self, parameters: Iterable[th.Tensor]) -> None:
         """Sum ``.grad`` over all ranks, in place.
@@ -180,11 +197,150 @@ class Ranks:
         parameters = [p for p in parameters if p.requires_grad and not is_sharded(p)]
         if self.size == 1 or not parameters:
             return
-        some = th.tensor([p.grad is not None for p in parameters], dtype=th.int32, device=self.device)
-        dist.all_reduce(some)
-        for parameter in (p for p, n in zip(parameters, some.tolist(), strict=True) if n):
+        from accelerate.utils import reduce
+
+        has_gradient = th.tensor([p.grad is not None for p in parameters], dtype=th.int32, device=self.device)
+        counts = reduce(has_gradient, "sum").tolist()
+        for parameter in (p for p, n in zip(parameters, counts, strict=True) if n):
             if parameter.grad is None:
                 parameter.grad = th.zeros_like(parameter)
-            message = parameter.grad.contiguous()
-            dist.all_reduce(message)
-            parameter.grad.copy_(message)
+            parameter.grad.copy_(reduce(parameter.grad.contiguous(), "sum"))
+
+
+def _require_one_process() -> None:
+    """Refuse the single process that ``accelerate launch --cpu`` starts for a configuration of several."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if launched and not {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & os.environ.keys():
+        raise ValueError(
+            "The accelerate configuration is for several processes, but one was started: accelerate launch "
+            "does so on a CPU. Start them with torchrun --nproc-per-node N, or set num_processes to 1."
+        )
+
+
+# ---------------------------------------------------------------------- weights spread over the ranks
+
+
+def sharding_enabled() -> bool:
+    """Whether this process was launched with accelerate's FSDP switched on."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
+def mixed_precision() -> str:
+    """The ``mixed_precision`` of accelerate's configuration."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is this rank's part of a larger one."""
+    return hasattr(tensor, "full_tensor")
+
+
+def full_tensor(tensor: Any) -> th.Tensor:
+    """A tensor gathered from the parts of all ranks (collective); others are returned as they are."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def full_state(state: Mapping[str, th.Tensor], ranks: Ranks) -> dict[str, th.Tensor]:
+    """A state dictionary of full tensors on the main rank; the others take part and get an empty one."""
+    found = {}
+    for name, value in state.items():
+        tensor = full_tensor(value)
+        if ranks.is_main:
+            found[name] = tensor.cpu() if is_sharded(value) else tensor
+    return found
+
+
+def shard_like(value: th.Tensor, like: Any) -> th.Tensor:
+    """This rank's part of a tensor that every rank holds in full, sharded as ``like`` is."""
+    if not is_sharded(like) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(like.device, like.dtype)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def shard_state(module: nn.Module, state: Mapping[str, th.Tensor]) -> dict[str, th.Tensor]:
+    """A state dictionary of full tensors, sharded as the module's are."""
+    now = module.state_dict()
+    return {k: shard_like(v, now[k]) if k in now else v for k, v in state.items()}
+
+
+def shard_optimizer_state(
+    optimizer: th.optim.Optimizer, tensors: Mapping[str, th.Tensor]
+) -> dict[str, th.Tensor]:
+    """The tensors of a packed optimizer state, sharded as the parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {k: shard_like(v, parameters[int(k.split(".", 1)[0])]) for k, v in tensors.items()}
+
+
+def shard(policy: Any, ranks: Ranks) -> None:
+    """Spread the weights of ``policy.network`` over the ranks, in place, and its optimizer with them.
+
+    Every rank must hold the same weights. The layers gathered one by one are those that transformers calls
+    not to be split, or that the configuration names (``fsdp_transformer_layer_cls_to_wrap``).
+
+    Args:
+        policy: Calls its ``network``, a module, for every decision; its ``optimizer`` trains nothing else.
+        ranks: The processes.
+
+    Raises:
+        TypeError: If the policy is built otherwise.
+        ValueError: If the weights are of several types, or the configuration asks for what is not offered.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    network: Any = getattr(policy, "network", None)
+    trained = [p for group in policy.optimizer.param_groups for p in group["params"]]
+    names = {p: n for n, p in network.named_parameters()} if isinstance(network, nn.Module) else {}
+    if not all(p in names for p in trained):
+        raise TypeError(
+            f"FSDP spreads `policy.network`, and {type(policy).__name__} trains weights outside of it; put "
+            "them into one module of that name that is called for every decision, or train without FSDP."
+        )
+    if len(types := sorted({str(p.dtype) for p in network.parameters()})) > 1:
+        raise ValueError(
+            f"FSDP wants weights of one type, this policy has {', '.join(types)}: with adapters keep the "
+            "frozen ones in float32 too, not quantised; accelerate's mixed_precision: bf16 computes in bf16."
+        )
+    layers, options = fsdp_options(network)
+    options["mesh"] = init_device_mesh(ranks.device.type, (ranks.size,))
+    for module in reversed(list(network.modules())):  # the inner ones first
+        if type(module).__name__ in layers:
+            fully_shard(module, **options)
+    fully_shard(network, **options)
+    sharded = dict(network.named_parameters())
+    moments = {sharded[names[p]]: slots for p, slots in policy.optimizer.state.items()}
+    policy.optimizer.state.clear()
+    for parameter, slots in moments.items():
+        policy.optimizer.state[parameter] = {k: shard_like(v, parameter) for k, v in slots.items()}
+    for group in policy.optimizer.param_groups:
+        group["params"] = [sharded[names[p]] for p in group["params"]]
+
+
+def fsdp_options(network: nn.Module) -> tuple[set[str], dict[str, Any]]:
+    """Classes of the layers gathered one by one, and ``fully_shard``'s arguments, as accelerate was told."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=int(os.environ.get("FSDP_VERSION", "2")))
+    refused = {
+        "fsdp_version: 1": plugin.fsdp_version != 2,
+        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "fsdp_activation_checkpointing": plugin.activation_checkpointing,
+        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
+    }
+    if requested := [name for name, is_set in refused.items() if is_set]:
+        raise ValueError(
+            f"{', '.join(requested)} is not offered; take it out of the accelerate configuration."
+        )
+    precision = {"no": None, "bf16": th.bfloat16}
+    if (name := mixed_precision()) not in precision:
+        raise ValueError(f"mixed_precision {name!r} is not offered; choose {' or '.join(precision)}.")
+    # Weights and moments stay float32, as published; only the passes are in half precision.
+    dtypes = MixedPrecisionPolicy(param_dtype=precision[name], reduce_dtype=th.float32)
+    named = plugin.transformer_cls_names_to_wrap
+    if not named:
+        named = [name for m in network.modules() for name in getattr(m, "_no_split_modules", None) or ()]
+    return set(named), {"mp_policy": dtypes, "reshard_after_forward": plugin.reshard_after_forward}

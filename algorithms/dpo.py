@@ -5,18 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from wmpo_gym.algorithms.group_algorithm import NO_LIMIT, GroupAlgorithm
-from wmpo_gym.algorithms.preferences import pair_gain, preference_loss, preference_pairs
+from wmpo_gym.algorithms.group_algorithm import GroupAlgorithm
 from wmpo_gym.algorithms.trajectories import Trajectories
 from wmpo_gym.policies.base import GroupPolicy
 
@@ -24,7 +21,58 @@ logger = logging.getLogger(__name__)
 
 ROUNDING = 1e-4  # nats; before the first step every margin is zero but for rounding
 
-SelfDPO = TypeVar("SelfDPO", bound="DPO")
+
+def preference_pairs(
+    successes: th.Tensor, group_ids: th.Tensor, failures_per_success: int, rng: np.random.Generator
+) -> th.Tensor:
+    """Pair every success with failures of the same start state.
+
+    Args:
+        successes: bool (N,).
+        group_ids: int64 (N,); equal numbers had a common start state.
+        failures_per_success: Most pairs per success, each with another failure.
+        rng: Chooses the failures where there are more.
+
+    Returns:
+        int64 (P, 2), episodes (winner, loser); empty if no group holds both.
+    """
+    pairs = []
+    for group in th.unique(group_ids):
+        members = group_ids == group
+        winners = (members & successes).nonzero().squeeze(1).numpy()
+        losers = (members & ~successes).nonzero().squeeze(1).numpy()
+        for winner in winners:
+            chosen = rng.permutation(losers)[:failures_per_success]
+            pairs += [(int(winner), int(loser)) for loser in chosen]
+    return th.tensor(pairs, dtype=th.int64).reshape(-1, 2)
+
+
+def pair_gain(log_prob: th.Tensor, reference: th.Tensor, mask: th.Tensor, rows: th.Tensor) -> th.Tensor:
+    """Log-probability of episodes under the policy minus that under the reference, in nats.
+
+    Args:
+        log_prob: Float (M, L) of M decisions under the current weights.
+        reference: Float (M, L) under the weights that sampled them.
+        mask: bool (M, L), the tokens that were acted on.
+        rows: int64 (M,), episode of each decision, 0 to N-1.
+
+    Returns:
+        Float (N,), summed over the tokens of each episode.
+    """
+    difference = th.where(mask, log_prob - reference, th.zeros_like(log_prob)).sum(1)
+    n_episodes = int(rows.max()) + 1
+    return difference.new_zeros(n_episodes).index_add(0, rows.to(difference.device), difference)
+
+
+def preference_loss(winner: th.Tensor, loser: th.Tensor, beta: float) -> th.Tensor:
+    """DPO's loss per pair, ``-log sigmoid(beta * (winner - loser))`` (arXiv 2305.18290, eq. 7).
+
+    Args:
+        winner: Float (P,) from :func:`pair_gain`.
+        loser: Float (P,).
+        beta: Weight of the reference.
+    """
+    return -th.nn.functional.logsigmoid(beta * (winner - loser))
 
 
 class DPO(GroupAlgorithm):
@@ -56,12 +104,14 @@ class DPO(GroupAlgorithm):
         patience: Passes without a lower held-out loss after which an iteration ends.
         validation_share: Share of the groups that is held back; 0 holds back none and keeps the last weights.
         max_grad_norm: Gradients are scaled down to this norm.
+        **kwargs: Further arguments of GroupAlgorithm.
 
     Attributes:
         history: One dictionary of logged numbers per iteration.
         budget: What training has spent (:class:`~wmpo_gym.envs.ledger.Ledger`).
     """
 
+    log_name = "DPO"
     resume_settings: ClassVar[tuple[str, ...]] = (
         *GroupAlgorithm.resume_settings,
         *"beta sft_weight failures_per_success batch_size micro_batch_size n_epochs patience".split(),
@@ -84,18 +134,7 @@ class DPO(GroupAlgorithm):
         patience: int = 5,
         validation_share: float = 0.2,
         max_grad_norm: float = 1.0,
-        success_bounds: tuple[float, float] | None = (0.1, 0.9),
-        max_extra_waves: int = 4,
-        start_state_ids: Sequence[int] | None = None,
-        checkpoint_dir: str | Path | None = None,
-        checkpoint_interval: int = 1,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: th.device | str = "auto",
-        _init_setup_model: bool = True,
+        **kwargs: Any,
     ) -> None:
         counts = {
             "failures_per_success": failures_per_success,
@@ -112,25 +151,6 @@ class DPO(GroupAlgorithm):
             raise ValueError(f"sft_weight must not be negative, got {sft_weight}.")
         if not 0 <= validation_share < 1:
             raise ValueError(f"validation_share must lie in [0, 1), got {validation_share}.")
-        super().__init__(
-            policy,
-            env,
-            learning_rate,
-            group_size=group_size,
-            n_groups=n_groups,
-            success_bounds=success_bounds,
-            max_extra_waves=max_extra_waves,
-            start_state_ids=start_state_ids,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_interval=checkpoint_interval,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=False,
-        )
         self.beta = beta
         self.sft_weight = sft_weight
         self.failures_per_success = failures_per_success
@@ -140,8 +160,7 @@ class DPO(GroupAlgorithm):
         self.patience = patience
         self.validation_share = validation_share
         self.max_grad_norm = max_grad_norm
-        if _init_setup_model:
-            self._setup_model()
+        super().__init__(policy, env, learning_rate, group_size, n_groups, **kwargs)
 
     def train(self, rollouts: Trajectories) -> None:
         """Learn from the pairs of one iteration; the policy is unchanged if there are none."""
@@ -155,22 +174,22 @@ class DPO(GroupAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         best, best_score, best_epoch = self._weights(), self._agreed_score(rollouts, held_out), 0
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for epoch in range(1, self.n_epochs + 1):
-            figures = self._epoch(rollouts, training)
+            metrics = self._epoch(rollouts, training)
             score = self._agreed_score(rollouts, held_out)
             if score is None or best_score is None:
                 continue
-            figures["validation_score"] = score
+            metrics["validation_score"] = score
             if score > best_score:
                 best, best_score, best_epoch = self._weights(), score, epoch
             elif epoch - best_epoch >= self.patience:
                 break
         if best_score is not None:
             self.policy.load_state_dict(best)
-            figures |= {"best_validation_score": best_score, "best_epoch": best_epoch}
+            metrics |= {"best_validation_score": best_score, "best_epoch": best_epoch}
         self.policy.set_training_mode(False)
-        for name, value in {**figures, "epochs": epoch, "n_updates": self._n_updates}.items():
+        for name, value in {**metrics, "epochs": epoch, "n_updates": self._n_updates}.items():
             self.logger.record(f"train/{name}", value)
 
     def score(self, rollouts: Trajectories, held_out: th.Tensor) -> float | None:
@@ -178,7 +197,7 @@ class DPO(GroupAlgorithm):
 
         Args:
             rollouts: Those of the iteration.
-            held_out: Pairs ``(P, 2)`` not to be trained on, by their place among the rollouts of all ranks.
+            held_out: Pairs ``(P, 2)`` not to be trained on, by their index among the rollouts of all ranks.
 
         Returns:
             Minus the loss on the held-out pairs, or None without any; with None the last weights are kept.
@@ -190,12 +209,12 @@ class DPO(GroupAlgorithm):
         return self.ranks.gather(self.score(rollouts, held_out))[0]
 
     def _outcomes(self, rollouts: Trajectories) -> tuple[th.Tensor, th.Tensor]:
-        """Successes and group ids of the rollouts of all ranks, in the order of their places."""
-        if self.ranks.size == 1 or rollouts.places is None:
+        """Successes and group ids of the rollouts of all ranks, in the order of their global indices."""
+        if self.ranks.size == 1 or rollouts.global_indices is None:
             return rollouts.successes, rollouts.group_ids
-        parts = zip(*self.ranks.gather((rollouts.places, rollouts.successes)), strict=True)
-        places, successes = (th.cat(part) for part in parts)
-        return successes[places.argsort()], places.sort().values // self.group_size
+        parts = zip(*self.ranks.gather((rollouts.global_indices, rollouts.successes)), strict=True)
+        indices, successes = (th.cat(part) for part in parts)
+        return successes[indices.argsort()], indices.sort().values // self.group_size
 
     def _weights(self) -> dict[str, th.Tensor]:
         return copy.deepcopy(self.policy.state_dict())
@@ -204,8 +223,8 @@ class DPO(GroupAlgorithm):
         """Pairs to train on and pairs of groups held back; at least one group stays for training."""
         group = group_ids[pairs[:, 0]]
         groups = th.unique(group).numpy()
-        wanted = math.ceil(self.validation_share * len(groups))
-        held = self.group_rng.permutation(groups)[: min(wanted, len(groups) - 1)]
+        n_held = math.ceil(self.validation_share * len(groups))
+        held = self.group_rng.permutation(groups)[: min(n_held, len(groups) - 1)]
         back = th.isin(group, th.as_tensor(held))
         return pairs[~back], pairs[back]
 
@@ -220,7 +239,7 @@ class DPO(GroupAlgorithm):
         self.policy.optimizer.zero_grad()
         total, n_tokens = {"loss": 0.0, "pair_accuracy": 0.0, "margin": 0.0}, rollouts.token_counts()
         parts = self._micro_batches(rollouts, pairs)
-        n_short = self._passes_short(len(parts))
+        n_missing = self._missing_forwards(len(parts))
         for part in parts:
             winner, loser = self._gains(rollouts, part)
             loss = preference_loss(winner, loser, self.beta).sum() / len(pairs)
@@ -233,14 +252,14 @@ class DPO(GroupAlgorithm):
             total["loss"] += loss.item()
             total["pair_accuracy"] += (margin > ROUNDING).float().sum().item() / len(pairs)
             total["margin"] += margin.sum().item() / len(pairs)
-        self._blank_passes(n_short, rollouts)
+        self._dummy_forwards(n_missing, rollouts)
         return {**self.ranks.add(total), "grad_norm": self._step_optimizer(self.max_grad_norm)}
 
     def _micro_batches(self, rollouts: Trajectories, pairs: th.Tensor) -> tuple[th.Tensor, ...]:
         """The pairs whose group is this rank's, by their index among its rollouts, some at a time."""
-        if self.ranks.size > 1 and rollouts.places is not None:
-            here = th.isin(pairs, rollouts.places).all(1)
-            pairs = th.searchsorted(rollouts.places, pairs[here])
+        if self.ranks.size > 1 and rollouts.global_indices is not None:
+            here = th.isin(pairs, rollouts.global_indices).all(1)
+            pairs = th.searchsorted(rollouts.global_indices, pairs[here])
         return pairs.split(self.micro_batch_size or len(pairs)) if len(pairs) else ()
 
     def _gains(self, rollouts: Trajectories, pairs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -255,32 +274,9 @@ class DPO(GroupAlgorithm):
     def _held_out_loss(self, rollouts: Trajectories, pairs: th.Tensor) -> float:
         self.policy.set_training_mode(False)
         parts = self._micro_batches(rollouts, pairs)
-        n_short = self._passes_short(len(parts))
+        n_missing = self._missing_forwards(len(parts))
         losses = [preference_loss(*self._gains(rollouts, part), self.beta) for part in parts]
-        self._blank_passes(n_short, rollouts)
+        self._dummy_forwards(n_missing, rollouts)
         self.policy.set_training_mode(True)
         share = (th.cat(losses).sum() / len(pairs)).item() if losses else 0.0
         return sum(self.ranks.gather(share))
-
-    def learn(
-        self: SelfDPO,
-        total_timesteps: int = NO_LIMIT,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "DPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-        max_iterations: int | None = None,
-        resume: bool = False,
-    ) -> SelfDPO:
-        """Collect rollouts, learn from their pairs, and again; see :meth:`GroupAlgorithm.learn`."""
-        return super().learn(
-            total_timesteps,
-            callback,
-            log_interval,
-            tb_log_name,
-            reset_num_timesteps,
-            progress_bar,
-            max_iterations,
-            resume,
-        )

@@ -15,10 +15,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from wmpo_gym.algorithms.distributed import Ranks
 from wmpo_gym.envs.chunk_env import ChunkVectorEnv
 from wmpo_gym.envs.ledger import Ledger
-from wmpo_gym.tasks import SPLITS
+from wmpo_gym.tasks import GATES, SPLITS
 
-# What `wmpo validate` looks at before anyone trains in a world.
-GATES = ("physics", "learnable", "faithful", "honest")
 VecObs = np.ndarray | dict[str, np.ndarray]
 
 
@@ -64,7 +62,7 @@ def finished_rows_wait(env: VecEnv) -> Iterator[None]:
         batch.set_autoreset(mode, skip_finished=skip_finished)
 
 
-def rest(env: VecEnv) -> None:
+def offload_env(env: VecEnv) -> None:
     """Let one of this package's envs give back what it does not need while the policy is updated."""
     batch = _own_batch(env)
     if batch is not None:
@@ -129,7 +127,7 @@ def reset_groups(
         group_size: Rows per group.
         rng: Draws start states and seeds.
         start_state_ids: Ids to draw from, without repeats where there are enough; None takes the env's own.
-        ranks: Processes whose envs make up the wave; None is this one alone.
+        ranks: Processes whose envs make up the batch; None is this one alone.
 
     Returns:
         The first observations, and the id of each row (int64) or None.
@@ -137,7 +135,7 @@ def reset_groups(
     ranks = ranks or Ranks()
     n_rows = env.num_envs * ranks.size
     n_groups = n_rows // group_size
-    groups = ranks.own(np.arange(n_groups)).repeat(group_size)
+    groups = ranks.local_slice(np.arange(n_groups)).repeat(group_size)
     seed = int(rng.integers(2**31 - n_rows))
     env.seed(seed)
     available = training_start_states(env) if start_state_ids is None else start_state_ids

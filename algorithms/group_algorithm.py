@@ -1,11 +1,12 @@
-"""What GRPO and DPO share: waves of grouped rollouts, the learning loop, logs and resumable checkpoints."""
+"""What GRPO and DPO share: batches of grouped rollouts, which groups are kept, and the learning loop."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,16 +17,32 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from wmpo_gym.algorithms.callbacks import GroupProgressBar
-from wmpo_gym.algorithms.checkpoint import CheckpointDirectory, resume_or_refuse, save_training
-from wmpo_gym.algorithms.distributed import Ranks
-from wmpo_gym.algorithms.env_util import as_vec_env, read_ledger, rest, world_fitness
-from wmpo_gym.algorithms.group_rollouts import GroupRollouts
+from wmpo_gym.algorithms.checkpoint import ResumableAlgorithm
+from wmpo_gym.algorithms.distributed import Ranks, full_tensor, mixed_precision, shard, sharding_enabled
+from wmpo_gym.algorithms.env_util import (
+    as_vec_env,
+    finished_rows_wait,
+    offload_env,
+    read_ledger,
+    reset_groups,
+    take_rows,
+    world_fitness,
+)
 from wmpo_gym.algorithms.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
-from wmpo_gym.algorithms.sharding import line_up, whole, whole_state
-from wmpo_gym.algorithms.trajectories import Obs, Trajectories, blank_obs, obs_to
+from wmpo_gym.algorithms.trajectories import (
+    Obs,
+    RolloutStatistics,
+    Trajectories,
+    TrajectoryRecorder,
+    action_mask,
+    informative_groups,
+    obs_to,
+    zero_obs,
+)
 from wmpo_gym.envs.ledger import Ledger
 from wmpo_gym.policies.base import GroupPolicy, policy_generators
 
@@ -35,12 +52,16 @@ SelfGroupAlgorithm = TypeVar("SelfGroupAlgorithm", bound="GroupAlgorithm")
 
 NO_LIMIT = 10**12
 
+# An episode that is still running after so many decisions has no time limit; a batch would never end.
+MAX_DECISIONS = 10_000
 
-class GroupAlgorithm(GroupRollouts):
+
+class GroupAlgorithm(ResumableAlgorithm):
     """Base of algorithms that learn from groups of rollouts with a common start state.
 
-    A *wave* resets every row of the env, ``group_size`` neighbouring rows to one start state, and runs them
-    to the end of their first episode. ``num_timesteps`` counts decisions of rows that are still running.
+    A *batch* of rollouts resets every row of the env, ``group_size`` neighbouring rows to one start state,
+    and runs them to the end of their first episode. ``num_timesteps`` counts decisions of rows that are
+    still running.
 
     Started by ``torchrun`` as several processes, each runs its share of the groups in its own env, gradients
     are summed, and the main process writes logs and files; every number below, but the rows of an ``env``
@@ -52,12 +73,12 @@ class GroupAlgorithm(GroupRollouts):
             for a loaded model that only predicts.
         learning_rate: A number, or a function of the remaining progress (1 to 0).
         group_size: Rollouts per start state.
-        n_groups: Informative groups wanted per iteration; waves are repeated until there are as many, surplus
-            groups are left out. None takes one wave with whatever it holds. For an env id it is also the
-            number of groups in a wave (None: 8).
+        n_groups: Informative groups per iteration; batches are collected until there are as many, surplus
+            groups are left out. None takes one batch with whatever it holds. For an env id it is also the
+            number of groups in a batch (None: 8).
         success_bounds: Groups with a success rate outside are dropped (both bounds inclusive). None drops
             only groups whose returns are all equal.
-        max_extra_waves: How many waves more than ``n_groups`` needs are run when groups are dropped.
+        max_extra_batches: How many batches more than ``n_groups`` needs are run when groups are dropped.
         start_state_ids: Ids to draw start states from; None takes the env's own ``start_state_ids``. An env
             without any gives the rows of a group a common seed instead.
         checkpoint_dir: Where to write resumable checkpoints; None writes none.
@@ -75,14 +96,14 @@ class GroupAlgorithm(GroupRollouts):
         TypeError: If the policy class cannot evaluate token log-probabilities.
     """
 
+    log_name: ClassVar[str] = "run"  # of TensorBoard runs
     policy_aliases: ClassVar[dict[str, Any]] = {
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    # What must be equal for a checkpoint to go on to the same numbers.
     resume_settings: ClassVar[tuple[str, ...]] = tuple(
-        "group_size n_envs n_groups success_bounds max_extra_waves learning_rate seed".split()
+        "group_size n_envs n_groups success_bounds max_extra_batches learning_rate seed".split()
     )
 
     def __init__(
@@ -93,7 +114,7 @@ class GroupAlgorithm(GroupRollouts):
         group_size: int = 8,
         n_groups: int | None = None,
         success_bounds: tuple[float, float] | None = (0.1, 0.9),
-        max_extra_waves: int = 4,
+        max_extra_batches: int = 4,
         start_state_ids: Sequence[int] | None = None,
         checkpoint_dir: str | Path | None = None,
         checkpoint_interval: int = 1,
@@ -109,7 +130,7 @@ class GroupAlgorithm(GroupRollouts):
             raise ValueError(f"group_size must be at least 2 to compare rollouts, got {group_size}.")
         self.ranks = Ranks.join(device)
         if isinstance(env, str):
-            env = as_vec_env(env, self.ranks.share(group_size * (n_groups or 8), group_size))
+            env = as_vec_env(env, self.ranks.rows_per_rank(group_size * (n_groups or 8), group_size))
         super().__init__(
             policy,
             env,
@@ -126,14 +147,14 @@ class GroupAlgorithm(GroupRollouts):
         self.group_size = group_size
         self.n_groups = n_groups
         self.success_bounds = success_bounds
-        self.max_extra_waves = max_extra_waves
+        self.max_extra_batches = max_extra_batches
         self.start_state_ids = None if start_state_ids is None else np.asarray(start_state_ids, np.int64)
         self.checkpoint_dir = checkpoint_dir
         self.checkpoint_interval = checkpoint_interval
         # Here and not in _setup_model: load() restores attributes first and must not restart the id stream.
         self.group_rng = np.random.default_rng(seed)
         self.history: list[dict[str, float]] = []
-        self.sharded = False  # whether the weights are spread over the ranks
+        self.sharded = False
         self.world_fitness: Any = None
         self.budget = Ledger()  # what learn() has spent in its env, runs before a resume included
         self._iteration = 0
@@ -141,6 +162,24 @@ class GroupAlgorithm(GroupRollouts):
             self._setup_model()
 
     # ------------------------------------------------------------------ construction
+
+    @classmethod
+    def from_policy(
+        cls: type[SelfGroupAlgorithm], policy: GroupPolicy, env: Any, **kwargs: Any
+    ) -> SelfGroupAlgorithm:
+        """An algorithm whose policy starts as a copy of one in memory.
+
+        Args:
+            policy: Is copied, not changed.
+            env: What to train in.
+            **kwargs: Arguments of the algorithm.
+        """
+        arguments = policy._get_constructor_parameters()
+        arguments = {k: v for k, v in arguments.items() if k not in ("observation_space", "action_space")}
+        model = cls(type(policy), env, policy_kwargs=arguments, **kwargs)
+        weights = {k: v for k, v in policy.state_dict().items() if "extra_state" not in k}
+        model.policy.load_state_dict({**model.policy.state_dict(), **weights})
+        return model
 
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -190,7 +229,129 @@ class GroupAlgorithm(GroupRollouts):
         super().set_env(env, force_reset)
         self._check_env()
 
+    # ------------------------------------------------------------------ rollouts
+
+    def collect_batch(self, callback: BaseCallback) -> Trajectories | None:
+        """One episode in every row.
+
+        Returns:
+            All of them, or None if the callback asked to stop.
+        """
+        obs, ids = reset_groups(self.env, self.group_size, self.group_rng, self.start_state_ids, self.ranks)
+        recorder = TrajectoryRecorder(self.n_envs)
+        chunk = self.action_space.shape[0] if len(self.action_space.shape) > 1 else 1
+        waiting = np.clip(np.zeros(self.action_space.shape), self.action_space.low, self.action_space.high)
+        running = np.ones(self.n_envs, bool)
+        live_indices, n_live = self.ranks.global_indices(th.as_tensor(running), self.group_size)
+        for _ in range(MAX_DECISIONS):
+            live = np.flatnonzero(running)
+            live_obs = obs_as_tensor(take_rows(obs, live), "cpu")
+            chosen, log_probs, traces = self._sample(live_obs, live_indices, n_live)
+            actions = np.repeat(waiting[None], self.n_envs, axis=0).astype(self.action_space.dtype)
+            actions[live] = np.clip(chosen.cpu().numpy(), self.action_space.low, self.action_space.high)
+            obs, rewards, dones, infos = self.env.step(actions)
+            self.num_timesteps += n_live
+            n_actions = np.array([infos[i].get("n_frames", chunk) for i in live], np.int64)
+            mask = action_mask(th.as_tensor(n_actions), chunk, traces.shape[1] // chunk)
+            recorder.add(live, live_obs, traces, log_probs, mask, rewards[live], n_actions)
+            for i in live[dones[live]]:
+                recorder.successes[i] = infos[i].get("is_success", recorder.returns[i] > 0)
+                self._note_episode(recorder.returns[i], recorder.lengths[i], recorder.successes[i])
+            running &= ~dones
+            callback.update_locals(locals())
+            if self.ranks.largest(not callback.on_step()):
+                return None
+            live_indices, n_live = self.ranks.global_indices(th.as_tensor(running), self.group_size)
+            if not n_live:
+                return recorder.build(self.group_size, ids)
+        raise RuntimeError(
+            f"{n_live} rows of the env are still running after {MAX_DECISIONS} decisions; give the env a "
+            "time limit (gymnasium.make(..., max_episode_steps=...))."
+        )
+
+    @th.no_grad()
+    def _sample(self, obs: Obs, indices: th.Tensor, n_live: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Decisions of this rank's live rows, given their indices among the ``n_live`` of all ranks."""
+        if self.ranks.size == 1:
+            return self.policy.sample(obs_to(obs, self.device))
+        if len(indices):
+            return self.policy.sample_part(obs_to(obs, self.device), indices, n_live)
+        # Its rows are done; sampling is collective, so it samples for a row of zeros.
+        chosen, log_probs, traces = self.policy.sample_part(
+            obs_to(zero_obs(obs), self.device), indices.new_zeros(1), n_live
+        )
+        return chosen[:0], log_probs[:0], traces[:0]
+
+    def _note_episode(self, total: float, length: int, success: bool) -> None:
+        """Feed SB3's episode buffers (not the raw infos: rows may already run their next episode)."""
+        episode = {"r": float(total), "l": int(length), "t": time.time() - self.start_time / 1e9}
+        self._update_info_buffer([{"episode": episode, "is_success": bool(success)}], np.array([True]))
+
+    def collect_rollouts(self, callback: BaseCallback) -> Trajectories | None:
+        """The informative groups of one iteration (possibly none), or None if a callback asked to stop."""
+        self.policy.set_training_mode(False)
+        callback.on_rollout_start()
+        per_batch = self.ranks.size * self.n_envs // self.group_size
+        n_batches = (
+            1 if self.n_groups is None else math.ceil(self.n_groups / per_batch) + self.max_extra_batches
+        )
+        kept: list[Trajectories] = []
+        indices: list[th.Tensor] = []  # of the kept groups among those of all ranks
+        n_kept = 0  # of all ranks
+        statistics = RolloutStatistics(self.group_size)
+        for _ in range(n_batches):
+            with finished_rows_wait(self.env):
+                batch = self.collect_batch(callback)
+            if batch is None:
+                return None
+            scores = batch.returns if self.success_bounds is None else batch.successes
+            informative = informative_groups(scores.view(-1, self.group_size), self.success_bounds)
+            kept.append(batch.select(informative.repeat_interleave(self.group_size)))
+            statistics.add(batch, informative)
+            index, n_new = self.ranks.global_indices(informative, 1)
+            indices.append(index + n_kept)
+            n_kept += n_new
+            if self.n_groups is not None and n_kept >= self.n_groups:
+                break
+        rollouts, index = Trajectories.concatenate(kept), th.cat(indices)
+        if self.n_groups is not None:
+            used, n_kept = index < self.n_groups, min(n_kept, self.n_groups)
+            rollouts, index = rollouts.select(used.repeat_interleave(self.group_size)), index[used]
+        rollouts.global_indices = (index[:, None] * self.group_size + th.arange(self.group_size)).flatten()
+        for name, value in {**statistics.summary(self.ranks), "kept_groups": n_kept}.items():
+            self.logger.record(f"rollout/{name}", value)
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return rollouts
+
     # ------------------------------------------------------------------ learning
+
+    def _synchronize_ranks(self) -> None:
+        """Let every rank start from the main rank's weights and random states, sharded if FSDP is on.
+
+        Raises:
+            ValueError: If the envs of the ranks differ in size, or half precision is configured without FSDP.
+        """
+        ranks = self.ranks
+        if ranks.size == 1:
+            return
+        if mixed_precision() != "no" and not sharding_enabled():
+            raise ValueError(
+                f"mixed_precision {mixed_precision()!r} of the accelerate configuration has an effect with "
+                "FSDP only; set it to 'no', or distributed_type to FSDP."
+            )
+        rows = ranks.gather(self.n_envs)
+        if len(set(rows)) > 1:
+            raise ValueError(f"The envs of the processes have {rows} rows; give every process as many.")
+        self.group_rng.bit_generator.state = ranks.gather(self.group_rng.bit_generator.state)[0]
+        for module in (getattr(self, name) for name in self._modules()):
+            for generator in policy_generators(module).values():
+                generator.set_state(ranks.gather(generator.get_state())[0])
+            if not self.sharded:
+                ranks.broadcast([*module.parameters(), *module.buffers()])
+                if sharding_enabled():
+                    shard(module, ranks)
+        self.sharded = sharding_enabled()
 
     @abstractmethod
     def train(self, rollouts: Trajectories) -> None:
@@ -201,14 +362,17 @@ class GroupAlgorithm(GroupRollouts):
         # FSDP averages gradients over the ranks; these are to be summed.
         (loss * self.ranks.size if self.sharded else loss).backward()
 
-    def _passes_short(self, n_passes: int) -> int:
-        """How many passes fewer than another rank this one makes: sharded weights ask for equally many."""
-        return self.ranks.largest(n_passes) - n_passes if self.sharded else 0
+    def _missing_forwards(self, n_forwards: int) -> int:
+        """How many forward passes fewer than another rank this one makes, if the weights are sharded.
 
-    def _blank_passes(self, n_passes: int, rollouts: Trajectories) -> None:
-        """Passes over nothing, to keep the other ranks company."""
-        obs, trace = blank_obs(rollouts.obs), blank_obs(rollouts.traces)
-        for _ in range(n_passes):
+        All ranks must then make equally many.
+        """
+        return self.ranks.largest(n_forwards) - n_forwards if self.sharded else 0
+
+    def _dummy_forwards(self, n_forwards: int, rollouts: Trajectories) -> None:
+        """Forward and backward passes without effect, while other ranks still gather the weights."""
+        obs, trace = zero_obs(rollouts.obs), zero_obs(rollouts.traces)
+        for _ in range(n_forwards):
             log_prob = self._log_prob(obs, trace)[0]
             if log_prob.requires_grad:
                 self._backward(0.0 * log_prob.sum())
@@ -225,7 +389,7 @@ class GroupAlgorithm(GroupRollouts):
         optimizer = self.policy.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.ranks.sum_gradients(parameters)
-        norm = whole(th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)).item()
+        norm = full_tensor(th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)).item()
         if np.isfinite(norm):
             optimizer.step()
             self._n_updates += 1
@@ -238,7 +402,7 @@ class GroupAlgorithm(GroupRollouts):
         total_timesteps: int = NO_LIMIT,
         callback: MaybeCallback = None,
         log_interval: int = 1,
-        tb_log_name: str = "run",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
         max_iterations: int | None = None,
@@ -251,7 +415,7 @@ class GroupAlgorithm(GroupRollouts):
                 ``max_iterations`` is given.
             callback: Called once per ``env.step``.
             log_interval: Iterations between log entries.
-            tb_log_name: Name of the TensorBoard run.
+            tb_log_name: Name of the TensorBoard run; None is the algorithm's.
             reset_num_timesteps: Count from zero. False goes on with a trained model for ``total_timesteps``
                 more.
             progress_bar: Show a bar with the time left.
@@ -269,14 +433,18 @@ class GroupAlgorithm(GroupRollouts):
         """
         if total_timesteps >= NO_LIMIT and max_iterations is None:
             raise ValueError("learn() needs total_timesteps or max_iterations.")
-        line_up(self)
-        resumed = resume_or_refuse(self, resume)
+        self._synchronize_ranks()
+        resumed = self._resume(resume)
         if resumed:
             reset_num_timesteps, total_timesteps = False, max(0, total_timesteps - self.num_timesteps)
         max_iterations = NO_LIMIT if max_iterations is None else max_iterations
         last_iteration = max_iterations if resumed else self._iteration + max_iterations
         total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar and self.ranks.is_main
+            total_timesteps,
+            callback,
+            reset_num_timesteps,
+            tb_log_name or self.log_name,
+            progress_bar and self.ranks.is_main,
         )
         self._ledger_seen = read_ledger(self.env)
         callback.on_training_start(locals(), globals())
@@ -290,7 +458,7 @@ class GroupAlgorithm(GroupRollouts):
             left = (last_iteration - self._iteration) / max_iterations
             self._current_progress_remaining = min(1 - self.num_timesteps / total_timesteps, left)
             if self.ranks.total(len(rollouts)):
-                rest(self.env)
+                offload_env(self.env)
                 self.train(rollouts)
             else:
                 logger.warning("Iteration %d: no informative group, the update is skipped.", self._iteration)
@@ -328,56 +496,3 @@ class GroupAlgorithm(GroupRollouts):
         self.history.append({name: float(value) for name, value in logged if isinstance(value, numbers)})
         if write:
             self.logger.dump(self.num_timesteps)
-
-    # ------------------------------------------------------------------ files
-
-    def _excluded_save_params(self) -> list[str]:
-        """Observations are images: SB3 would pickle a batch of them into every file."""
-        images = ["_last_obs", "_last_original_obs", "_last_episode_starts"]
-        return [*super()._excluded_save_params(), *images, "ranks", "sharded"]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "policy.optimizer"], []
-
-    def _modules(self) -> list[str]:
-        """Attributes that hold weights."""
-        return [name for name in self._get_torch_save_params()[0] if name != "policy.optimizer"]
-
-    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
-        """SB3's ``save`` (a zip with pickle inside), by the main process.
-
-        Raises:
-            ValueError: If the weights are spread over several processes, which the format cannot hold.
-        """
-        if self.sharded:
-            raise ValueError("The weights are spread by FSDP; use save_policy() or save_checkpoint().")
-        if self.ranks.is_main:
-            super().save(path, exclude, include)
-
-    def save_policy(
-        self, directory: str | Path, meta: Mapping[str, Any] | None = None, *, merged: bool = False
-    ) -> Path:
-        """``policy.save_pretrained``, or ``save_merged``, once for all processes, each of which calls this.
-
-        Raises:
-            ValueError: If adapters are to be merged into weights that are spread over the processes.
-        """
-        if merged and self.sharded:
-            raise ValueError("Adapters are not merged under FSDP; save them, and merge them in one process.")
-        if merged:
-            return self.ranks.on_main(lambda: self.policy.save_merged(directory, meta))
-        given: dict[str, Any] = {}
-        if self.sharded:
-            given["state_dict"] = whole_state(self.policy.network.state_dict(), self.ranks)
-        return self.ranks.on_main(lambda: self.policy.save_pretrained(directory, meta, **given))
-
-    def save_checkpoint(self) -> Path:
-        """Write all that a later ``learn(resume=True)`` needs to go on to the same numbers.
-
-        Raises:
-            ValueError: If the model was made without ``checkpoint_dir``.
-            WriteError: If the disk is full; the model and earlier checkpoints are untouched.
-        """
-        if self.checkpoint_dir is None:
-            raise ValueError("This model has no checkpoint_dir; give one to the constructor.")
-        return save_training(self, CheckpointDirectory(self.checkpoint_dir))

@@ -1,39 +1,179 @@
-"""Group Relative Policy Optimization for policies over action tokens."""
+"""Group Relative Policy Optimization for policies over action tokens: its loss, and its update.
+
+:mod:`~wmpo_gym.algorithms.group_algorithm` holds the other half, rollouts and the loop around the two.
+
+Shapes: N trajectories, M decisions (one action chunk each), L tokens per decision. ``rows`` int64 (M,) says
+which trajectory a decision belongs to. Every function accepts an empty mask; none of them returns NaN for it.
+"""
 
 from __future__ import annotations
 
 import copy
 import logging
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from wmpo_gym.algorithms.group_algorithm import NO_LIMIT, GroupAlgorithm
-from wmpo_gym.algorithms.objective import (
-    LossNormalizer,
-    clipped_surrogate,
-    group_advantages,
-    kl_penalty,
-    loss_units,
-    masked_mean,
-    token_weights,
-)
+from wmpo_gym.algorithms.group_algorithm import GroupAlgorithm
 from wmpo_gym.algorithms.trajectories import Obs, Trajectories, index_obs, obs_to
 from wmpo_gym.policies.base import GroupPolicy
 
 logger = logging.getLogger(__name__)
 
-SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
+LossNormalizer = Literal["trajectory", "token"]
+KLKind = Literal["k1", "abs", "k2", "k3"]
+
+# Added to the standard deviation of a group's returns (WMPO, and GRPO before it).
+ADVANTAGE_EPS = 1e-6
 
 # Above this the policy evaluates its own decisions differently from how it made them.
 RATIO_TOLERANCE = 1e-3
+
+
+def masked_mean(values: th.Tensor, mask: th.Tensor, dim: int | None = None) -> th.Tensor:
+    """Mean of the entries where ``mask`` is True, over everything or over one dimension.
+
+    Where nothing is kept the mean is 0; the published row-wise mean gives NaN there and poisons the update.
+    """
+    kept = th.where(mask, values, th.zeros_like(values))
+    total, count = (kept.sum(), mask.sum()) if dim is None else (kept.sum(dim), mask.sum(dim))
+    return total / count.clamp(min=1)
+
+
+def group_advantages(returns: th.Tensor, group_ids: th.Tensor, normalize: bool = True) -> th.Tensor:
+    """Advantage of a trajectory over the others of its group: ``(R - mean) / (std + 1e-6)``.
+
+    The standard deviation is the unbiased one. A group without spread gets 0 everywhere; a group of one has
+    no baseline and keeps its return. A return of NaN means *unscorable*: it gets 0 and does not count in its
+    group.
+
+    Args:
+        returns: Float (N,).
+        group_ids: int64 (N,); equal numbers form a group, in any order.
+        normalize: Divide by the standard deviation. False leaves ``R - mean`` (Dr. GRPO, arXiv 2503.20783).
+
+    Returns:
+        float32 (N,).
+    """
+    scored = ~returns.isnan()
+    values = th.where(scored, returns, th.zeros_like(returns)).double()
+    _, group = th.unique(group_ids, return_inverse=True)
+    n_groups = int(group.max()) + 1 if len(group) else 0
+
+    def group_sum(x: th.Tensor) -> th.Tensor:
+        return x.new_zeros(n_groups).index_add(0, group, x)
+
+    count = group_sum(scored.double())
+    alone = count == 1
+    mean = th.where(alone, 0.0, group_sum(values) / count.clamp(min=1))
+    centred = th.where(scored, values - mean[group], 0.0)
+    if not normalize:
+        return centred.float()
+    variance = group_sum(centred.square()) / (count - 1).clamp(min=1)
+    std = th.where(alone, 1.0, variance.sqrt())
+    return (centred / (std[group] + ADVANTAGE_EPS)).float()
+
+
+def loss_units(mask: th.Tensor, rows: th.Tensor, normalizer: LossNormalizer) -> int:
+    """Over how many tokens, or trajectories with a token, a minibatch's loss is averaged."""
+    if normalizer == "token":
+        return int(mask.sum())
+    return len(th.unique(rows[mask.any(1)]))
+
+
+def token_weights(
+    mask: th.Tensor, rows: th.Tensor, normalizer: LossNormalizer = "trajectory", n_units: int | None = None
+) -> th.Tensor:
+    """Weight of every token in the loss of a minibatch; the loss is ``(weights * token_loss).sum()``.
+
+    Because the weights are fixed before the forward passes, the minibatch may be cut into micro-batches at
+    any place without changing the gradient.
+
+    Args:
+        mask: bool (M, L), the tokens that count.
+        rows: int64 (M,), the trajectory of each decision.
+        normalizer: ``"trajectory"``, the published one: mean over the tokens of a trajectory, then over
+            trajectories (those without a token are left out). ``"token"``: mean over all tokens alike.
+        n_units: :func:`loss_units` of the whole minibatch, if this is a part of it.
+
+    Returns:
+        float32 (M, L), 0 outside the mask; sums to 1 over the minibatch, or to 0 if nothing is kept.
+
+    Raises:
+        ValueError: If the normalizer is unknown.
+    """
+    if normalizer not in ("trajectory", "token"):
+        raise ValueError(f"Unknown loss_normalizer {normalizer!r}; choose 'trajectory' or 'token'.")
+    if not len(rows):
+        return mask.float()
+    n_units = loss_units(mask, rows, normalizer) if n_units is None else n_units
+    if normalizer == "token":
+        return mask.float() / max(n_units, 1)
+    per_row = mask.sum(1).new_zeros(int(rows.max()) + 1).index_add(0, rows, mask.sum(1))
+    return mask.float() / (per_row[rows] * n_units).clamp(min=1).unsqueeze(1)
+
+
+class Surrogate(NamedTuple):
+    """The clipped objective, token by token.
+
+    Attributes:
+        loss: Float (M, L), to be weighted and summed; lower is better.
+        clipped: bool (M, L), True where the clip took the gradient away.
+        log_ratio: Float (M, L), new minus old log-probability.
+    """
+
+    loss: th.Tensor
+    clipped: th.Tensor
+    log_ratio: th.Tensor
+
+
+def clipped_surrogate(
+    log_prob: th.Tensor,
+    old_log_prob: th.Tensor,
+    advantages: th.Tensor,
+    clip_range: float = 0.2,
+    clip_range_high: float = 0.28,
+) -> Surrogate:
+    """PPO's pessimistic objective with DAPO's asymmetric clip; no dual clip, as published.
+
+    Args:
+        log_prob: Float (M, L) under the current weights.
+        old_log_prob: Float (M, L) under the weights that sampled.
+        advantages: Float (M, L) or (M, 1).
+        clip_range: The ratio is cut at ``1 - clip_range`` below ...
+        clip_range_high: ... and at ``1 + clip_range_high`` above.
+    """
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    free = -advantages * ratio
+    cut = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range_high)
+    return Surrogate(th.maximum(free, cut), cut > free, log_ratio)
+
+
+def kl_penalty(log_prob: th.Tensor, ref_log_prob: th.Tensor, kind: KLKind = "k3") -> th.Tensor:
+    """Estimate of the divergence from a reference, token by token.
+
+    ``k1`` is the plain difference, ``abs`` its size, ``k2`` half its square, and ``k3`` the unbiased estimate
+    that is never negative (Schulman 2020; GRPO, arXiv 2402.03300, eq. 4).
+
+    Raises:
+        ValueError: If the kind is unknown.
+    """
+    difference = log_prob - ref_log_prob
+    if kind == "k1":
+        return difference
+    if kind == "abs":
+        return difference.abs()
+    if kind == "k2":
+        return 0.5 * difference.square()
+    if kind == "k3":
+        return th.expm1(-difference) + difference
+    raise ValueError(f"Unknown KL estimate {kind!r}; choose 'k1', 'abs', 'k2' or 'k3'.")
 
 
 class GRPO(GroupAlgorithm):
@@ -77,6 +217,7 @@ class GRPO(GroupAlgorithm):
         max_grad_norm: Gradients are scaled down to this norm.
         recompute_log_probs: Evaluate the old log-probabilities again with the training forward pass instead
             of keeping those of sampling; for policies whose two passes round differently (half precision).
+        **kwargs: Further arguments of GroupAlgorithm.
 
     Attributes:
         history: One dictionary of logged numbers per iteration.
@@ -84,6 +225,7 @@ class GRPO(GroupAlgorithm):
         world_fitness: Gates of the world that was trained in; None if the env has no world.
     """
 
+    log_name = "GRPO"
     resume_settings: ClassVar[tuple[str, ...]] = (
         *GroupAlgorithm.resume_settings,
         *"batch_size micro_batch_size n_epochs clip_range clip_range_high normalize_advantage".split(),
@@ -108,18 +250,7 @@ class GRPO(GroupAlgorithm):
         kl_coef: float = 0.0,
         max_grad_norm: float = 1.0,
         recompute_log_probs: bool = False,
-        success_bounds: tuple[float, float] | None = (0.1, 0.9),
-        max_extra_waves: int = 4,
-        start_state_ids: Sequence[int] | None = None,
-        checkpoint_dir: str | Path | None = None,
-        checkpoint_interval: int = 1,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: th.device | str = "auto",
-        _init_setup_model: bool = True,
+        **kwargs: Any,
     ) -> None:
         if loss_normalizer not in ("trajectory", "token"):
             raise ValueError(f"Unknown loss_normalizer {loss_normalizer!r}; choose 'trajectory' or 'token'.")
@@ -129,25 +260,6 @@ class GRPO(GroupAlgorithm):
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
-        super().__init__(
-            policy,
-            env,
-            learning_rate,
-            group_size=group_size,
-            n_groups=n_groups,
-            success_bounds=success_bounds,
-            max_extra_waves=max_extra_waves,
-            start_state_ids=start_state_ids,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_interval=checkpoint_interval,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=False,
-        )
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.n_epochs = n_epochs
@@ -159,8 +271,7 @@ class GRPO(GroupAlgorithm):
         self.kl_coef = kl_coef
         self.max_grad_norm = max_grad_norm
         self.recompute_log_probs = recompute_log_probs
-        if _init_setup_model:
-            self._setup_model()
+        super().__init__(policy, env, learning_rate, group_size, n_groups, **kwargs)
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -197,9 +308,9 @@ class GRPO(GroupAlgorithm):
     def _minibatches(self, rollouts: Trajectories) -> list[th.Tensor]:
         """Indices of this rank's rollouts in each minibatch of the rollouts of all ranks."""
         total = self.ranks.total(len(rollouts))
-        places = th.arange(total) if rollouts.places is None else rollouts.places
+        indices = th.arange(total) if rollouts.global_indices is None else rollouts.global_indices
         size = self.batch_size or total
-        return [(places // size == i).nonzero().squeeze(1) for i in range(-(-total // size))]
+        return [(indices // size == i).nonzero().squeeze(1) for i in range(-(-total // size))]
 
     def _update(self, batch: Trajectories, advantages: th.Tensor) -> dict[str, float]:
         """One optimizer step on a minibatch."""
@@ -221,7 +332,7 @@ class GRPO(GroupAlgorithm):
         n_units = self.ranks.total(loss_units(batch.token_mask, batch.rows, self.loss_normalizer))
         weights = token_weights(batch.token_mask, batch.rows, self.loss_normalizer, n_units)
         parts = self._micro_batches(batch)
-        n_short = self._passes_short(len(parts))
+        n_missing = self._missing_forwards(len(parts))
         total: dict[str, float] = {}
         ratio_error = 0.0
         for part in parts:
@@ -246,7 +357,7 @@ class GRPO(GroupAlgorithm):
             total["loss"] = total.get("loss", 0.0) + loss.item()
             if mask.any():
                 ratio_error = max(ratio_error, surrogate.log_ratio.detach()[mask].expm1().abs().max().item())
-        self._blank_passes(n_short, batch)
+        self._dummy_forwards(n_missing, batch)
         n_tokens = max(self.ranks.total(int(batch.token_mask.sum())), 1)
         means = {k: v if k == "loss" else v / n_tokens for k, v in self.ranks.add(total).items()}
         return {**means, "ratio_max_error": self.ranks.largest(ratio_error)}
@@ -268,9 +379,9 @@ class GRPO(GroupAlgorithm):
     def _evaluate(self, rollouts: Trajectories) -> th.Tensor:
         """Log-probabilities of all decisions under the present weights, float32 (M, L)."""
         parts = self._micro_batches(rollouts)
-        n_short = self._passes_short(len(parts))
+        n_missing = self._missing_forwards(len(parts))
         found = [self._log_prob(index_obs(rollouts.obs, part), rollouts.traces[part])[0] for part in parts]
-        self._blank_passes(n_short, rollouts)
+        self._dummy_forwards(n_missing, rollouts)
         return th.cat(found).float().cpu() if parts else rollouts.log_probs
 
     def _log_update(self, history: list[dict[str, float]]) -> None:
@@ -288,26 +399,3 @@ class GRPO(GroupAlgorithm):
                 self.logger.record(f"train/{name}", float(np.mean([h[name] for h in history])))
         self.logger.record("train/ratio_max_error", error)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-
-    def learn(
-        self: SelfGRPO,
-        total_timesteps: int = NO_LIMIT,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "GRPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-        max_iterations: int | None = None,
-        resume: bool = False,
-    ) -> SelfGRPO:
-        """Alternate grouped rollouts and updates; see :meth:`GroupAlgorithm.learn` for the arguments."""
-        return super().learn(
-            total_timesteps,
-            callback,
-            log_interval,
-            tb_log_name,
-            reset_num_timesteps,
-            progress_bar,
-            max_iterations,
-            resume,
-        )

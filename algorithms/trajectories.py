@@ -1,6 +1,6 @@
 """Rollouts as flat lists of the decisions that were really made.
 
-A wave of N episodes of different length is stored decision by decision, without padding: nothing after an
+A batch of N episodes of different length is stored decision by decision, without padding: nothing after an
 episode's end is kept, so nothing of it can reach a gradient. Pixels stay uint8 on the CPU.
 """
 
@@ -36,11 +36,45 @@ def cat_obs(parts: Sequence[Obs]) -> Obs:
     return th.cat(list(parts))
 
 
-def blank_obs(obs: Obs) -> Obs:
+def zero_obs(obs: Obs) -> Obs:
     """One row of zeros of the same kind as a batch of observations."""
     if isinstance(obs, dict):
-        return {k: blank_obs(v) for k, v in obs.items()}
+        return {k: zero_obs(v) for k, v in obs.items()}
     return obs.new_zeros(1, *obs.shape[1:])
+
+
+def action_mask(n_actions: th.Tensor, chunk: int, tokens_per_action: int) -> th.Tensor:
+    """Which tokens of a decision were acted on: those of its first ``n_actions`` actions.
+
+    Args:
+        n_actions: int64 (M,), actions carried out before the episode ended, 0 to ``chunk``.
+        chunk: Actions per decision, K.
+        tokens_per_action: Tokens per action.
+
+    Returns:
+        bool (M, chunk * tokens_per_action), tokens ordered action by action.
+    """
+    kept = th.arange(chunk, device=n_actions.device) < n_actions.unsqueeze(-1)
+    return kept.repeat_interleave(tokens_per_action, dim=-1)
+
+
+def informative_groups(scores: th.Tensor, bounds: tuple[float, float] | None = (0.1, 0.9)) -> th.Tensor:
+    """Dynamic sampling (DAPO, arXiv 2503.14476): which groups can teach anything.
+
+    Args:
+        scores: Float or bool (n_groups, group_size), 1 for success; any return if ``bounds`` is None.
+        bounds: Lowest and highest success rate that is kept, both inclusive, compared in float32. None keeps
+            every group whose scores are not all equal.
+
+    Returns:
+        bool (n_groups,), True for the groups to keep.
+    """
+    scores = scores.float()
+    if bounds is None:
+        return scores.amax(dim=1) > scores.amin(dim=1)
+    rate = scores.mean(dim=1)
+    low, high = th.tensor(bounds, dtype=th.float32)
+    return (rate >= low) & (rate <= high)
 
 
 @dataclass
@@ -59,7 +93,7 @@ class Trajectories:
         n_actions: int64 (N,), actions carried out per episode.
         group_ids: int64 (N,).
         start_state_ids: int64 (N,), -1 where the env has no numbered start states.
-        places: int64 (N,), where each episode stands among those of all ranks; None if they are all here.
+        global_indices: int64 (N,), index of each episode among those of all ranks; None if they are all here.
     """
 
     obs: Obs
@@ -73,7 +107,7 @@ class Trajectories:
     n_actions: th.Tensor
     group_ids: th.Tensor
     start_state_ids: th.Tensor
-    places: th.Tensor | None = None
+    global_indices: th.Tensor | None = None
 
     def __len__(self) -> int:
         """Number of episodes."""
@@ -112,10 +146,10 @@ class Trajectories:
 
     @staticmethod
     def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
-        """Several waves as one, without places; the groups of different waves stay different groups."""
+        """Several batches as one, without global indices; groups of different batches stay different."""
         if len(parts) == 1:
             return parts[0]
-        names = [f.name for f in fields(Trajectories) if f.name != "places"]
+        names = [f.name for f in fields(Trajectories) if f.name != "global_indices"]
         out: dict[str, Any] = {name: [getattr(p, name) for p in parts] for name in names}
         episodes = groups = 0
         for i, part in enumerate(parts):
@@ -130,10 +164,10 @@ _PER_DECISION = {"traces", "log_probs", "token_mask", "rows"}
 
 
 class TrajectoryRecorder:
-    """Collects a wave step by step, the rows that are still running only.
+    """Collects a batch of episodes step by step, of the rows that are still running only.
 
     Args:
-        n_rows: Episodes in the wave.
+        n_rows: Episodes in the batch.
     """
 
     def __init__(self, n_rows: int) -> None:
@@ -160,7 +194,7 @@ class TrajectoryRecorder:
         self.n_actions[rows] += n_actions
 
     def build(self, group_size: int, start_state_ids: np.ndarray | None) -> Trajectories:
-        """The finished wave; rows form groups of ``group_size`` neighbours."""
+        """The finished batch; rows form groups of ``group_size`` neighbours."""
         rows, obs, traces, log_probs, token_mask = zip(*self._steps, strict=True)
         order = th.argsort(th.cat(rows), stable=True)
         n_rows = len(self.returns)
@@ -189,24 +223,24 @@ class RolloutStatistics:
 
     def __init__(self, group_size: int) -> None:
         self.group_size = group_size
-        self._waves: list[th.Tensor] = []  # float32 (n_rows, 4)
+        self._batches: list[th.Tensor] = []  # float32 (n_rows, 4)
 
-    def add(self, wave: Trajectories, kept: th.Tensor) -> None:
-        """Count a wave; ``kept`` bool (n_groups,) says which of its groups are used."""
-        columns = wave.successes, wave.returns, wave.lengths, kept.repeat_interleave(self.group_size)
-        self._waves.append(th.stack([column.float() for column in columns], dim=1))
+    def add(self, batch: Trajectories, kept: th.Tensor) -> None:
+        """Count a batch; ``kept`` bool (n_groups,) says which of its groups are used."""
+        columns = batch.successes, batch.returns, batch.lengths, kept.repeat_interleave(self.group_size)
+        self._batches.append(th.stack([column.float() for column in columns], dim=1))
 
     def summary(self, ranks: Ranks) -> dict[str, float]:
-        """Means and counts over all waves so far (at least one) of all ranks."""
-        waves = [ranks.merge(wave, self.group_size).unbind(1) for wave in self._waves]
-        successes, returns, lengths, kept = (th.cat(part) for part in zip(*waves, strict=True))
+        """Means and counts over all batches so far (at least one) of all ranks."""
+        batches = [ranks.gather_rows(batch, self.group_size).unbind(1) for batch in self._batches]
+        successes, returns, lengths, kept = (th.cat(part) for part in zip(*batches, strict=True))
         dropped = successes.view(-1, self.group_size).mean(1)[kept[:: self.group_size] == 0]
         return {
             "success_rate": successes.mean().item(),
             "ep_rew_mean": returns.mean().item(),
             "ep_len_mean": lengths.mean().item(),
             "episodes": len(returns),
-            "waves": len(self._waves),
+            "batches": len(self._batches),
             "dropped_all_success": int((dropped > 0.5).sum()),
             "dropped_all_fail": int((dropped <= 0.5).sum()),
         }

@@ -48,7 +48,7 @@ def main(args: Args) -> None:
         n_groups=args.n_groups,
         group_size=args.group_size,
         beta=args.beta,
-        max_extra_waves=0,  # one wave: groups without a pair cost episodes too
+        max_extra_batches=0,  # one batch: groups without a pair cost episodes too
         policy_kwargs={"model": base},
         tensorboard_log=args.out,
         seed=args.seed,

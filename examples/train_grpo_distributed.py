@@ -5,7 +5,7 @@ accelerate launch --config_file examples/accelerate/1x8.yaml examples/train_grpo
 
 The first keeps a copy of the policy on every GPU; the second spreads it over them (FSDP, bf16), as a 7 B
 policy needs. Stopped, the same command goes on from the last checkpoint. Without GPUs torchrun runs on the
-CPU; ``accelerate launch --cpu`` silently runs one process.
+CPU; ``accelerate launch --cpu`` starts one process only, and is refused for more.
 """
 
 import time
@@ -60,7 +60,7 @@ def main(args: Args) -> None:
     """Train, and compare before and after."""
     ranks = Ranks.join(args.device)
     base = args.policy or find_pretrained(args.task, "policy")
-    rows = ranks.share(args.n_groups * args.group_size, args.group_size)
+    rows = ranks.rows_per_rank(args.n_groups * args.group_size, args.group_size)
     device = get_device(args.device)
     env = gymnasium.make_vec("WMPO-Imagined-v0", rows, task=args.task, world=args.world, device=device.type)
     model = GRPO(

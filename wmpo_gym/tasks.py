@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 SPLITS = ("train", "validation", "test")
+# What `wmpo validate` measures before anyone trains in a world.
+GATES = ("physics", "learnable", "faithful", "honest")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from kills import disk_states
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from wmpo_gym.algorithms import DPO, GRPO, checkpoint
-from wmpo_gym.algorithms.distributed import Ranks, is_sharded
-from wmpo_gym.algorithms.sharding import whole
+from wmpo_gym.algorithms.distributed import Ranks, full_tensor, is_sharded
 from wmpo_gym.envs.sb3 import make_sb3_env
 
 GROUP, N_GROUPS = 4, 4  # of all processes together
@@ -33,16 +32,18 @@ def make(cls=GRPO, policy=TokenPolicy, env=None, **kwargs: Any):
 def outcome(model, recorder: Recorder | None = None) -> dict[str, Any]:
     """What a run led to; rollouts are named by where they started and what was decided."""
     told = [
-        [int(place), int(start), rollouts.traces[rollouts.rows == i].tolist()]
+        [int(index), int(start), rollouts.traces[rollouts.rows == i].tolist()]
         for rollouts in (recorder.rollouts if recorder else [])
-        for i, (place, start) in enumerate(zip(rollouts.places, rollouts.start_state_ids, strict=True))
+        for i, (index, start) in enumerate(
+            zip(rollouts.global_indices, rollouts.start_state_ids, strict=True)
+        )
     ]
     untimed = [
         {k: v for k, v in e.items() if not k.startswith("time/") and k != "budget/seconds"}
         for e in model.history
     ]
     return {
-        "weights": [w for p in model.policy.state_dict().values() for w in whole(p).flatten().tolist()],
+        "weights": [w for p in model.policy.state_dict().values() for w in full_tensor(p).flatten().tolist()],
         "history": untimed,
         "counts": [model.num_timesteps, model._n_updates, model._iteration],
         "budget": [model.budget.real_episodes, model.budget.real_steps],
@@ -61,7 +62,7 @@ def learn(model, **kwargs: Any) -> dict[str, Any]:
 def uneven(odd_tolerance: float) -> DummyVecEnv:
     """Every second group of all processes has another tolerance: one process of two has them all."""
     ranks = Ranks.join("cpu")
-    groups = ranks.own(np.arange(N_GROUPS)).repeat(GROUP)
+    groups = ranks.local_slice(np.arange(N_GROUPS)).repeat(GROUP)
     return DummyVecEnv([lambda t=(0.25, odd_tolerance)[g % 2]: ReachEnv(tolerance=t) for g in groups])
 
 
@@ -83,7 +84,7 @@ def resumed(directory: Path, **kwargs: Any) -> dict[str, Any]:
 
 
 def grpo(directory: Path):
-    return learn(make(n_groups=5, batch_size=6, micro_batch_size=5, max_extra_waves=3))
+    return learn(make(n_groups=5, batch_size=6, micro_batch_size=5, max_extra_batches=3))
 
 
 def options(directory: Path):
@@ -139,7 +140,7 @@ def adapters(directory: Path):
 
     lora = {"lora": {"r": 4, "lora_alpha": 4}, "gradient_checkpointing": True}
     kwargs = {"model": find_pretrained("move-block", "policy"), **lora}
-    options = {"n_groups": 4, "max_extra_waves": 1, "micro_batch_size": 16, "recompute_log_probs": True}
+    options = {"n_groups": 4, "max_extra_batches": 1, "micro_batch_size": 16, "recompute_log_probs": True}
     options |= {"policy": "VLAPolicy", "policy_kwargs": kwargs, "learning_rate": 1e-3}
     with sharded():
         for iterations in (1, 2):

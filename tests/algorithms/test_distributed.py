@@ -20,9 +20,8 @@ import pytest
 import torch as th
 from distributed_runs import BOTH, make
 
-from wmpo_gym.algorithms.distributed import Ranks
-from wmpo_gym.algorithms.objective import loss_units, token_weights
-from wmpo_gym.algorithms.sharding import _options
+from wmpo_gym.algorithms.distributed import Ranks, fsdp_options
+from wmpo_gym.algorithms.grpo import loss_units, token_weights
 from wmpo_gym.algorithms.trajectories import index_obs
 
 ROOT = Path(__file__).parents[2]
@@ -78,10 +77,10 @@ def test_two_processes_equal_one(run, two, tmp_path):
 
 
 def test_the_comparison_is_about_something(two):
-    """Groups are kept and dropped on both sides, waves repeated, surplus cut off."""
+    """Groups are kept and dropped on both sides, batches repeated, surplus cut off."""
     first, second = two("grpo")
     assert first["rollouts"] and second["rollouts"]
-    assert any(entry["rollout/waves"] > 1 for entry in first["history"])
+    assert any(entry["rollout/batches"] > 1 for entry in first["history"])
     assert {entry["rollout/kept_groups"] for entry in first["history"]} == {5}
     first, second = two("nothing_kept_on_one")
     assert first["rollouts"] and not second["rollouts"] and first["counts"][1] > 0
@@ -152,17 +151,17 @@ def test_every_process_is_told_what_is_wrong(run, messages, two):
 
 def test_groups_are_dealt_out_evenly():
     ranks = [Ranks(i, 3) for i in range(3)]
-    assert [r.own(np.arange(6)).tolist() for r in ranks] == [[0, 3], [1, 4], [2, 5]]
-    assert ranks[1].share(48, 8) == 16 and [r.is_main for r in ranks] == [True, False, False]
+    assert [r.local_slice(np.arange(6)).tolist() for r in ranks] == [[0, 3], [1, 4], [2, 5]]
+    assert ranks[1].rows_per_rank(48, 8) == 16 and [r.is_main for r in ranks] == [True, False, False]
     with pytest.raises(ValueError, match="2 groups cannot .* to 3 processes.*n_groups=3 or 6"):
-        ranks[0].share(16, 8)
+        ranks[0].rows_per_rank(16, 8)
 
 
 def test_a_process_by_itself_needs_nobody(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")  # set by others than torchrun, too
     ranks = Ranks.join()
     assert ranks.size == 1 and ranks.is_main
-    places, total = ranks.places(th.tensor([False, True, True, False]), 2)
+    places, total = ranks.global_indices(th.tensor([False, True, True, False]), 2)
     assert places.tolist() == [0, 1] and total == 2
     assert ranks.add({"a": 1.0}) == {"a": 1.0} and ranks.on_main(lambda: 5) == 5
 
@@ -194,6 +193,23 @@ def test_parts_of_a_batch_are_sampled_as_the_whole(policy):
     th.testing.assert_close(traces, whole, atol=1e-6, rtol=0)
 
 
+def test_a_configuration_for_several_processes_that_started_one_is_refused(monkeypatch):
+    """The environment that ``accelerate launch --cpu --num_processes 2`` sets."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ValueError, match="several processes, but one was started.*torchrun"):
+        make()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in {"LOCAL_RANK": "2", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(th.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(th.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"8 processes .* 2 GPU\(s\).*Start 2"):
+        Ranks.join("auto")
+
+
 @pytest.mark.parametrize("normalizer", ["trajectory", "token"])
 def test_weights_of_parts_add_up_to_those_of_the_whole(normalizer):
     mask = th.tensor([[1, 1], [1, 0], [0, 0], [1, 1], [1, 0]], dtype=th.bool)
@@ -222,7 +238,7 @@ def test_accelerate_reads_the_configurations(name, machines, monkeypatch):
     for variable, value in prepare_multi_gpu_env(arguments).items():
         if variable.startswith(("FSDP_", "ACCELERATE_")):
             monkeypatch.setenv(variable, value)
-    layers, options = _options(make().policy.network)
+    layers, options = fsdp_options(make().policy.network)
     assert options["reshard_after_forward"] and layers == set()
     assert options["mp_policy"].param_dtype is th.bfloat16
     assert options["mp_policy"].reduce_dtype is th.float32

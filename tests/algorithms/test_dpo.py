@@ -11,7 +11,7 @@ from grpo_toys import TokenPolicy, parameters, rollouts_of, vec
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from wmpo_gym.algorithms import DPO
-from wmpo_gym.algorithms.preferences import pair_gain, preference_loss, preference_pairs
+from wmpo_gym.algorithms.dpo import pair_gain, preference_loss, preference_pairs
 
 
 def make(env=None, cls=DPO, **kwargs) -> DPO:

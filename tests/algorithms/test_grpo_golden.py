@@ -11,18 +11,16 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from wmpo_gym.algorithms import GRPO
-from wmpo_gym.algorithms.objective import (
-    action_mask,
+from wmpo_gym.algorithms.grpo import (
     clipped_surrogate,
     group_advantages,
-    informative_groups,
     kl_penalty,
     masked_mean,
-    token_statistics,
     token_weights,
 )
-from wmpo_gym.algorithms.trajectories import Trajectories
+from wmpo_gym.algorithms.trajectories import Trajectories, action_mask, informative_groups
 from wmpo_gym.policies.base import GroupPolicy
+from wmpo_gym.policies.tokens import token_statistics
 
 N, T, K, D, BINS = 8, 4, 8, 7, 256  # trajectories, chunks, actions per chunk, numbers per action, bins
 TEMPERATURE, REWARD = 1.6, 5.0

@@ -68,18 +68,20 @@ def test_tokens_after_success_are_masked():
 
 @pytest.mark.parametrize(("tolerance", "key"), [(9.0, "dropped_all_success"), (0.0, "dropped_all_fail")])
 def test_no_informative_group_skips_the_update(tolerance, key, caplog):
-    model = make(env=vec(tolerance=tolerance), n_groups=4, max_extra_waves=2)
+    model = make(env=vec(tolerance=tolerance), n_groups=4, max_extra_batches=2)
     before = parameters(model)
     with caplog.at_level(logging.WARNING):
         model.learn(1)
     assert th.equal(parameters(model), before)
     entry = model.history[0]
-    assert entry["rollout/waves"] == 3 and entry["rollout/kept_groups"] == 0 and entry[f"rollout/{key}"] == 12
+    assert (
+        entry["rollout/batches"] == 3 and entry["rollout/kept_groups"] == 0 and entry[f"rollout/{key}"] == 12
+    )
     assert "no informative group" in caplog.text
 
 
-def test_waves_are_repeated_until_there_are_enough_groups():
-    model = make(env=vec(n_envs=8), n_groups=6, max_extra_waves=50)
+def test_batches_are_repeated_until_there_are_enough_groups():
+    model = make(env=vec(n_envs=8), n_groups=6, max_extra_batches=50)
     rollouts = rollouts_of(model)
     entry = model.history[0]
     assert rollouts.n_groups == 6 == entry["rollout/kept_groups"]
@@ -87,13 +89,13 @@ def test_waves_are_repeated_until_there_are_enough_groups():
     assert rollouts.group_ids.tolist() == [g for g in range(6) for _ in range(4)]
     rates = rollouts.successes.float().view(6, 4).mean(1)
     assert ((rates > 0) & (rates < 1)).all()
-    assert entry["rollout/episodes"] == 8 * entry["rollout/waves"] >= 24
+    assert entry["rollout/episodes"] == 8 * entry["rollout/batches"] >= 24
     dropped = entry["rollout/dropped_all_success"] + entry["rollout/dropped_all_fail"]
-    assert dropped >= 1 and dropped + 6 <= 2 * entry["rollout/waves"] <= dropped + 7
+    assert dropped >= 1 and dropped + 6 <= 2 * entry["rollout/batches"] <= dropped + 7
 
 
 def test_an_episode_without_end_is_refused(monkeypatch):
-    monkeypatch.setattr("wmpo_gym.algorithms.group_rollouts.MAX_DECISIONS", 3)
+    monkeypatch.setattr("wmpo_gym.algorithms.group_algorithm.MAX_DECISIONS", 3)
     with pytest.raises(RuntimeError, match="still running after 3 decisions.*max_episode_steps"):
         make(env=vec(CountdownEnv, 4), start_state_ids=[3]).learn(1)
 

@@ -9,11 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from wmpo_gym.algorithms.env_util import GATES as ENV_GATES
 from wmpo_gym.evaluation import gates as gates_module
 from wmpo_gym.evaluation import validation as validation_module
 from wmpo_gym.evaluation.gates import (
-    GATES,
     GateResult,
     faithful_gate,
     gates_text,
@@ -25,7 +23,7 @@ from wmpo_gym.evaluation.twin import Replay, replay, simulate_full_horizon, star
 from wmpo_gym.evaluation.validation import action_sensitivity, measure_learnable, validate
 from wmpo_gym.rollouts.rollout import make_rollout_env, rollout
 from wmpo_gym.statistics import precision_recall
-from wmpo_gym.tasks import get_task
+from wmpo_gym.tasks import GATES, get_task
 
 pytest.importorskip("mujoco")
 TASK = get_task("move-block")
@@ -35,10 +33,6 @@ IDS = np.array(TASK.split_ids("validation")[:8])
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
     monkeypatch.setattr(validation_module, "SENSITIVITY_EPISODES", 3)
-
-
-def test_gate_names_are_those_that_training_warns_by():
-    assert GATES == ENV_GATES
 
 
 def test_simulating_on_finds_the_success_of_the_stopped_episode(fetch):

@@ -219,8 +219,8 @@ def test_shuffled_rewards_keep_their_number_and_lose_their_owners() -> None:
         return waves[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GRPO, "collect_wave", keep)
-        shuffled = model.collect_wave(None)
+        patch.setattr(GRPO, "collect_batch", keep)
+        shuffled = model.collect_batch(None)
     assert sorted(shuffled.returns.tolist()) == waves[0].returns.tolist()
     assert shuffled.returns.tolist() != waves[0].returns.tolist()
     assert (shuffled.successes == (shuffled.returns >= 32)).all() and shuffled.rows is waves[0].rows

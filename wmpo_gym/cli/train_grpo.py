@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from wmpo_gym.cli.common import Flat, choose_device, load_world
+from wmpo_gym.cli.common import Flat, load_world
 from wmpo_gym.policies.memory import PolicyMemory
 from wmpo_gym.tasks import Task, get_task
 from wmpo_gym.utils.config import keep_settings
+from wmpo_gym.utils.device import check_precision, resolve_device
 from wmpo_gym.utils.io import write_json_atomic
 from wmpo_gym.utils.progress import progress_wanted
 
@@ -82,18 +83,21 @@ class Command:
 
     def run(self) -> None:
         """Train and save."""
-        from wmpo_gym.algorithms.distributed import Ranks
+        from wmpo_gym.algorithms.distributed import Ranks, mixed_precision
         from wmpo_gym.algorithms.grpo import GRPO
-        from wmpo_gym.algorithms.sharding import mixed_precision
         from wmpo_gym.world.world import find_pretrained
 
-        ranks = Ranks.join(self.device)
+        device = resolve_device(self.device)
+        check_precision("bf16" if self.memory.precision == "bf16" else "fp32", device)
+        ranks = Ranks.join(device)
         self._require_room(ranks.size)
         logs = self.out.with_name(self.out.name + ".training")
         # A longer training is the same one continued.
         settings = {k: v for k, v in self._settings().items() if k != "iterations"}
         ranks.on_main(lambda: keep_settings(logs / "command.json", settings))
-        env, start_state_ids = self._make_env(ranks.share(self.n_groups * self.group_size, self.group_size))
+        env, start_state_ids = self._make_env(
+            ranks.rows_per_rank(self.n_groups * self.group_size, self.group_size)
+        )
         model = GRPO(
             "VLAPolicy",
             env,
@@ -115,7 +119,7 @@ class Command:
                 **self.memory.policy_kwargs(),
             },
             seed=self.seed,
-            device=choose_device(self.device),
+            device=self._device,
         )
         try:
             model.learn(max_iterations=self.iterations, progress_bar=progress_wanted(), resume=True)
@@ -129,13 +133,17 @@ class Command:
         budget = ", ".join(f"{v:,.0f} {k.replace('_', ' ')}" for k, v in model.budget.to_dict().items())
         print(f"{len(model.history)} iterations ({budget}); the policy is in {self.out}")
 
+    @property
+    def _device(self) -> str:
+        return str(resolve_device(self.device))
+
     def _require_room(self, n_processes: int) -> None:
-        from wmpo_gym.algorithms.sharding import sharding_wanted
+        from wmpo_gym.algorithms.distributed import sharding_enabled
         from wmpo_gym.capacity.estimate import Option
         from wmpo_gym.capacity.fit import require_room
         from wmpo_gym.capacity.workload import saved_workload
 
-        device, real = choose_device(self.device), self.env == "simulated"
+        device, real = self._device, self.env == "simulated"
         workload = saved_workload(
             None if real else self.world,
             self.policy,
@@ -146,7 +154,7 @@ class Command:
             rows_at_once=self.rows_at_once or usual_rows(device),
             **({"horizon": get_task(self.task).horizon} if real else {}),
         )
-        sharded = n_processes > 1 and sharding_wanted()
+        sharded = n_processes > 1 and sharding_enabled()
         if sharded and self.merge:
             raise ValueError(
                 "--merge needs the whole policy in one place and FSDP spreads it; leave it out, and merge "
@@ -165,7 +173,7 @@ class Command:
             "WMPO-Imagined-v0",
             rows,
             world=world,
-            device=choose_device(self.device),
+            device=self._device,
             max_batch=self.rows_at_once,
             offload=self.offload,
             dual_noise=self.dual_noise,

@@ -20,10 +20,9 @@ from wmpo_gym.envs.simulated import make_simulator
 from wmpo_gym.evaluation.twin import Replay, replay
 from wmpo_gym.report import results
 from wmpo_gym.statistics import Agreement, paired_difference, success_rate
-from wmpo_gym.tasks import Task
+from wmpo_gym.tasks import GATES, Task
 from wmpo_gym.utils.io import plain
 
-GATES = ("physics", "learnable", "faithful", "honest")
 MAX_FLIPS = 0.10  # share of outcomes that a displacement of DISPLACEMENT_PX may change
 DISPLACEMENT_PX = 0.3
 MIN_GAIN = 15.0  # points within MAX_ITERATIONS of GRPO on simulated episodes

@@ -11,7 +11,6 @@ import numpy as np
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.envs.simulated import ROBOSUITE_SIM, find_simulator
 from wmpo_gym.evaluation.gates import (
-    GATES,
     MAX_ITERATIONS,
     MIN_GAIN,
     GateResult,
@@ -24,7 +23,7 @@ from wmpo_gym.evaluation.locate import object_error
 from wmpo_gym.evaluation.twin import TwinComparison, compare_with_twin, simulate_full_horizon
 from wmpo_gym.rollouts.imagined import NEVER, Imagined, imagine_actions, imagine_episodes
 from wmpo_gym.statistics import paired_difference, precision_recall
-from wmpo_gym.tasks import Task
+from wmpo_gym.tasks import GATES, Task
 from wmpo_gym.world.world import World
 
 SENSITIVITY_EPISODES = 32

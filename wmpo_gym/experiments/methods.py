@@ -153,7 +153,7 @@ def train_grpo_real(shop: Workshop) -> Trained:
     with closing(shop.simulated(groups // iterations * GROUP)) as env:
         model = grpo_from_policy(
             GRPO, shop.base(), env, learning_rate=settings.grpo_learning_rate, group_size=GROUP,
-            n_epochs=settings.grpo_epochs, max_extra_waves=0, seed=shop.cell.seed,
+            n_epochs=settings.grpo_epochs, max_extra_batches=0, seed=shop.cell.seed,
             checkpoint_dir=shop.out / "checkpoints",
         )  # fmt: skip
         chooser = Chooser(shop)
@@ -185,7 +185,7 @@ def _dpo(
     with closing(make_env(min(n_groups * size, 128))) as env:
         model = grpo_from_policy(
             ValidatedDPO, shop.base(), env, learning_rate=settings.dpo_learning_rate, beta=settings.dpo_beta,
-            sft_weight=settings.dpo_sft_weight, group_size=size, n_groups=n_groups, max_extra_waves=0,
+            sft_weight=settings.dpo_sft_weight, group_size=size, n_groups=n_groups, max_extra_batches=0,
             validation_share=0.0, seed=shop.cell.seed,
         )  # fmt: skip
         model.chooser = chooser = Chooser(shop)

@@ -223,13 +223,13 @@ def optimise(
 class ShuffledGRPO(GRPO):
     """Control: outcomes belong to other rollouts than those that earned them."""
 
-    def collect_wave(self, callback: BaseCallback) -> Trajectories | None:
-        """A wave whose returns and successes are permuted together."""
-        wave = super().collect_wave(callback)
-        if wave is None:
+    def collect_batch(self, callback: BaseCallback) -> Trajectories | None:
+        """A batch whose returns and successes are permuted together."""
+        batch = super().collect_batch(callback)
+        if batch is None:
             return None
-        order = torch.as_tensor(self.group_rng.permutation(len(wave)))
-        return replace(wave, returns=wave.returns[order], successes=wave.successes[order])
+        order = torch.as_tensor(self.group_rng.permutation(len(batch)))
+        return replace(batch, returns=batch.returns[order], successes=batch.successes[order])
 
 
 # -- figures -------------------------------------------------------------------------------------------------

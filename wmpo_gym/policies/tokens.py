@@ -101,3 +101,21 @@ def unnormalise_actions(
     """
     physical = 0.5 * (actions + 1) * (high - low + 1e-8) + low
     return physical if mask is None else torch.where(mask, physical, actions)
+
+
+def token_statistics(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and entropy of categorical tokens.
+
+    Args:
+        logits: Float (..., n_bins).
+        tokens: int64 (...), the chosen bins.
+        temperature: Divides the logits; must be the one the tokens were sampled witorch.
+
+    Returns:
+        ``log_prob`` and ``entropy``, float (...), in nats.
+    """
+    log_probs = torch.log_softmax(logits / temperature, dim=-1)
+    chosen = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return chosen, -(log_probs.exp() * log_probs).sum(-1)

@@ -18,6 +18,7 @@ from torch import nn
 from wmpo_gym.policies.base import GroupPolicy, Observation
 from wmpo_gym.policies.card import read_policy_card, write_policy_card
 from wmpo_gym.policies.processor import InstructionTable, prepare_images
+from wmpo_gym.policies.tokens import token_statistics
 from wmpo_gym.policies.vla import VLAConfig
 from wmpo_gym.policies.weights import (
     WEIGHTS,
@@ -178,9 +179,7 @@ class VLAPolicy(GroupPolicy):
 
     def log_prob(self, obs: Observation, trace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`GroupPolicy.log_prob`."""
-        log_probs = self._log_probs(obs)
-        chosen = log_probs.gather(-1, trace.to(self.device)[..., None])[..., 0]
-        return chosen, -(log_probs.exp() * log_probs).sum(dim=-1)
+        return token_statistics(self.logits(obs), trace.to(self.device), self.temperature)
 
     def decode(self, trace: torch.Tensor) -> torch.Tensor:
         """Actions float32 (B,K,D) of tokens int64 (B,L)."""
