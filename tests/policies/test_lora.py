@@ -13,9 +13,10 @@ from wmpo_gym.data.episode import Episode
 from wmpo_gym.policies import SFTSettings, VLAConfig, VLANetwork, VLAPolicy, train_sft, weights
 from wmpo_gym.policies.memory import FOUR_BIT, PolicyMemory
 from wmpo_gym.policies.processor import prepare_images
-from wmpo_gym.policies.sft import accumulate_gradient, make_windows
+from wmpo_gym.policies.sft import accumulate_gradient
 from wmpo_gym.policies.vla_policy import make_spaces
 from wmpo_gym.policies.weights import add_lora
+from wmpo_gym.policies.windows import WindowDataset
 from wmpo_gym.tasks import MOVE_BLOCK
 from wmpo_gym.utils.io import ArtifactError
 
@@ -165,7 +166,8 @@ def test_a_checkpoint_of_adapters_leaves_the_base_out(base, tmp_path, monkeypatc
 
 def gradient(policy: VLAPolicy, micro_batch: int | None = None) -> dict[str, torch.Tensor]:
     policy.set_training_mode(True)
-    accumulate_gradient(policy, make_windows([episode()], chunk=4), micro_batch)
+    windows = WindowDataset([episode()], chunk=4)
+    accumulate_gradient(policy, windows.rows(np.arange(len(windows))), micro_batch)
     return {n: p.grad for n, p in policy.network.named_parameters() if p.grad is not None}
 
 

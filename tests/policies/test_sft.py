@@ -13,14 +13,12 @@ from wmpo_gym.data.episode import Episode
 from wmpo_gym.policies.sft import (
     READS_INSTRUCTION,
     SFTSettings,
-    apply_symmetry,
     instruction_gap,
-    make_windows,
-    shift_images,
     token_loss,
     train_sft,
 )
 from wmpo_gym.policies.vla import VLAConfig
+from wmpo_gym.policies.windows import Draw, WindowDataset, Windows
 from wmpo_gym.tasks import MOVE_BLOCK
 
 
@@ -37,9 +35,15 @@ def episode(steps: int, seed: int = 0, task_id: int = 0) -> Episode:
     )
 
 
+def windows_of(*episodes: Episode) -> Windows:
+    """Every example of some episodes."""
+    dataset = WindowDataset(episodes, chunk=4)
+    return dataset.rows(np.arange(len(dataset)))
+
+
 def test_every_control_step_is_a_window_and_the_end_is_masked():
     first, second = episode(6, 0), episode(3, 1, task_id=1)
-    windows = make_windows([first, second], chunk=4)
+    windows = windows_of(first, second)
     assert len(windows) == 9
     assert windows.mask.sum(1).tolist() == [4, 4, 4, 3, 2, 1, 3, 2, 1]
     assert windows.task_id.tolist() == [0] * 6 + [1] * 3
@@ -48,12 +52,12 @@ def test_every_control_step_is_a_window_and_the_end_is_masked():
         assert np.array_equal(windows.pixels[s].numpy(), first.frames[s])
         assert np.array_equal(windows.actions[s, :left].numpy(), first.actions[s : s + left])
         assert not windows.actions[s, left:].any()
-    assert len(make_windows([episode(0), first], chunk=4)) == 6
+    assert len(windows_of(episode(0), first)) == 6
 
 
 def test_masked_actions_do_not_count():
     policy = train_sft([episode(6)], MOVE_BLOCK, settings=SFTSettings(steps=1, batch=4))
-    windows = make_windows([episode(6)], chunk=4)
+    windows = windows_of(episode(6))
     loss, _ = token_loss(policy, windows)
     windows.actions[~windows.mask] = 1.0
     assert torch.equal(token_loss(policy, windows)[0], loss)
@@ -61,31 +65,21 @@ def test_masked_actions_do_not_count():
     assert not torch.equal(token_loss(policy, windows)[0], loss)
 
 
-def test_shifts_move_the_picture_within_the_limit():
-    pixels = torch.zeros(64, 9, 9, 3, dtype=torch.uint8)
-    pixels[:, 4, 4] = 255
-    shifted = shift_images(pixels, 2, np.random.default_rng(0))
-    places = shifted[..., 0].nonzero()
-    offsets = places[:, 1:] - 4
-    assert len(places) == 64 and offsets.abs().max() == 2
-    assert len({tuple(o) for o in offsets.tolist()}) > 15
-    border = torch.arange(9, dtype=torch.uint8).expand(1, 9, 9)[..., None].expand(1, 9, 9, 3)
-    assert shift_images(border, 2, np.random.default_rng(1)).max() <= 8, "the border is repeated, not wrapped"
+def test_symmetries_change_image_sentence_and_actions_together():
+    dataset, symmetries, none = WindowDataset([episode(5)], chunk=4), MOVE_BLOCK.symmetries, [False] * 5
+    windows = dataset.rows(np.arange(5))
 
+    def varied(*chosen: list[bool]) -> Windows:
+        return dataset.draw(Draw(np.arange(5), np.array(chosen), None), symmetries)
 
-def test_symmetries_change_picture_sentence_and_actions_together():
-    mirror, swap = MOVE_BLOCK.symmetries
-    windows = make_windows([episode(5)], chunk=4)
-    some = torch.tensor([True, False, True, False, True])
-    mirrored = apply_symmetry(windows, mirror, some)
+    mirrored = varied([True, False, True, False, True], none)
     assert torch.equal(mirrored.pixels[0], windows.pixels[0].flip(0))
     assert torch.equal(mirrored.actions[0], windows.actions[0] * torch.tensor([1.0, -1.0, 1.0]))
     assert torch.equal(mirrored.pixels[1], windows.pixels[1]) and mirrored.task_id.tolist() == [0] * 5
-    swapped = apply_symmetry(windows, swap, some)
+    swapped = varied(none, [True, False, True, False, True])
     assert torch.equal(swapped.pixels[2], windows.pixels[2].flip(-1))
     assert swapped.task_id.tolist() == [1, 0, 1, 0, 1] and torch.equal(swapped.actions, windows.actions)
-    twice = apply_symmetry(swapped, swap, some)
-    assert torch.equal(twice.pixels, windows.pixels) and torch.equal(twice.task_id, windows.task_id)
+    assert torch.equal(dataset.rows(np.arange(5)).pixels, windows.pixels), "the episodes stay"
 
 
 def test_a_few_windows_are_learned_by_heart():

@@ -17,7 +17,7 @@ from wmpo_gym.tasks import MOVE_BLOCK
 from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
 from wmpo_gym.world.networks.conv import ConvWorldModel
 from wmpo_gym.world.networks.stdit import STDiT
-from wmpo_gym.world.sampler import EpisodeStreams, apply_symmetry
+from wmpo_gym.world.sampler import EpisodeStreams
 from wmpo_gym.world.training import (
     WorldModelTrainer,
     WorldModelTraining,
@@ -89,18 +89,6 @@ def test_walks_begin_more_often_where_the_model_errs() -> None:
     streams.next()
     near = np.mean(np.abs(streams._step - TASK.chunk - 10) < 5)
     assert near > 0.6, near  # 9 of 20 steps without the preference
-
-
-def test_symmetries_map_episodes_onto_episodes() -> None:
-    mirror, swap = TASK.symmetries
-    frames = np.random.default_rng(0).integers(0, 255, (2, 4, 4, 3)).astype(np.uint8)
-    actions = np.array([[0.5, 0.25, 1.0]], np.float32)
-    for symmetry in (mirror, swap):
-        once = apply_symmetry(symmetry, frames, actions)
-        twice = apply_symmetry(symmetry, *once)
-        assert not np.array_equal(once[0], frames)
-        assert np.array_equal(twice[0], frames) and np.array_equal(twice[1], actions)
-    assert apply_symmetry(mirror, frames, actions)[1].tolist() == [[0.5, -0.25, 1.0]]
 
 
 def test_no_episode_is_an_error() -> None:

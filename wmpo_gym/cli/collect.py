@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import tyro
 
 from wmpo_gym.cli.common import Flat, choose_start_states, load_policy, option_value
@@ -120,7 +121,7 @@ def _film(store: EpisodeStore, directory: Path, task: Task) -> None:
     for episode in store:
         path = directory / f"{episode.start_state_id:06d}.mp4"
         if not path.exists():
-            save_video(path, episode.frames, fps=task.control_hz, scale=scale)
+            save_video(path, np.asarray(episode.frames), fps=task.control_hz, scale=scale)
 
 
 def _summarise(store: EpisodeStore, out: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.data.store import BrokenEpisodeError, EpisodeStore, load_episode, save_episode
+from wmpo_gym.data.frames import StoredFrames
+from wmpo_gym.data.store import BrokenEpisodeError, EpisodeStore, load_episode, open_episode, save_episode
 from wmpo_gym.utils.io import (
     ArtifactError,
     WriteError,
@@ -19,9 +20,11 @@ __all__ = [
     "BrokenEpisodeError",
     "Episode",
     "EpisodeStore",
+    "StoredFrames",
     "WriteError",
     "load_episode",
     "load_safetensors",
+    "open_episode",
     "read_json",
     "save_episode",
     "save_safetensors",

@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from wmpo_gym.data.frames import FrameArray, StoredFrames
+
 
 @dataclass
 class Episode:
     """Frames, actions and outcome of one episode.
 
     Attributes:
-        frames: RGB observations, uint8 (T+1, H, W, 3); frame t is what was seen before action t.
+        frames: RGB observations, uint8 (T+1, H, W, 3); frame t is what was seen before action t. An array, or
+            :class:`~wmpo_gym.data.frames.StoredFrames`, which is indexed alike and read from disk.
         actions: Normalised actions, float32 (T, D), finite, usually within [-1, 1].
         success: Whether the task succeeded; None for unlabelled play.
         finish_step: Index of the last frame, equal to T.
@@ -25,7 +28,7 @@ class Episode:
             frame; None if it was not recorded.
     """
 
-    frames: np.ndarray
+    frames: FrameArray
     actions: np.ndarray
     success: bool | None
     finish_step: int
@@ -36,7 +39,9 @@ class Episode:
     proprio: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        self.frames, self.actions = np.asarray(self.frames), np.asarray(self.actions)
+        if not isinstance(self.frames, StoredFrames):
+            self.frames = np.asarray(self.frames)
+        self.actions = np.asarray(self.actions)
         for fault in self._faults():
             raise ValueError(f"Not a valid episode: {fault}.")
         self.success = None if self.success is None else bool(self.success)

@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.frames import FrameArray, open_frame_cache, open_npy_frames, write_frame_cache
 from wmpo_gym.utils.io import (
     ArtifactError,
+    WriteError,
     load_safetensors,
     plain,
     read_json,
@@ -34,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 FRAME_FILES = {"ffv1": "frames.mkv", "npy": "frames.npy"}
+CACHE = ".frames"  # directory of decoded frames in a store's directory
 
 
 class BrokenEpisodeError(ArtifactError):
@@ -83,11 +89,11 @@ def save_episode(directory: str | Path, episode: Episode, *, codec: str = "ffv1"
 def _encode(episode: Episode, codec: str) -> bytes:
     if codec == "npy":
         buffer = io.BytesIO()
-        np.save(buffer, episode.frames, allow_pickle=False)
+        np.save(buffer, np.asarray(episode.frames), allow_pickle=False)
         return buffer.getvalue()
     from wmpo_gym.data.video import encode_lossless
 
-    return encode_lossless(episode.frames, float(episode.meta.get("control_hz", 10.0)))
+    return encode_lossless(np.asarray(episode.frames), float(episode.meta.get("control_hz", 10.0)))
 
 
 def load_episode(directory: str | Path) -> Episode:
@@ -96,7 +102,47 @@ def load_episode(directory: str | Path) -> Episode:
     Raises:
         BrokenEpisodeError: If a file is missing, cut off or edited, or they do not fit together.
     """
-    directory = Path(directory)
+    return _read_episode(Path(directory), lambda file, _: _decode(file))
+
+
+def open_episode(directory: str | Path, cache: str | Path) -> Episode:
+    """Check one episode as :func:`load_episode` does, and leave its frames on disk.
+
+    Args:
+        directory: The episode's directory.
+        cache: Directory of decoded frames; a video is decoded into it unless it was before.
+
+    Returns:
+        The episode; its ``frames`` are :class:`~wmpo_gym.data.frames.StoredFrames`.
+
+    Raises:
+        BrokenEpisodeError: As :func:`load_episode`.
+        WriteError: If the cache cannot be written.
+    """
+
+    def frames(file: Path, digest: str) -> FrameArray:
+        if file.suffix == ".npy":
+            return open_npy_frames(file)
+        cached = Path(cache) / digest[:2] / f"{digest}.frames"
+        restore = partial(_restore_frames, str(file), digest, str(cached))
+        found = open_frame_cache(cached, restore)
+        if found is None:
+            write_frame_cache(cached, _decode(file))
+            found = open_frame_cache(cached, restore)
+        if found is None:
+            raise ArtifactError(f"{cached} is not what was written")
+        return found
+
+    return _read_episode(Path(directory), frames)
+
+
+def _read_episode(directory: Path, frames_of: Callable[[Path, str], FrameArray]) -> Episode:
+    """An episode whose files were compared with their checksums.
+
+    Args:
+        directory: The episode's directory.
+        frames_of: Gives its frames from their file and its checksum.
+    """
     try:
         meta = _read_meta(directory)
         for name, digest in meta["sha256"].items():
@@ -104,18 +150,40 @@ def load_episode(directory: str | Path) -> Episode:
                 raise ArtifactError(f"{name} is not what was written")
         frames_name = next(n for n in meta["sha256"] if n in FRAME_FILES.values())
         arrays = load_safetensors(directory / "data.safetensors", framework="np")
-        fields = ("success", "finish_step", "start_state_id", "task_id", "instruction", "meta")
+        fields = ("success", "finish_step", "start_state_id", "task_id", "meta")
         return Episode(
-            frames=_decode(directory / frames_name),
+            frames=frames_of(directory / frames_name, meta["sha256"][frames_name]),
             actions=arrays["actions"],
             proprio=arrays.get("proprio"),
+            instruction=sys.intern(meta["instruction"]),  # one sentence in memory for thousands of episodes
             **{name: meta[name] for name in fields},
         )
+    except WriteError:
+        raise
     except (ValueError, OSError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise BrokenEpisodeError(
             f"Broken episode {directory}: {error or type(error).__name__}. Delete that directory, or collect "
             "or copy it again."
         ) from error
+
+
+def _restore_frames(video: str, digest: str, cached: str) -> None:
+    """Decode a video into the cache again.
+
+    Raises:
+        BrokenEpisodeError: If the video is missing or damaged by now.
+        WriteError: If the cache cannot be written.
+    """
+    try:
+        if sha256(video) != digest:
+            raise ArtifactError("the video is not what was written")
+        frames = _decode(Path(video))
+    except (ValueError, OSError) as error:
+        raise BrokenEpisodeError(
+            f"Broken episode {Path(video).parent}: its decoded frames in {cached} are missing or damaged "
+            f"and cannot be made again: {error}. Delete that directory, or collect or copy it again."
+        ) from error
+    write_frame_cache(cached, frames)
 
 
 def _read_meta(directory: Path) -> dict[str, Any]:
@@ -174,14 +242,15 @@ class EpisodeStore:
 
     def __iter__(self) -> Iterator[Episode]:
         """Whole episodes in order of writing; broken ones are skipped and reported at the end."""
+        return self._whole(map(_or_error(load_episode), self.directories()))
+
+    def _whole(self, found: Iterable[Episode | BrokenEpisodeError]) -> Iterator[Episode]:
         broken: list[BrokenEpisodeError] = []
-        for directory in self.directories():
-            try:
-                episode = load_episode(directory)
-            except BrokenEpisodeError as error:
-                broken.append(error)
-                continue
-            yield episode
+        for episode in found:
+            if isinstance(episode, BrokenEpisodeError):
+                broken.append(episode)
+            else:
+                yield episode
         if broken:
             listed = "\n  ".join(str(e) for e in broken[:10])
             more = f"\n  and {len(broken) - 10} more" if len(broken) > 10 else ""
@@ -203,6 +272,36 @@ class EpisodeStore:
         self.check_exists()
         return list(self)
 
+    def open(self, cache: str | Path | None = None, *, workers: int = 2) -> list[Episode]:
+        """All whole episodes, their frames left on disk; what :meth:`load` gives, for any number of hours.
+
+        Every file is read once and compared with its checksum, so that a broken episode is named here and not
+        in the middle of a training. Videos are decoded into a cache, once for all later calls.
+
+        Args:
+            cache: Directory of decoded frames, as large as all frames are (H W 3 bytes each); ``.frames`` in
+                the store's directory by default. It may be deleted while nothing reads it.
+            workers: Episodes that are read side by side.
+
+        Raises:
+            ArtifactError: If the directory does not exist.
+            WriteError: If the cache cannot be written.
+            ValueError: If ``workers`` is not positive.
+        """
+        self.check_exists()
+        if workers < 1:
+            raise ValueError(f"Opening episodes takes at least one worker, got {workers}.")
+        directory = self.root / CACHE if cache is None else Path(cache)
+        read = _or_error(partial(open_episode, cache=directory))
+        try:
+            with ThreadPoolExecutor(workers) as pool:
+                return list(self._whole(pool.map(read, self.directories())))
+        except WriteError as error:
+            raise WriteError(
+                error.errno,
+                f"{error.strerror}, or choose another directory for decoded frames (--frame-cache)",
+            ) from error
+
     def ids(self) -> list[int | None]:
         """Start-state ids of the episodes in order of writing, from their descriptions alone."""
         return [meta["start_state_id"] for meta in self._metas()]
@@ -219,3 +318,15 @@ class EpisodeStore:
             except ArtifactError:
                 logger.debug("no readable description in %s", directory)
         return metas
+
+
+def _or_error(read: Callable[[Path], Episode]) -> Callable[[Path], Episode | BrokenEpisodeError]:
+    """The same function, which returns the error of a broken episode instead of raising it."""
+
+    def safe(directory: Path) -> Episode | BrokenEpisodeError:
+        try:
+            return read(directory)
+        except BrokenEpisodeError as error:
+            return error
+
+    return safe

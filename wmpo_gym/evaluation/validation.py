@@ -156,7 +156,7 @@ def _explained_change(imagined: Imagined, episodes: Sequence[Episode]) -> float:
     """
     shares = []
     for i, episode in enumerate(episodes):
-        real = episode.frames.astype(np.float32)
+        real = np.asarray(episode.frames, np.float32)
         missed = np.square(imagined.frames[i, 1 : episode.n_steps + 1] - real[1:]).sum()
         shares.append(1 - missed / max(np.square(real[1:] - real[0]).sum(), 1.0))
     return float(np.median(shares))

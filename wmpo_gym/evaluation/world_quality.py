@@ -73,7 +73,7 @@ def world_quality(world: World, episodes: Sequence[Episode], *, seed: int = 0) -
             f"Judging a world needs episodes of at most {task.horizon} steps; got {len(episodes)}."
         )
     actions = np.stack([_to_horizon(e.actions, task.horizon) for e in episodes])
-    real = np.stack([_to_horizon(e.frames, task.horizon + 1) for e in episodes])
+    real = np.stack([_to_horizon(np.asarray(e.frames), task.horizon + 1) for e in episodes])
     made = dream(world, real[:, 0], actions, seed=seed)
     lasts = np.array([e.n_steps for e in episodes])[:, None] >= np.arange(1, task.horizon + 1)
     by_step = {
@@ -157,7 +157,7 @@ def sample_video(world: World, episodes: Sequence[Episode], *, n: int = 6, seed:
 
     horizon = world.task.horizon
     chosen = episodes[:n]
-    real = np.stack([_to_horizon(e.frames, horizon + 1) for e in chosen])
+    real = np.stack([_to_horizon(np.asarray(e.frames), horizon + 1) for e in chosen])
     actions = np.stack([_to_horizon(e.actions, horizon) for e in chosen])
     made = dream(world, real[:, 0], actions, seed=seed)
     rows = [

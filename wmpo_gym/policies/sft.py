@@ -13,10 +13,12 @@ import torch
 from torch.nn import functional as F
 
 from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.frames import prefetched
 from wmpo_gym.data.optimizer_state import pack_optimizer, unpack_optimizer
 from wmpo_gym.policies.base import changing_weights, load_changing_weights
 from wmpo_gym.policies.vla import VLAConfig
 from wmpo_gym.policies.vla_policy import VLAPolicy, make_spaces
+from wmpo_gym.policies.windows import WindowDataset, Windows, draws
 from wmpo_gym.tasks import Symmetry, Task, get_task
 from wmpo_gym.utils.io import (
     load_safetensors,
@@ -61,108 +63,6 @@ class SFTSettings:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return asdict(self)
-
-
-@dataclass
-class Windows:
-    """Every control step of every episode as one training example.
-
-    Attributes:
-        pixels: uint8 (N,H,W,3), what was seen.
-        task_id: int64 (N,).
-        actions: float32 (N,K,D), what was done next; zero where the episode had ended.
-        mask: bool (N,K), True where an action was recorded.
-    """
-
-    pixels: torch.Tensor
-    task_id: torch.Tensor
-    actions: torch.Tensor
-    mask: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def rows(self, index: Any) -> Windows:
-        """Some of the examples."""
-        return Windows(self.pixels[index], self.task_id[index], self.actions[index], self.mask[index])
-
-
-def make_windows(episodes: Sequence[Episode], chunk: int) -> Windows:
-    """Cut episodes into (frame s, actions s .. s+K-1) for every control step s.
-
-    Args:
-        episodes: Demonstrations, failures included.
-        chunk: Actions per decision (K); the last K-1 windows of an episode are shorter and masked.
-
-    Raises:
-        ValueError: If there is no action in any episode.
-    """
-    if not any(e.n_steps for e in episodes):
-        raise ValueError("No demonstrations to learn from: the episodes hold no action. Collect some first.")
-    pixels, ids, actions, masks = [], [], [], []
-    for episode in (e for e in episodes if e.n_steps):
-        steps = episode.n_steps
-        index = np.arange(steps)[:, None] + np.arange(chunk)
-        mask = index < steps
-        chunks = episode.actions[np.minimum(index, steps - 1)]
-        pixels.append(episode.frames[:steps])
-        ids.append(np.full(steps, episode.task_id))
-        actions.append(np.where(mask[..., None], chunks, np.float32(0.0)))
-        masks.append(mask)
-    return Windows(
-        torch.from_numpy(np.concatenate(pixels)),
-        torch.from_numpy(np.concatenate(ids)),
-        torch.from_numpy(np.concatenate(actions)),
-        torch.from_numpy(np.concatenate(masks)),
-    )
-
-
-def _batches(n: int, batch: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Endless shuffled batches of indices; every example is seen once before any is seen again."""
-    order = np.empty(0, np.int64)
-    while True:
-        while len(order) < batch:
-            order = np.concatenate([order, rng.permutation(n)])
-        yield order[:batch]
-        order = order[batch:]
-
-
-def shift_images(pixels: torch.Tensor, limit: int, rng: np.random.Generator) -> torch.Tensor:
-    """Move each picture (B,H,W,3) by up to ``limit`` pixels in both directions, repeating its border."""
-    n, height, width = pixels.shape[:3]
-    offset = torch.from_numpy(rng.integers(-limit, limit + 1, (2, n)))
-    rows = (torch.arange(height) + offset[0, :, None]).clamp(0, height - 1)
-    columns = (torch.arange(width) + offset[1, :, None]).clamp(0, width - 1)
-    return pixels[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def apply_symmetry(batch: Windows, symmetry: Symmetry, where: torch.Tensor) -> Windows:
-    """Transform the examples marked in ``where`` (bool (B,)) by a symmetry of the task."""
-    image = batch.pixels[..., list(symmetry.channel_order)]
-    if symmetry.flip is not None:
-        image = image.flip(1 if symmetry.flip == "vertical" else 2)
-    actions = batch.actions * torch.tensor(symmetry.action_signs)
-    return Windows(
-        torch.where(where[:, None, None, None], image, batch.pixels),
-        torch.where(where, torch.tensor(symmetry.instruction_order)[batch.task_id], batch.task_id),
-        torch.where(where[:, None, None], actions, batch.actions),
-        batch.mask,
-    )
-
-
-def _draw_batch(
-    windows: Windows,
-    index: np.ndarray,
-    settings: SFTSettings,
-    symmetries: Sequence[Symmetry],
-    rng: np.random.Generator,
-) -> Windows:
-    batch = windows.rows(index)
-    for symmetry in symmetries:
-        batch = apply_symmetry(batch, symmetry, torch.from_numpy(rng.random(len(index)) < 0.5))
-    if settings.shift:
-        batch.pixels = shift_images(batch.pixels, settings.shift, rng)
-    return batch
 
 
 def token_loss(policy: VLAPolicy, batch: Windows) -> tuple[torch.Tensor, float]:
@@ -242,7 +142,7 @@ def train_sft(
     """
     task, settings = get_task(task), settings or SFTSettings()
     symmetries = _find_symmetries(task, settings.symmetries)
-    windows = make_windows(episodes, task.chunk)
+    windows = WindowDataset(episodes, task.chunk)
     _check_fit(windows, task)
     if policy is None:
         size = task.image_size
@@ -266,11 +166,10 @@ def train_sft(
     done = kept.restore(policy, optimizer, schedule)
     writer = _writer(log_dir, done)
     policy.set_training_mode(True)
-    batches = _batches(len(windows), settings.batch, rng)
-    for step, index in enumerate(islice(batches, settings.steps)):
-        batch = _draw_batch(windows, index, settings, symmetries, rng)
-        if step < done:
-            continue  # drawn for the sake of the random numbers only
+    drawn = draws(len(windows), settings.batch, n_symmetries=len(symmetries), shift=settings.shift, rng=rng)
+    remaining = islice(drawn, done, settings.steps)  # those of the steps done are drawn, but not read
+    batches = prefetched(windows.draw(draw, symmetries) for draw in remaining)
+    for step, batch in enumerate(batches, done):
         optimizer.zero_grad(set_to_none=True)
         loss, accuracy = accumulate_gradient(policy, batch, micro_batch)
         torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
@@ -309,29 +208,37 @@ def instruction_gap(
         Mean cross-entropy per action token under a wrong instruction minus that under the right one, in nats:
         near 0 if it is not read, else above :data:`READS_INSTRUCTION`. None if there is one instruction only.
     """
-    told = make_windows(episodes, task.chunk)
-    given, place = told.task_id.unique(return_inverse=True)
+    dataset = WindowDataset(episodes, task.chunk)
+    given = np.unique(dataset.task_ids)
     if len(given) < 2:
         return None
-    other = replace(told, task_id=given[(place + 1) % len(given)])
-    chosen = torch.from_numpy(np.random.default_rng(0).permutation(len(told))[:windows])
+    chosen = np.random.default_rng(0).permutation(len(dataset))[:windows]
+    parts = [dataset.rows(index) for index in np.array_split(chosen, range(batch, len(chosen), batch))]
+    total = sum(part.mask.sum() for part in parts)
 
-    def loss(all_: Windows) -> float:
-        return sum((token_loss(policy, p)[0] * share).item() for p, share in _parts(all_.rows(chosen), batch))
+    def loss(parts: Sequence[Windows]) -> float:
+        return sum((token_loss(policy, p)[0] * (p.mask.sum() / total)).item() for p in parts)
 
-    return loss(other) - loss(told)
+    following = np.roll(given, -1)
+    other = [
+        replace(p, task_id=torch.from_numpy(following[np.searchsorted(given, p.task_id.numpy())]))
+        for p in parts
+    ]
+    return loss(other) - loss(parts)
 
 
-def _check_fit(windows: Windows, task: Task) -> None:
+def _check_fit(windows: WindowDataset, task: Task) -> None:
     size, n = task.image_size, len(task.instructions)
-    if windows.pixels.shape[1:] != (size, size, 3) or windows.actions.shape[-1] != task.action_dim:
+    for episode in windows.episodes:
+        frame, action_dim = episode.frames.shape[1:], episode.actions.shape[1]
+        if frame != (size, size, 3) or action_dim != task.action_dim:
+            raise ValueError(
+                f"Task {task.name!r} has {size}x{size} RGB frames and {task.action_dim} numbers per action; "
+                f"the episodes have frames {tuple(frame)} and {action_dim} numbers."
+            )
+    if int(windows.task_ids.max()) >= n:
         raise ValueError(
-            f"Task {task.name!r} has {size}x{size} RGB frames and {task.action_dim} numbers per action; the "
-            f"episodes have frames {tuple(windows.pixels.shape[1:])} and {windows.actions.shape[-1]} numbers."
-        )
-    if int(windows.task_id.max()) >= n:
-        raise ValueError(
-            f"Task {task.name!r} has {n} instructions; an episode has task_id {windows.task_id.max()}."
+            f"Task {task.name!r} has {n} instructions; an episode has task_id {windows.task_ids.max()}."
         )
 
 

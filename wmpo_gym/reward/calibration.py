@@ -135,7 +135,7 @@ def episode_scores(classifier: SuccessClassifier, episodes: Sequence[Episode]) -
     was_training = classifier.training
     classifier.eval()
     try:
-        return [classifier.scores(e.frames, e.task_id) for e in episodes]
+        return [classifier.scores(np.asarray(e.frames), e.task_id) for e in episodes]
     finally:
         classifier.train(was_training)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wmpo_gym.data.augment import transform_frames, transform_rows, transform_task_ids
 from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.frames import FrameArray, FrameLoader
 from wmpo_gym.tasks import Symmetry
 
 logger = logging.getLogger(__name__)
@@ -110,22 +113,28 @@ def published_clips(
 class ClipTable:
     """Every clip of a set of episodes with its label, sorted into pools to draw from.
 
+    It holds numbers; the frames of a clip are read when it is drawn.
+
     Attributes:
-        frames: uint8 ``(N, H, W, 3)``, the episodes end to end.
-        end: int64 ``(M,)`` row of ``frames`` in which a clip ends.
-        label: int64 ``(M,)``, 1 for success.
-        task_id: int64 ``(M,)`` instruction the label is about.
+        episodes: Frames of each episode, uint8 ``(T+1, H, W, 3)``.
+        first: int64 ``(N,)`` number of each episode's first frame, the episodes counted end to end.
+        end: int32 ``(M,)`` number of the frame in which a clip ends.
+        label: int8 ``(M,)``, 1 for success.
+        task_id: int32 ``(M,)`` instruction the label is about.
         pools: Clip numbers by name: ``positive``; ``negative``, anything else; ``late``, negatives near the
             end of their episode, which look most like success; ``other``, successes of another instruction.
         window: Frames per clip.
+        loader: Reads the frames.
     """
 
-    frames: Tensor
+    episodes: Sequence[FrameArray]
+    first: np.ndarray
     end: Tensor
     label: Tensor
     task_id: Tensor
     pools: Mapping[str, Tensor]
     window: int
+    loader: FrameLoader
 
     @classmethod
     def from_episodes(
@@ -137,6 +146,7 @@ class ClipTable:
         late_steps: int = 6,
         gradual_steps: int = 0,
         other_instructions: Sequence[int] = (),
+        workers: int = 2,
     ) -> ClipTable:
         """Label every window of every episode.
 
@@ -151,44 +161,48 @@ class ClipTable:
             gradual_steps: So many windows right before a success are left out.
             other_instructions: Task ids that are certainly unfulfilled where another one is fulfilled: the
                 positive clip of one is a negative of the others. Empty if that is not certain.
+            workers: Threads that read frames from disk, see :class:`~wmpo_gym.data.frames.FrameLoader`.
 
         Raises:
             ValueError: If an episode is shorter than the window.
         """
-        end: list[int] = []
-        label: list[int] = []
-        task: list[int] = []
-        pools: dict[str, list[int]] = {"positive": [], "negative": [], "late": [], "other": []}
+        # Arrays of 32 bits or fewer: hours of recordings hold millions of clips.
+        end, label, task = array("i"), array("b"), array("i")
+        pools = {name: array("i") for name in ("positive", "negative", "late", "other")}
 
-        def add(row: int, task_id: int, *names: str) -> None:
+        def add(rows: range, task_id: int, *names: str) -> None:
             for name in names:
-                pools[name].append(len(end))
-            end.append(row)
-            label.append(int("positive" in names))
-            task.append(task_id)
+                pools[name].extend(range(len(end), len(end) + len(rows)))
+            end.extend(rows)
+            label.extend([int("positive" in names)] * len(rows))
+            task.extend([task_id] * len(rows))
 
-        offset = 0
-        for n, episode in enumerate([*episodes, *imagined]):
+        offset, every = 0, [*episodes, *imagined]
+        for n, episode in enumerate(every):
             finish = episode.finish_step
             check_window_fits(finish + 1, window)
             if not (episode.success and n >= len(episodes)):
-                end_of_negatives = finish - gradual_steps if episode.success else finish + 1
-                for t in range(window - 1, end_of_negatives):
-                    add(
-                        offset + t,
-                        episode.task_id,
-                        "negative",
-                        *(["late"] if t > finish - late_steps else []),
-                    )
+                stop = finish - gradual_steps if episode.success else finish + 1
+                late = min(max(finish - late_steps + 1, window - 1), stop)
+                add(range(offset + window - 1, offset + late), episode.task_id, "negative")
+                add(range(offset + late, offset + stop), episode.task_id, "negative", "late")
             if episode.success:
-                add(offset + finish, episode.task_id, "positive")
+                last = range(offset + finish, offset + finish + 1)
+                add(last, episode.task_id, "positive")
                 for other in set(other_instructions) - {episode.task_id}:
-                    add(offset + finish, other, "other")
+                    add(last, other, "other")
             offset += finish + 1
-        frames = torch.from_numpy(np.concatenate([e.frames for e in [*episodes, *imagined]]))
-        numbers = {name: torch.tensor(rows, dtype=torch.long) for name, rows in pools.items()}
-        ends, labels, tasks = (torch.tensor(x, dtype=torch.long) for x in (end, label, task))
-        return cls(frames, ends, labels, tasks, numbers, window)
+        lengths = np.array([e.finish_step + 1 for e in every], np.int64)
+        return cls(
+            [e.frames for e in every],
+            np.cumsum(lengths) - lengths,
+            _tensor(end),
+            _tensor(label),
+            _tensor(task),
+            {name: _tensor(rows) for name, rows in pools.items()},
+            window,
+            FrameLoader(workers),
+        )
 
     def draw(self, counts: Mapping[str, int], generator: torch.Generator) -> Tensor:
         """Clip numbers, ``counts[name]`` of them from each pool with replacement.
@@ -207,11 +221,25 @@ class ClipTable:
             if pool is None:
                 raise ValueError(f"There is no {name} clip to draw; the episodes hold only the other kind.")
             rows.append(pool[torch.randint(len(pool), (count,), generator=generator)])
-        return torch.cat(rows)
+        return torch.cat(rows).long()
 
     def clips(self, rows: Tensor) -> Tensor:
         """The frames of clips: uint8 ``(B, window, H, W, 3)``, a copy."""
-        return self.frames[self.end[rows][:, None] + torch.arange(1 - self.window, 1)]
+        return torch.from_numpy(np.stack(self.loader.read(self._requests(rows))))
+
+    def prefetch(self, rows: Tensor) -> None:
+        """Begin to read the frames of clips that :meth:`clips` is asked for next."""
+        self.loader.prefetch(self._requests(rows))
+
+    def _requests(self, rows: Tensor) -> list[tuple[FrameArray, np.ndarray]]:
+        ends = self.end[rows].numpy().astype(np.int64)
+        owners = np.searchsorted(self.first, ends, side="right") - 1
+        steps = (ends - self.first[owners])[:, None] + np.arange(1 - self.window, 1)
+        return [(self.episodes[i], index) for i, index in zip(owners, steps, strict=True)]
+
+
+def _tensor(values: array[int]) -> Tensor:
+    return torch.from_numpy(np.array(values))
 
 
 def augment(
@@ -228,13 +256,9 @@ def augment(
     Returns:
         New clips and the task ids they are about now.
     """
+    frames, ids = clips.numpy(), task_ids.numpy()
     for symmetry in symmetries:
-        moved = clips
-        if symmetry.flip is not None:
-            moved = moved.flip(2 if symmetry.flip == "vertical" else 3)
-        moved = moved[..., list(symmetry.channel_order)]
-        renamed = torch.tensor(symmetry.instruction_order)[task_ids]
-        use = torch.rand(len(clips), generator=generator) < 0.5
-        clips = torch.where(use[:, None, None, None, None], moved, clips)
-        task_ids = torch.where(use, renamed, task_ids)
-    return clips, task_ids
+        chosen = (torch.rand(len(frames), generator=generator) < 0.5).numpy()
+        frames = transform_rows(transform_frames, symmetry, frames, chosen)
+        ids = transform_rows(transform_task_ids, symmetry, ids, chosen)
+    return torch.from_numpy(frames), torch.from_numpy(ids)

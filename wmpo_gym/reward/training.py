@@ -345,7 +345,7 @@ class _Trainer:
         """Noisy clips ``(B, window, 3, h, w)``, task ids and labels, on the classifier's device."""
         rows = self.table.draw(self.counts, self.generator)
         clips, task_ids = augment(
-            self.table.clips(rows), self.table.task_id[rows], self.task.symmetries, self.generator
+            self.table.clips(rows), self.table.task_id[rows].long(), self.task.symmetries, self.generator
         )
         device = self.classifier.device
         pixels = self.classifier.preprocess(clips.flatten(0, 1).to(device)).unflatten(0, clips.shape[:2])
@@ -353,7 +353,10 @@ class _Trainer:
             pixels = pixels + self.config.noise * torch.randn(pixels.shape, generator=self.generator).to(
                 device
             )
-        return pixels, task_ids.to(device), self.table.label[rows].to(device)
+        # The next clips are drawn with a copy of the generator, to read them while the network computes.
+        following = torch.Generator().set_state(self.generator.get_state())
+        self.table.prefetch(self.table.draw(self.counts, following))
+        return pixels, task_ids.to(device), self.table.label[rows].long().to(device)
 
     def _meta(self) -> dict[str, Any]:
         clips = {name: len(rows) for name, rows in self.table.pools.items()}

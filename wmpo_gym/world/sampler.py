@@ -12,12 +12,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+from wmpo_gym.data.augment import transform_actions, transform_frames
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.tasks import Symmetry, Task
+from wmpo_gym.data.frames import FrameArray, FrameLoader
+from wmpo_gym.tasks import Task
 
+MEMORIES = 4096  # episodes whose proprioception is kept
 MAX_PRIORITY = 10.0  # how much more often than average a walk begins at a chunk the model gets wrong
 
 
@@ -56,6 +60,8 @@ class EpisodeStreams:
         restart: Probability per chunk that a walk is given up for a new one.
         recall: Where the robot is at every frame of an episode, float32 ``(T + 1, M)``
             (a memory of :class:`~wmpo_gym.world.proprio.Motion`); None for a network that does not follow it.
+        workers: Threads that read frames from disk, the next chunk of every row ahead of time; see
+            :class:`~wmpo_gym.data.frames.FrameLoader`. The batches do not depend on it.
 
     Raises:
         ValueError: If there is no episode to train on, or the robot is to be followed in a task with
@@ -74,6 +80,7 @@ class EpisodeStreams:
         from_start: float = 0.5,
         restart: float = 0.1,
         recall: Callable[[Episode], np.ndarray] | None = None,
+        workers: int = 2,
     ) -> None:
         self.episodes = [e for e in episodes if e.n_steps > 0]
         if not self.episodes:
@@ -85,7 +92,10 @@ class EpisodeStreams:
                 f"The symmetries of {task.name!r} do not say how they change the robot's state; use a task "
                 "without symmetries, or a network with state_dim=0."
             )
-        self._memories = None if recall is None else [recall(episode) for episode in self.episodes]
+        self._recall = None
+        if recall is not None:
+            self._recall = lru_cache(MEMORIES)(lambda i: recall(self.episodes[i]))
+        self._loader = FrameLoader(workers)
         self.task, self.n_rows, self.context_frames = task, n_rows, context_frames
         self.from_start, self.restart = from_start, restart
         p = np.ones(len(self.episodes)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -97,6 +107,7 @@ class EpisodeStreams:
         self._cell_episode = np.repeat(np.arange(len(self.episodes)), lengths)
         self._cell_weight = np.repeat(p / lengths, lengths)
         self._error = np.ones(lengths.sum())  # per chunk of every episode, relative to the average
+        self._cell_sum: np.ndarray | None = None  # cumulative weights of the cells, None if out of date
         self._rng = np.random.default_rng([seed, 3])
         self._episode = np.zeros(n_rows, np.int64)
         self._step = np.full(n_rows, np.iinfo(np.int64).max)  # past every end: all rows start anew
@@ -104,27 +115,46 @@ class EpisodeStreams:
 
     def next(self) -> ChunkBatch:
         """The next chunk of every row; rows at the end of their episode start a new walk."""
-        rows = [self._row(i) for i in range(self.n_rows)]
-        return ChunkBatch(*(np.stack(column) for column in zip(*rows, strict=True)))
+        fresh = np.array([self._advance(i) for i in range(self.n_rows)])
+        starts = self._step - self.task.chunk
+        frames = self._loader.read([self._request(i, s) for i, s in enumerate(starts)])
+        rows = [self._row(i, s, f) for i, (s, f) in enumerate(zip(starts, frames, strict=True))]
+        continued = [i for i, s in enumerate(self._step) if s < self._episode_of(i).n_steps]
+        self._loader.prefetch([self._request(i, self._step[i]) for i in continued])
+        context, targets, actions, before, valid = map(np.stack, zip(*rows, strict=True))
+        return ChunkBatch(context, targets, actions, before, valid, fresh)
 
-    def _row(self, i: int) -> tuple[np.ndarray, ...]:
-        episode, fresh = self.episodes[self._episode[i]], False
-        if self._step[i] >= episode.n_steps or self._rng.random() < self.restart:
-            episode, fresh = self._start(i), True
-        s, k = int(self._step[i]), self.task.chunk
-        self._step[i] += k
-        frame = np.clip(np.arange(s - self.context_frames + 1, s + k + 1), 0, episode.n_steps)
-        frames, actions = episode.frames[frame], np.zeros((k + 1, episode.actions.shape[1]), np.float32)
-        steps = np.arange(s - 1, s + k)
+    def _episode_of(self, i: int) -> Episode:
+        return self.episodes[self._episode[i]]
+
+    def _advance(self, i: int) -> bool:
+        """Move row ``i`` to its next chunk; whether it started a new walk there."""
+        fresh = bool(self._step[i] >= self._episode_of(i).n_steps or self._rng.random() < self.restart)
+        if fresh:
+            self._start(i)
+        self._step[i] += self.task.chunk
+        return fresh
+
+    def _request(self, i: int, step: int) -> tuple[FrameArray, np.ndarray]:
+        """Context and targets of row ``i`` at a step: frames and which of them."""
+        episode = self._episode_of(i)
+        index = np.arange(step - self.context_frames + 1, step + self.task.chunk + 1)
+        return episode.frames, np.clip(index, 0, episode.n_steps)
+
+    def _row(self, i: int, step: int, frames: np.ndarray) -> tuple[np.ndarray, ...]:
+        episode, k, h = self._episode_of(i), self.task.chunk, self.context_frames
+        actions = np.zeros((k + 1, episode.actions.shape[1]), np.float32)
+        steps = np.arange(step - 1, step + k)
         inside = (steps >= 0) & (steps < episode.n_steps)
         actions[inside] = episode.actions[steps[inside]]
         for symmetry, use in zip(self.task.symmetries, self._symmetry[i], strict=True):
             if use:
-                frames, actions = apply_symmetry(symmetry, frames, actions)
-        h, before = self.context_frames, actions[0]
-        if self._memories is not None:
-            before = np.concatenate([before, self._memories[self._episode[i]][s]])
-        return frames[:h], frames[h:], actions[1:], before, inside[1:], np.array(fresh)
+                frames = transform_frames(symmetry, frames)
+                actions = transform_actions(symmetry, actions)
+        before = actions[0]
+        if self._recall is not None:
+            before = np.concatenate([before, self._recall(int(self._episode[i]))[step]])
+        return frames[:h], frames[h:], actions[1:], before, inside[1:]
 
     def report(self, losses: np.ndarray) -> None:
         """Tell how wrong the model was about the chunks of the last :meth:`next`, ``(B,)``."""
@@ -132,21 +162,22 @@ class EpisodeStreams:
         cells = self._first_cell[self._episode] + step // self.task.chunk
         relative = np.clip(losses / max(float(losses.mean()), 1e-9), 0.1, MAX_PRIORITY)
         self._error[cells] += 0.5 * (relative - self._error[cells])
+        self._cell_sum = None
 
-    def _start(self, i: int) -> Episode:
+    def _start(self, i: int) -> None:
         rng, chunk = self._rng, self.task.chunk
         if rng.random() < self.from_start:
             self._episode[i] = min(int(np.searchsorted(self._p, rng.random())), len(self.episodes) - 1)
             self._step[i] = 0
         else:
-            p = np.cumsum(self._cell_weight * self._error)
+            if self._cell_sum is None:
+                self._cell_sum = np.cumsum(self._cell_weight * self._error)
+            p = self._cell_sum
             cell = min(np.searchsorted(p, rng.random() * p[-1]), len(p) - 1)
             self._episode[i] = self._cell_episode[cell]
             nearby = (cell - self._first_cell[self._episode[i]]) * chunk + rng.integers(1 - chunk, chunk)
             self._step[i] = np.clip(nearby, 0, self.episodes[self._episode[i]].n_steps - 1)
-        episode = self.episodes[self._episode[i]]
         self._symmetry[i] = rng.random(len(self.task.symmetries)) < 0.5
-        return episode
 
     def get_state(self) -> dict[str, np.ndarray | str]:
         """Position of every walk and the generator, to continue exactly."""
@@ -159,15 +190,5 @@ class EpisodeStreams:
         """Restore what :meth:`get_state` returned."""
         self._episode, self._step = state["episode"].copy(), state["step"].copy()
         self._symmetry, self._error = state["symmetry"].copy(), state["error"].copy()
+        self._cell_sum = None
         self._rng.bit_generator.state = json.loads(state["rng"])
-
-
-def apply_symmetry(
-    symmetry: Symmetry, frames: np.ndarray, actions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Transform frames ``(..., h, w, 3)`` and actions ``(..., D)`` of one row."""
-    if symmetry.flip == "vertical":
-        frames = frames[..., ::-1, :, :]
-    elif symmetry.flip == "horizontal":
-        frames = frames[..., ::-1, :]
-    return frames[..., list(symmetry.channel_order)], actions * np.array(symmetry.action_signs, np.float32)

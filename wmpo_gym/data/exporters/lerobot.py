@@ -118,14 +118,15 @@ class _Writer:
     def add(self, episode: Episode) -> None:
         """Append an episode."""
         self._check(episode)
-        index, rows = len(self.entries), len(episode.frames)
+        frames = np.asarray(episode.frames)
+        index, rows = len(self.entries), len(frames)
         first = self.entries[-1]["dataset_to_index"] if self.entries else 0
         actions = from_unit(episode.actions, self.task.action_low, self.task.action_high)
         actions = np.concatenate([actions, actions[-1:]])
         self._write_rows(self._columns(episode, actions, index, first))
-        start = self._write_frames(episode.frames)
+        start = self._write_frames(frames)
         chunk, file = divmod(self._video_file, FILES_PER_CHUNK)
-        samples = {"action": actions, self.camera: _pixels(episode.frames)}
+        samples = {"action": actions, self.camera: _pixels(frames)}
         if episode.proprio is not None:
             samples[STATE] = episode.proprio
         entry = {

@@ -1,0 +1,65 @@
+"""How training examples are varied: the symmetries of a task, and random shifts of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from wmpo_gym.tasks import Symmetry
+
+
+def transform_frames(symmetry: Symmetry, frames: np.ndarray) -> np.ndarray:
+    """Frames ``(..., H, W, 3)`` under a symmetry, flipped and with exchanged channels; may be a view."""
+    if symmetry.flip is not None:
+        frames = np.flip(frames, -3 if symmetry.flip == "vertical" else -2)
+    order = list(symmetry.channel_order)
+    return frames if order == [0, 1, 2] else frames[..., order]
+
+
+def transform_actions(symmetry: Symmetry, actions: np.ndarray) -> np.ndarray:
+    """Actions float32 ``(..., D)`` under a symmetry."""
+    return actions * np.array(symmetry.action_signs, np.float32)
+
+
+def transform_task_ids(symmetry: Symmetry, task_ids: np.ndarray) -> np.ndarray:
+    """Instructions int64 ``(...)`` that hold after a symmetry where ``task_ids`` held before."""
+    return np.array(symmetry.instruction_order, np.int64)[task_ids]
+
+
+def transform_rows(
+    transform: Callable[[Symmetry, np.ndarray], np.ndarray],
+    symmetry: Symmetry,
+    values: np.ndarray,
+    chosen: np.ndarray,
+) -> np.ndarray:
+    """Apply one of the functions above to some rows of a batch.
+
+    Args:
+        transform: Which.
+        symmetry: The symmetry.
+        values: ``(B, ...)``.
+        chosen: bool ``(B,)``, the rows to transform.
+
+    Returns:
+        A new array.
+    """
+    changed = values.copy()
+    changed[chosen] = transform(symmetry, values[chosen])
+    return changed
+
+
+def shift_images(images: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Shift every image of a batch, repeating its border.
+
+    Args:
+        images: ``(B, H, W, 3)``.
+        offsets: int ``(2, B)``, pixels along the rows and the columns.
+
+    Returns:
+        A new array.
+    """
+    n, height, width = images.shape[:3]
+    rows = np.clip(np.arange(height) + offsets[0, :, None], 0, height - 1)
+    columns = np.clip(np.arange(width) + offsets[1, :, None], 0, width - 1)
+    return images[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
