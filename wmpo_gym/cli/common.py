@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -88,6 +88,29 @@ def iterate_episodes(directories: Sequence[Path], task: Task) -> Iterator[Episod
         ArtifactError: If a directory does not exist or holds no whole episode.
         ValueError: If an episode was recorded for another task, or its actions were scaled otherwise.
     """
+    return _of_task(directories, task, iter)
+
+
+def load_episodes(directories: Sequence[Path], task: Task, frame_cache: Path | None = None) -> list[Episode]:
+    """The episodes of several stores with their frames left on disk.
+
+    Args:
+        directories: The stores.
+        task: The task all of them belong to.
+        frame_cache: Directory of decoded frames, see :meth:`~wmpo_gym.data.store.EpisodeStore.open`.
+
+    Raises:
+        ArtifactError: See :func:`iterate_episodes`.
+        ValueError: See :func:`iterate_episodes`.
+        WriteError: If decoded frames cannot be written.
+    """
+    return list(_of_task(directories, task, lambda store: store.open(frame_cache)))
+
+
+def _of_task(
+    directories: Sequence[Path], task: Task, read: Callable[[EpisodeStore], Iterable[Episode]]
+) -> Iterator[Episode]:
+    """The episodes that ``read`` finds in each store, checked to belong to the task."""
     for directory in directories:
         own, store, empty = read_task(directory), EpisodeStore(directory), True
         if own is not None and own != task:
@@ -96,7 +119,7 @@ def iterate_episodes(directories: Sequence[Path], task: Task) -> Iterator[Episod
                 f"{task.name!r}; import it for this one, `wmpo import --task` with the first directory."
             )
         store.check_exists()
-        for episode in store:
+        for episode in read(store):
             if episode.meta.get("task", task.name) != task.name:
                 raise ValueError(
                     f"{directory} holds episodes of task {episode.meta['task']!r}, not {task.name!r}."
@@ -107,11 +130,6 @@ def iterate_episodes(directories: Sequence[Path], task: Task) -> Iterator[Episod
             raise ArtifactError(
                 f"{directory} holds no whole episode; `wmpo collect` or `wmpo import` makes some."
             )
-
-
-def load_episodes(directories: Sequence[Path], task: Task) -> list[Episode]:
-    """The episodes of several stores, see :func:`iterate_episodes`."""
-    return list(iterate_episodes(directories, task))
 
 
 def choose_start_states(task: Task, split: str, n: int, seed: int) -> list[int]:

@@ -38,6 +38,8 @@ class Command:
         teacher_steps: Steps per chunk of the network that is imitated; the world's own by default, rounded up
             to a multiple of --denoising-steps.
         holdout: Share of the episodes that is kept for measuring.
+        frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
+            by default.
         training: How to train; --pure-noise and --context-noise have no meaning here.
     """
 
@@ -47,6 +49,7 @@ class Command:
     denoising_steps: int = 1
     teacher_steps: int | None = None
     holdout: float = 0.1
+    frame_cache: Path | None = None
     training: Flat[WorldModelTraining] = field(
         default_factory=lambda: WorldModelTraining(steps=1000, learning_rate=3e-4, muon=0.0, recorded=0.0)
     )
@@ -55,7 +58,7 @@ class Command:
         """Distil, measure, save."""
         teacher = load_world(self.world)
         teacher_steps = steps_to_imitate(teacher, self.denoising_steps, self.teacher_steps)
-        episodes = load_episodes(self.episodes, teacher.task)
+        episodes = load_episodes(self.episodes, teacher.task, self.frame_cache)
         kept, held = split_episodes(episodes, self.holdout, self.training.seed)
         logs = self.out.with_name(self.out.name + ".training")
         student, trainer = distillation_trainer(
@@ -67,7 +70,8 @@ class Command:
             checkpoint_dir=logs / "checkpoint",
             tensorboard=logs,
         )
-        keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k != "out"})
+        places = ("out", "frame_cache")
+        keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k not in places})
         history = trainer.train(description=f"distillation to {self.denoising_steps} step(s)")
         quality = self._quality(teacher, student, teacher_steps, held) if held else {}
         write_json_atomic(logs / "quality.json", quality)

@@ -26,6 +26,8 @@ class Command:
         kind: Small convolutional network, or VideoMAE as published.
         imagined: Also learn from the world's replays of the recorded actions, labelled by the real outcomes.
         seed: Decides weights, hold-out and everything random.
+        frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
+            by default.
         training: How to train.
     """
 
@@ -35,6 +37,7 @@ class Command:
     kind: Literal["conv", "videomae"] = "conv"
     imagined: bool = True
     seed: int = 0
+    frame_cache: Path | None = None
     training: Flat[ClassifierTraining] = field(default_factory=ClassifierTraining)
 
     def run(self) -> None:
@@ -42,11 +45,11 @@ class Command:
         from wmpo_gym.evaluation.world_quality import imagined_replays
 
         world = load_world(self.world)
-        episodes = [e for e in load_episodes(self.episodes, world.task) if e.success is not None]
+        found = load_episodes(self.episodes, world.task, self.frame_cache)
+        episodes = [e for e in found if e.success is not None]
         logs = self.out.with_name(self.out.name + ".training") / "reward"
-        keep_settings(
-            logs / "command.json", {k: v for k, v in asdict(self).items() if k not in ("out", "world")}
-        )
+        places = ("out", "world", "frame_cache")
+        keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k not in places})
         classifier, figures = train_classifier(
             episodes,
             world.task,

@@ -30,6 +30,8 @@ class Command:
         device: Where to compute; auto is the GPU if there is one.
         merge: With --lora-rank, write a whole policy instead of the adapters.
         seed: Decides the initial weights and everything random.
+        frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
+            by default.
         settings: How to train.
         memory: How the policy is kept.
     """
@@ -41,6 +43,7 @@ class Command:
     device: str = "auto"
     merge: bool = False
     seed: int = 0
+    frame_cache: Path | None = None
     settings: Flat[SFTSettings] = field(default_factory=SFTSettings)
     memory: Flat[PolicyMemory] = field(default_factory=PolicyMemory)
 
@@ -49,7 +52,7 @@ class Command:
         from wmpo_gym.utils.progress import progress_bar
 
         task = task_of(self.task, self.episodes)
-        episodes = load_episodes(self.episodes, task)
+        episodes = load_episodes(self.episodes, task, self.frame_cache)
         kwargs = self.memory.policy_kwargs()
         if self.policy is None and self.memory.lora_rank is not None:
             raise ValueError("Adapters belong to a policy that is there already; name it with --policy.")

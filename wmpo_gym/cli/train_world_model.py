@@ -48,6 +48,8 @@ class Command:
         context_frames: Frames the network sees.
         denoising_steps: Steps per chunk, in training and afterwards.
         holdout: Share of the episodes that is kept for measuring.
+        frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
+            by default.
         training: How to train.
     """
 
@@ -63,17 +65,21 @@ class Command:
     context_frames: int = 2
     denoising_steps: int = 1
     holdout: float = 0.1
+    frame_cache: Path | None = None
     training: Flat[WorldModelTraining] = field(default_factory=WorldModelTraining)
 
     def run(self) -> None:
         """Train, measure, save."""
         known = load_world(self.init) if self.init else None
         task = known.task if known else task_of(self.task, self.episodes)
-        episodes, play = load_episodes(self.episodes, task), load_episodes(self.play, task)
+        episodes, play = (
+            load_episodes(stores, task, self.frame_cache) for stores in (self.episodes, self.play)
+        )
         world = known or self._new_world(task, episodes, state_to_follow(task, [*episodes, *play]))
         world.start_frames = world.start_frames.with_episodes(episodes)
         logs = self.out.with_name(self.out.name + ".training")
-        keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k != "out"})
+        places = ("out", "frame_cache")
+        keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k not in places})
         kept, held = split_episodes(episodes, self.holdout, self.training.seed)
 
         def judge(network: nn.Module, step: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from wmpo_gym.cli.common import load_episodes, load_policy, load_world
+from wmpo_gym.cli.common import iterate_episodes, load_policy, load_world
 from wmpo_gym.utils.io import read_json, write_json_atomic
 
 
@@ -49,7 +49,7 @@ class Command:
             learnable=partial(measure_learnable, policy, world.task, seed=self.seed)
             if self.learnable
             else None,
-            real_episodes=load_episodes(self.recordings, world.task) if self.recordings else None,
+            real_episodes=list(iterate_episodes(self.recordings, world.task)) if self.recordings else None,
         )
         print(gates_text(gates))
         if Path(self.world).is_dir():

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,8 @@ def write_file_atomic(path: str | Path, *, durable: bool = True) -> Iterator[Pat
                 _sync(temporary)
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):  # which would hide the error above
+            temporary.unlink(missing_ok=True)
 
 
 def mend_dir(path: str | Path) -> Path:
