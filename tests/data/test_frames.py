@@ -19,7 +19,7 @@ from wmpo_gym.data.frames import FrameLoader, prefetched
 from wmpo_gym.policies.windows import WindowDataset, draws
 from wmpo_gym.reward.data import ClipTable
 from wmpo_gym.tasks import MOVE_BLOCK
-from wmpo_gym.world.sampler import EpisodeStreams
+from wmpo_gym.world.sampler import SelfForcingSampler
 
 TASK = replace(MOVE_BLOCK, image_size=32)
 
@@ -112,14 +112,14 @@ def batches(episodes: list[Episode], workers: int) -> list[np.ndarray]:
     """Arrays of some batches of all three trainings, the world model's resumed on the way."""
     arrays: list[np.ndarray] = []
     arguments = {"n_rows": 5, "context_frames": 2, "workers": workers}
-    streams = EpisodeStreams(episodes, TASK, seed=3, **arguments)
+    sampler = SelfForcingSampler(episodes, TASK, seed=3, **arguments)
     for step in range(20):
         if step == 9:
-            state = streams.get_state()
-            streams = EpisodeStreams(episodes, TASK, seed=4, **arguments)
-            streams.set_state(state)
-        arrays += vars(streams.next()).values()
-        streams.report(np.random.default_rng(step).random(5))
+            state = sampler.get_state()
+            sampler = SelfForcingSampler(episodes, TASK, seed=4, **arguments)
+            sampler.set_state(state)
+        arrays += vars(sampler.next()).values()
+        sampler.update_priorities(np.random.default_rng(step).random(5))
     table = ClipTable.from_episodes(episodes, 3, workers=workers)
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):

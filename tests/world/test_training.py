@@ -17,7 +17,7 @@ from wmpo_gym.tasks import MOVE_BLOCK
 from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
 from wmpo_gym.world.networks.conv import ConvWorldModel
 from wmpo_gym.world.networks.stdit import STDiT
-from wmpo_gym.world.sampler import EpisodeStreams
+from wmpo_gym.world.sampler import SelfForcingSampler
 from wmpo_gym.world.training import (
     WorldModelTrainer,
     WorldModelTraining,
@@ -51,7 +51,7 @@ def network(seed: int = 0) -> ConvWorldModel:
 
 
 def test_a_walk_follows_its_episode_and_marks_what_is_beyond() -> None:
-    streams = EpisodeStreams(
+    sampler = SelfForcingSampler(
         [EPISODES[1]],
         replace(TASK, symmetries=()),
         n_rows=1,
@@ -60,9 +60,9 @@ def test_a_walk_follows_its_episode_and_marks_what_is_beyond() -> None:
         from_start=1.0,
         restart=0.0,
     )
-    first, second, third = streams.next(), streams.next(), streams.next()
+    first, second, third = sampler.next(), sampler.next(), sampler.next()
     frames, actions = EPISODES[1].frames, EPISODES[1].actions
-    assert first.fresh[0] and not second.fresh[0] and third.fresh[0]
+    assert first.is_first[0] and not second.is_first[0] and third.is_first[0]
     assert np.array_equal(first.context[0], frames[[0, 0]]) and not first.prev_action.any()
     assert np.array_equal(first.targets[0], frames[1:5]) and np.array_equal(first.actions[0], actions[:4])
     assert np.array_equal(second.context[0], frames[3:5]) and np.array_equal(
@@ -73,7 +73,7 @@ def test_a_walk_follows_its_episode_and_marks_what_is_beyond() -> None:
 
 
 def test_walks_begin_more_often_where_the_model_errs() -> None:
-    streams = EpisodeStreams(
+    sampler = SelfForcingSampler(
         [EPISODES[0]],
         replace(TASK, symmetries=()),
         n_rows=64,
@@ -83,17 +83,17 @@ def test_walks_begin_more_often_where_the_model_errs() -> None:
         restart=1.0,
     )
     for _ in range(30):
-        streams.next()
-        step = streams._step - TASK.chunk
-        streams.report(np.where(np.abs(step - 10) < 2, 1.0, 0.01))
-    streams.next()
-    near = np.mean(np.abs(streams._step - TASK.chunk - 10) < 5)
+        sampler.next()
+        step = sampler._step - TASK.chunk
+        sampler.update_priorities(np.where(np.abs(step - 10) < 2, 1.0, 0.01))
+    sampler.next()
+    near = np.mean(np.abs(sampler._step - TASK.chunk - 10) < 5)
     assert near > 0.6, near  # 9 of 20 steps without the preference
 
 
 def test_no_episode_is_an_error() -> None:
     with pytest.raises(ValueError, match="collect some first"):
-        EpisodeStreams([], TASK, n_rows=1, context_frames=2, seed=0)
+        SelfForcingSampler([], TASK, n_rows=1, context_frames=2, seed=0)
 
 
 def trainer(config: WorldModelTraining, **kwargs) -> WorldModelTrainer:
@@ -195,7 +195,7 @@ def test_a_walk_that_went_another_way_returns_to_its_recording(diverged: float, 
     trainer = WorldModelTrainer(network(), PixelAutoencoder(), TASK, EPISODES[:1], settings)
     trainer._batch()
     trainer.step = 5  # past the first one, whose contexts are all recorded
-    trainer.streams._step[:] = 4  # all in the middle of the episode, none about to start anew
+    trainer.sampler._step[:] = 4  # all in the middle of the episode, none about to start anew
     trainer.context = torch.full_like(trainer.context, -1.0)
     trainer.context[:, :, :, :4] = 1.0  # not what was recorded
     context = trainer._batch().context

@@ -1,10 +1,10 @@
-"""Training data for the world model: rows that walk through episodes on their own predictions.
+"""Self-forcing training data of the world model: each row continues from the model's own prediction.
 
-A row starts at some frame of some episode. The model predicts the next action chunk; the row then goes on
-from *the prediction*, not from the recorded frames, until the episode ends (self-forcing). Every prediction
-is trained on, so no network call is spent on building contexts, and after a few steps a batch holds contexts
-of all depths, as in imagination. Walks that do not begin at an episode's start begin where the model erred
-most: the moments that decide an episode (a grasp) are few among the many in which something just moves on.
+A row starts at some frame of some episode. The model predicts the next action chunk; the row continues from
+*the prediction*, not from the recorded frames, until the episode ends. Every prediction is trained on, so no
+network call is spent on building contexts, and after a few steps a batch holds contexts of all depths, as in
+imagination. Trajectories that do not begin at an episode's start begin where the loss was largest: the
+moments that decide an episode (a grasp) are few among the many in which something just moves on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from wmpo_gym.data.frames import FrameArray, FrameLoader
 from wmpo_gym.tasks import Task
 
 MEMORIES = 4096  # episodes whose proprioception is kept
-MAX_PRIORITY = 10.0  # how much more often than average a walk begins at a chunk the model gets wrong
+MAX_PRIORITY = 10.0  # largest priority of a chunk relative to the average
 
 
 @dataclass
@@ -30,12 +30,12 @@ class ChunkBatch:
     """One chunk per row, as arrays.
 
     Attributes:
-        context: uint8 ``(B, H, h, w, 3)`` recorded context frames (to be used where ``fresh``).
+        context: uint8 ``(B, H, h, w, 3)`` recorded context frames (to be used where ``is_first``).
         targets: uint8 ``(B, K, h, w, 3)`` frames to predict; the last one repeats after the episode's end.
         actions: float32 ``(B, K, D)``; zeros after the episode's end.
         prev_action: float32 ``(B, D)``, or ``(B, D + M)`` with where the robot is, as in imagination.
         valid: bool ``(B, K)``, False after the episode's end.
-        fresh: bool ``(B,)``, the row has just started: its context is the recorded one.
+        is_first: bool ``(B,)``, the row has just started: its context is the recorded one.
     """
 
     context: np.ndarray
@@ -43,21 +43,21 @@ class ChunkBatch:
     actions: np.ndarray
     prev_action: np.ndarray
     valid: np.ndarray
-    fresh: np.ndarray
+    is_first: np.ndarray
 
 
-class EpisodeStreams:
-    """``n_rows`` independent walks through a set of episodes.
+class SelfForcingSampler:
+    """``n_rows`` independent trajectories through a set of episodes.
 
     Args:
         episodes: At least one, each of at least one step.
         task: Gives chunk length and symmetries.
         n_rows: Rows B.
         context_frames: H.
-        seed: Seed of the walks.
+        seed: Seed of the trajectories.
         weights: How often an episode is chosen, relative to the others; None for equally often.
-        from_start: Share of walks that begin at the episode's first frame (imagination always does).
-        restart: Probability per chunk that a walk is given up for a new one.
+        from_start: Share of trajectories that begin at the episode's first frame (imagination always does).
+        restart: Probability per chunk that a trajectory is given up for a new one.
         recall: Where the robot is at every frame of an episode, float32 ``(T + 1, M)``
             (a memory of :class:`~wmpo_gym.world.proprio.Motion`); None for a network that does not follow it.
         workers: Threads that read frames from disk, the next chunk of every row ahead of time; see
@@ -114,26 +114,26 @@ class EpisodeStreams:
         self._symmetry = np.zeros((n_rows, len(task.symmetries)), bool)
 
     def next(self) -> ChunkBatch:
-        """The next chunk of every row; rows at the end of their episode start a new walk."""
-        fresh = np.array([self._advance(i) for i in range(self.n_rows)])
+        """The next chunk of every row; rows at the end of their episode start a new trajectory."""
+        is_first = np.array([self._advance(i) for i in range(self.n_rows)])
         starts = self._step - self.task.chunk
         frames = self._loader.read([self._request(i, s) for i, s in enumerate(starts)])
         rows = [self._row(i, s, f) for i, (s, f) in enumerate(zip(starts, frames, strict=True))]
         continued = [i for i, s in enumerate(self._step) if s < self._episode_of(i).n_steps]
         self._loader.prefetch([self._request(i, self._step[i]) for i in continued])
         context, targets, actions, before, valid = map(np.stack, zip(*rows, strict=True))
-        return ChunkBatch(context, targets, actions, before, valid, fresh)
+        return ChunkBatch(context, targets, actions, before, valid, is_first)
 
     def _episode_of(self, i: int) -> Episode:
         return self.episodes[self._episode[i]]
 
     def _advance(self, i: int) -> bool:
-        """Move row ``i`` to its next chunk; whether it started a new walk there."""
-        fresh = bool(self._step[i] >= self._episode_of(i).n_steps or self._rng.random() < self.restart)
-        if fresh:
+        """Move row ``i`` to its next chunk; whether it started a new trajectory there."""
+        is_first = bool(self._step[i] >= self._episode_of(i).n_steps or self._rng.random() < self.restart)
+        if is_first:
             self._start(i)
         self._step[i] += self.task.chunk
-        return fresh
+        return is_first
 
     def _request(self, i: int, step: int) -> tuple[FrameArray, np.ndarray]:
         """Context and targets of row ``i`` at a step: frames and which of them."""
@@ -156,8 +156,8 @@ class EpisodeStreams:
             before = np.concatenate([before, self._recall(int(self._episode[i]))[step]])
         return frames[:h], frames[h:], actions[1:], before, inside[1:]
 
-    def report(self, losses: np.ndarray) -> None:
-        """Tell how wrong the model was about the chunks of the last :meth:`next`, ``(B,)``."""
+    def update_priorities(self, losses: np.ndarray) -> None:
+        """Draw chunks by the losses ``(B,)`` of the last :meth:`next`: the larger, the more often."""
         step = np.maximum(self._step - self.task.chunk, 0)
         cells = self._first_cell[self._episode] + step // self.task.chunk
         relative = np.clip(losses / max(float(losses.mean()), 1e-9), 0.1, MAX_PRIORITY)
@@ -180,7 +180,7 @@ class EpisodeStreams:
         self._symmetry[i] = rng.random(len(self.task.symmetries)) < 0.5
 
     def get_state(self) -> dict[str, np.ndarray | str]:
-        """Position of every walk and the generator, to continue exactly."""
+        """Position of every trajectory and the generator, to continue exactly."""
         return {
             "episode": self._episode.copy(), "step": self._step.copy(), "symmetry": self._symmetry.copy(),
             "error": self._error.copy(), "rng": json.dumps(self._rng.bit_generator.state),

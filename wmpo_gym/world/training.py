@@ -28,7 +28,7 @@ from wmpo_gym.utils.io import (
 from wmpo_gym.utils.progress import progress_bar
 from wmpo_gym.world.objectives import ChunkObjective, PatchCritic
 from wmpo_gym.world.optimizers import JointOptimizer
-from wmpo_gym.world.sampler import ChunkBatch, EpisodeStreams
+from wmpo_gym.world.sampler import ChunkBatch, SelfForcingSampler
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class WorldModelTrainer:
         validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
     ) -> None:
         self.network, self.autoencoder, self.config, self.validate = network, autoencoder, config, validate
-        self.streams = EpisodeStreams(
+        self.sampler = SelfForcingSampler(
             episodes, task, n_rows=config.batch_size, context_frames=context_frames, seed=config.seed,
             weights=weights, restart=config.restart, recall=self._recall(),
         )  # fmt: skip
@@ -197,7 +197,7 @@ class WorldModelTrainer:
         cfg = self.config
         batch = self._batch()
         losses, prediction = self.objective(self.network, batch, self.generator)
-        self.streams.report(losses.detach().numpy())
+        self.sampler.update_priorities(losses.detach().numpy())
         loss = losses.mean()
         figures = {"loss": float(loss.detach())}
         if self.critic is not None:
@@ -225,7 +225,7 @@ class WorldModelTrainer:
         return {**figures, "grad_norm": float(norm)}
 
     def _batch(self) -> LatentBatch:
-        chunk = self.streams.next()
+        chunk = self.sampler.next()
         recorded, targets = (
             self.autoencoder.encode(torch.from_numpy(frames)) for frames in (chunk.context, chunk.targets)
         )
@@ -234,7 +234,7 @@ class WorldModelTrainer:
         share = 1.0 - self.step / max(1.0, self.config.recorded * self.config.steps)
         wrong = ((self.context - recorded).abs().amax(dim=1) > 0.5).float().mean(dim=(1, 2, 3))
         use_recorded = (
-            torch.from_numpy(chunk.fresh)
+            torch.from_numpy(chunk.is_first)
             | (torch.rand(len(recorded), generator=self.generator) < share)
             | (wrong > self.config.diverged)
         )
@@ -269,7 +269,7 @@ class WorldModelTrainer:
     def _checkpoint(self) -> None:
         if self.checkpoint_dir is None:
             return
-        stream = self.streams.get_state()
+        stream = self.sampler.get_state()
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         tensors |= self.optimizer.pack()
@@ -311,7 +311,7 @@ class WorldModelTrainer:
         self.optimizer.unpack(tensors)
         if self.critic is not None:
             self.critic.restore(tensors)
-        self.streams.set_state({k: v.numpy() for k, v in part("stream.").items()} | {"rng": meta["rng"]})
+        self.sampler.set_state({k: v.numpy() for k, v in part("stream.").items()} | {"rng": meta["rng"]})
         self.context, self.step, self.seconds = tensors["context"], meta["step"], meta["seconds"]
         self.history = meta["history"]
         self.generator.set_state(tensors["generator"])
