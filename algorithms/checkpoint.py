@@ -19,7 +19,6 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from wmpo_gym.algorithms.distributed import Ranks, full_state, shard_optimizer_state, shard_state
-from wmpo_gym.data.optimizer_state import pack_optimizer, unpack_optimizer
 from wmpo_gym.envs.ledger import Ledger
 from wmpo_gym.policies.base import (
     GroupPolicy,
@@ -27,6 +26,7 @@ from wmpo_gym.policies.base import (
     load_changing_weights,
     policy_generators,
 )
+from wmpo_gym.training.checkpoint import pack_optimizer, unpack_optimizer
 from wmpo_gym.utils.io import (
     ArtifactError,
     WriteError,

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.frames import prefetched
-from wmpo_gym.data.optimizer_state import pack_optimizer, unpack_optimizer
 from wmpo_gym.policies.base import changing_weights, load_changing_weights
 from wmpo_gym.policies.vla import VLAConfig
 from wmpo_gym.policies.vla_policy import VLAPolicy, make_spaces
 from wmpo_gym.policies.windows import WindowDataset, Windows, draws
 from wmpo_gym.tasks import Symmetry, Task, get_task
+from wmpo_gym.training.checkpoint import pack_optimizer, unpack_optimizer
 from wmpo_gym.utils.io import (
     load_safetensors,
     mend_dir,

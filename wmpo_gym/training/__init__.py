@@ -1,0 +1,1 @@
+"""Training of any network: one trainer, on any device, alone or in several processes."""
