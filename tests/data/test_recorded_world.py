@@ -36,8 +36,8 @@ def wmpo(*words: object) -> int:
 @pytest.fixture(scope="module", autouse=True)
 def short_training_of_motion():
     with pytest.MonkeyPatch.context() as patch:
-        short = partial(motion.MotionTraining, steps=20, reader_steps=20, points_steps=5)
-        patch.setattr(motion, "MotionTraining", short)
+        short = partial(motion.ProprioTraining, steps=20, reader_steps=20, points_steps=5)
+        patch.setattr(motion, "ProprioTraining", short)
         yield
 
 

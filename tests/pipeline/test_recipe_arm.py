@@ -15,7 +15,7 @@ from wmpo_gym.pipeline.presets import LIFT, RECIPES, GRPOSettings, recipe_for
 from wmpo_gym.pipeline.run import run_recipe
 from wmpo_gym.policies.sft import SFTSettings
 from wmpo_gym.world.networks.conv import ConvWorldModel
-from wmpo_gym.world.proprio import MotionTraining
+from wmpo_gym.world.proprio import ProprioTraining
 from wmpo_gym.world.training import WorldModelTraining
 from wmpo_gym.world.world import World
 
@@ -58,8 +58,8 @@ def test_every_stage_runs_on_lift(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return learnable_gate(np.array([True, False]), np.array([True, False]), 1)
 
     monkeypatch.setattr("wmpo_gym.pipeline.stages.measure_learnable", no_gain)
-    short = partial(MotionTraining, steps=3, reader_steps=3, points_steps=3)
-    monkeypatch.setattr("wmpo_gym.world.proprio.MotionTraining", short)
+    short = partial(ProprioTraining, steps=3, reader_steps=3, points_steps=3)
+    monkeypatch.setattr("wmpo_gym.world.proprio.ProprioTraining", short)
     results = run_recipe(TINY, tmp_path, progress=False)
     assert results["wmpo"]["n"] == 4 and results["budget"]["real_episodes"] == 4
     assert all(results["gates"][name]["passed"] is not None for name in ("physics", "faithful", "honest"))

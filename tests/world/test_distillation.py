@@ -94,15 +94,15 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn() -> None:
     """With as many steps on either side, the goals are where its own steps lead."""
     world = a_world("stdit")
     _, trainer = distillation_trainer(world, episodes(), QUICK, denoising_steps=2, teacher_steps=4)
-    objective = trainer.objective
+    objective = trainer.task.objective
     assert isinstance(objective, DistillationObjective)
     objective.teacher_steps = 2
-    batch = trainer._batch()
-    loss, made = objective(world.network, batch, torch.Generator().manual_seed(0))
-    assert loss.shape == (8,) and loss.abs().max() < 1e-9 and made.shape == batch.targets.shape
+    batch, draws = trainer.task.draw(0)
+    losses, _, sample = objective(world.network, batch, draws)
+    assert losses.shape == (8,) and losses.abs().max() < 1e-9 and sample.shape == batch.targets.shape
     objective.teacher_steps = 4
-    loss, _ = objective(world.network, batch, torch.Generator().manual_seed(0))
-    assert loss.min() > 1e-4
+    losses, *_ = objective(world.network, batch, draws)
+    assert losses.min() > 1e-4
 
 
 def test_it_goes_on_to_the_same_weights(tmp_path) -> None:
@@ -113,14 +113,15 @@ def test_it_goes_on_to_the_same_weights(tmp_path) -> None:
     _, killed = distillation_trainer(
         a_world("conv"), episodes(), config, denoising_steps=1, checkpoint_dir=tmp_path / "c"
     )
-    log = killed._log
+    record = killed._record
 
-    def dies(figures, writer) -> None:
-        log(figures, writer)
+    def dies(metrics, writer):
+        entry = record(metrics, writer)
         if killed.step == 4:
             raise KeyboardInterrupt
+        return entry
 
-    killed._log = dies
+    killed._record = dies
     with pytest.raises(KeyboardInterrupt):
         killed.train(progress=False)
     resumed, again = distillation_trainer(

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from wmpo_gym.world.flow import RELEASE_CONTEXT_NOISE, RectifiedFlow, resolution_shift, shift_timestep
+from wmpo_gym.world.flow import RELEASE_CONTEXT_NOISE, RectifiedFlow, shift_timestep
 
 RELEASE = RectifiedFlow(context_noise=RELEASE_CONTEXT_NOISE)
 ATOL = 3e-6
+
+
+def resolution_shift(height_px: int, width_px: int, n_frames: int) -> float:
+    """The release's shift for a frame size; 1 for its own 256x256 video."""
+    return math.sqrt(height_px * width_px / 512**2) * (1 if n_frames == 1 else 2)
 
 
 def close(actual, expected, atol=ATOL):

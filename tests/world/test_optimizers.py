@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from wmpo_gym.training.checkpoint import pack_optimizer, unpack_optimizer
 from wmpo_gym.world.networks.conv import ConvWorldModel
-from wmpo_gym.world.optimizers import JointOptimizer
+from wmpo_gym.world.optimizers import make_optimizers
 
 
 def small_network() -> ConvWorldModel:
@@ -18,17 +19,17 @@ def backward(network: torch.nn.Module) -> None:
         p.grad = torch.randn_like(p)
 
 
-def joint(network: ConvWorldModel, muon: float) -> JointOptimizer:
-    return JointOptimizer(
-        network, learning_rate=1e-3, weight_decay=0.0, inner=network.inner_weights(), muon=muon
-    )
+def optimizers(network: ConvWorldModel, muon: float, rate: float = 1e-3) -> list[torch.optim.Optimizer]:
+    made = make_optimizers(network, learning_rate=rate, weight_decay=0.0, muon=muon)
+    return list(made.values())
 
 
 def test_without_muon_it_is_adamw():
     ours, theirs = small_network(), small_network()
     backward(ours), backward(theirs)
-    joint(ours, 0.0).step(0.5)
-    torch.optim.AdamW(theirs.parameters(), lr=5e-4, weight_decay=0.0).step()
+    (optimizer,) = optimizers(ours, 0.0)
+    optimizer.step()
+    torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.0).step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -38,7 +39,8 @@ def test_muon_moves_inner_weights_in_all_directions_alike():
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     backward(network)
     inner = {id(p) for p in network.inner_weights()}
-    joint(network, 0.02).step(0.5)
+    for optimizer in optimizers(network, 0.01, 5e-4):
+        optimizer.step()
     for name, p in network.named_parameters():
         change = (p.detach() - before[name]).flatten(1) if p.ndim > 1 else None
         if id(p) in inner:
@@ -63,13 +65,17 @@ def test_inner_weights_neither_read_nor_write_frames():
 @pytest.mark.parametrize("muon", [0.0, 0.02])
 def test_goes_on_the_same_from_its_packed_moments(muon):
     network, twin = small_network(), small_network()
-    first, second = joint(network, muon), joint(twin, muon)
+    first, second = optimizers(network, muon), optimizers(twin, muon)
     backward(network)
-    first.step(1.0)
+    for optimizer in first:
+        optimizer.step()
     twin.load_state_dict(network.state_dict())
-    second.unpack({name: tensor.clone() for name, tensor in first.pack().items()})
-    for n, optimizer in ((network, first), (twin, second)):
+    for source, target in zip(first, second, strict=True):
+        tensors, numbers = pack_optimizer(source)
+        unpack_optimizer(target, {k: v.clone() for k, v in tensors.items()}, numbers)
+    for n, made in ((network, first), (twin, second)):
         backward(n)
-        optimizer.step(1.0)
+        for optimizer in made:
+            optimizer.step()
     for a, b in zip(network.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)

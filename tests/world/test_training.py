@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +16,7 @@ from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
 from wmpo_gym.world.networks.conv import ConvWorldModel
 from wmpo_gym.world.networks.stdit import STDiT
 from wmpo_gym.world.sampler import SelfForcingSampler
-from wmpo_gym.world.training import (
-    WorldModelTrainer,
-    WorldModelTraining,
-    update_average,
-    warmup_share,
-)
+from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 
 SIZE = 16
 TASK = replace(MOVE_BLOCK, image_size=SIZE)
@@ -112,7 +105,7 @@ def test_a_killed_training_goes_on_to_the_same_numbers(tmp_path, adversarial: fl
     whole.train(progress=False)
 
     killed = trainer(config, checkpoint_dir=tmp_path / "c")
-    step, real = 0, killed._train_step
+    step, real = 0, killed.train_step
 
     def dies() -> dict[str, float]:
         nonlocal step
@@ -121,7 +114,7 @@ def test_a_killed_training_goes_on_to_the_same_numbers(tmp_path, adversarial: fl
             raise KeyboardInterrupt
         return real()
 
-    killed._train_step = dies
+    killed.train_step = dies
     with pytest.raises(KeyboardInterrupt):
         killed.train(progress=False)
     resumed = trainer(config, checkpoint_dir=tmp_path / "c")
@@ -137,8 +130,8 @@ def test_killed_between_any_two_writes(tmp_path, monkeypatch) -> None:
 
     def run(directory: Path) -> WorldModelTrainer:
         made = trainer(replace(SHORT, steps=4, adversarial=0.05), checkpoint_dir=directory / "c")
-        step, firsts = made._train_step, []
-        made._train_step = lambda: firsts.append(made.step) or step()
+        step, firsts = made.train_step, []
+        made.train_step = lambda: firsts.append(made.step) or step()
         made.train(progress=False)
         begun_at.append(firsts[0] if firsts else made.step)
         return made
@@ -193,27 +186,10 @@ def test_the_transformer_trains_too() -> None:
 def test_a_walk_that_went_another_way_returns_to_its_recording(diverged: float, taken_back: bool) -> None:
     settings = WorldModelTraining(steps=9, batch_size=4, recorded=0.0, restart=0.0, diverged=diverged)
     trainer = WorldModelTrainer(network(), PixelAutoencoder(), TASK, EPISODES[:1], settings)
-    trainer._batch()
-    trainer.step = 5  # past the first one, whose contexts are all recorded
-    trainer.sampler._step[:] = 4  # all in the middle of the episode, none about to start anew
-    trainer.context = torch.full_like(trainer.context, -1.0)
-    trainer.context[:, :, :, :4] = 1.0  # not what was recorded
-    context = trainer._batch().context
-    assert torch.equal(context, trainer.context) is not taken_back
-
-
-def test_warm_up_and_average_are_the_published_ones(golden: Callable[..., Any]) -> None:
-    tensors, _ = golden("imagination_loop")
-    shares = [warmup_share(step, 4) for step in range(8)]
-    assert np.allclose(1e-4 * np.array(shares), tensors["lr_warmup.lr"].numpy(), rtol=1e-12)
-    linear = torch.nn.Linear(3, 2)
-    linear.weight.data = tensors["ema.model_weight"]
-    linear.bias.data = tensors["ema.frozen_bias_model"]
-    linear.bias.requires_grad_(False)
-    average = {
-        "weight": tensors["ema.ema_weight_before"].clone(),
-        "bias": tensors["ema.frozen_bias_ema_before"].clone(),
-    }
-    update_average(average, linear, 0.99)
-    torch.testing.assert_close(average["weight"], tensors["ema.ema_weight_after"], rtol=0, atol=1e-7)
-    assert torch.equal(average["bias"], tensors["ema.frozen_bias_ema_after"])
+    world_model = trainer.task
+    world_model.draw(0)
+    world_model.sampler._step[:] = 4  # all in the middle of the episode, none about to start anew
+    world_model.context = torch.full_like(world_model.context, -1.0)
+    world_model.context[:, :, :, :4] = 1.0  # not what was recorded
+    batch, _ = world_model.draw(5)  # past the first step, whose contexts are all recorded
+    assert torch.equal(batch.context, world_model.context) is not taken_back

@@ -11,6 +11,7 @@ import numpy as np
 
 from wmpo_gym.cli.common import Flat, load_episodes, load_world, split_episodes
 from wmpo_gym.report.results import aligned
+from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.utils.config import keep_settings
 from wmpo_gym.utils.io import write_json_atomic
 from wmpo_gym.world.distillation import distillation_trainer, steps_to_imitate
@@ -41,6 +42,7 @@ class Command:
         frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
             by default.
         training: How to train; --pure-noise and --context-noise have no meaning here.
+        compute: Where to train, and in which precision.
     """
 
     world: str
@@ -53,9 +55,11 @@ class Command:
     training: Flat[WorldModelTraining] = field(
         default_factory=lambda: WorldModelTraining(steps=1000, learning_rate=3e-4, muon=0.0, recorded=0.0)
     )
+    compute: Flat[ComputeSettings] = field(default_factory=ComputeSettings)
 
     def run(self) -> None:
         """Distil, measure, save."""
+        self.compute.checked()
         teacher = load_world(self.world)
         teacher_steps = steps_to_imitate(teacher, self.denoising_steps, self.teacher_steps)
         episodes = load_episodes(self.episodes, teacher.task, self.frame_cache)
@@ -67,10 +71,11 @@ class Command:
             self.training,
             denoising_steps=self.denoising_steps,
             teacher_steps=teacher_steps,
+            compute=self.compute,
             checkpoint_dir=logs / "checkpoint",
             tensorboard=logs,
         )
-        places = ("out", "frame_cache")
+        places = ("out", "frame_cache", "compute")
         keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k not in places})
         history = trainer.train(description=f"distillation to {self.denoising_steps} step(s)")
         quality = self._quality(teacher, student, teacher_steps, held) if held else {}

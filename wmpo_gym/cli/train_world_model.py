@@ -13,9 +13,10 @@ import numpy as np
 from wmpo_gym.cli.common import Flat, load_episodes, load_world, split_episodes, task_of
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import Task
+from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.utils.config import keep_settings
 from wmpo_gym.utils.io import read_json, write_json_atomic
-from wmpo_gym.world.proprio import learn_motion, state_to_follow
+from wmpo_gym.world.proprio import learn_proprio, proprio_size
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class Command:
         holdout: Share of the episodes that is kept for measuring.
         frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
             by default.
+        network_size: Published size of the transformer (xl), or one that a CPU trains (small).
         training: How to train.
+        compute: Where to train, and in which precision.
     """
 
     episodes: tuple[Path, ...]
@@ -60,6 +63,7 @@ class Command:
     task: str | None = None
     init: str | None = None
     network: Literal["conv", "stdit"] = "conv"
+    network_size: Literal["small", "xl"] = "small"
     network_config: Path | None = None
     autoencoder: Path | None = None
     context_frames: int = 2
@@ -67,18 +71,25 @@ class Command:
     holdout: float = 0.1
     frame_cache: Path | None = None
     training: Flat[WorldModelTraining] = field(default_factory=WorldModelTraining)
+    compute: Flat[ComputeSettings] = field(default_factory=ComputeSettings)
 
     def run(self) -> None:
         """Train, measure, save."""
+        self.compute.checked()
+        if self.network_size != "small" and self.network != "stdit":
+            raise ValueError(
+                f"--network-size {self.network_size} is a size of the transformer; give --network stdit too, "
+                "or change the convolutional network with --network-config."
+            )
         known = load_world(self.init) if self.init else None
         task = known.task if known else task_of(self.task, self.episodes)
         episodes, play = (
             load_episodes(stores, task, self.frame_cache) for stores in (self.episodes, self.play)
         )
-        world = known or self._new_world(task, episodes, state_to_follow(task, [*episodes, *play]))
+        world = known or self._new_world(task, episodes, proprio_size(task, [*episodes, *play]))
         world.start_frames = world.start_frames.with_episodes(episodes)
         logs = self.out.with_name(self.out.name + ".training")
-        places = ("out", "frame_cache")
+        places = ("out", "frame_cache", "compute")
         keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k not in places})
         kept, held = split_episodes(episodes, self.holdout, self.training.seed)
 
@@ -86,9 +97,10 @@ class Command:
             return _judge(replace(world, network=network), held, logs, step)
 
         weights = [self.weight] * len(kept) + [1.0] * len(play)
-        motion = learn_motion(
+        motion = learn_proprio(
             world.network, world.autoencoder, [*kept, *play],
-            weights=weights, seed=self.training.seed, directory=logs / "motion", progress=True,
+            weights=weights, seed=self.training.seed, directory=logs / "motion",
+            compute=self.compute, progress=True,
         )  # fmt: skip
         trainer = WorldModelTrainer(
             world.network,
@@ -99,6 +111,7 @@ class Command:
             context_frames=world.config.context_frames,
             denoising_steps=world.config.denoising_steps,
             weights=weights,
+            compute=self.compute,
             checkpoint_dir=logs / "checkpoint",
             tensorboard=logs,
             validate=judge if held else None,
@@ -129,7 +142,7 @@ class Command:
 
     def _new_network(self, task: Task, autoencoder: Any, state_dim: int) -> nn.Module:
         from wmpo_gym.world.networks.conv import ConvWorldModel
-        from wmpo_gym.world.networks.stdit import STDiT
+        from wmpo_gym.world.networks.stdit import CONFIGS, STDiT
 
         given = read_json(self.network_config) if self.network_config else {}
         shared = {"context_frames": self.context_frames, "chunk": task.chunk, "action_dim": task.action_dim}
@@ -145,7 +158,7 @@ class Command:
                 "in_channels": autoencoder.latent_channels,
                 "pixels_per_latent": autoencoder.downscale,
                 "base_size": task.image_size,
-                **SMALL_STDIT,
+                **(SMALL_STDIT if self.network_size == "small" else CONFIGS[self.network_size]),
             }
             kind = STDiT
         try:

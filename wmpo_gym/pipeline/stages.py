@@ -27,7 +27,7 @@ from wmpo_gym.utils.io import read_json, write_json_atomic
 from wmpo_gym.utils.progress import progress_bar
 from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
 from wmpo_gym.world.networks.conv import ConvWorldModel
-from wmpo_gym.world.proprio import learn_motion, state_to_follow
+from wmpo_gym.world.proprio import learn_proprio, proprio_size
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 from wmpo_gym.world.world import StartFrames, World, WorldConfig, find_pretrained
 
@@ -179,7 +179,7 @@ class Run:
         if not directory.exists():
             config = self.recipe.pretrain
             with self.stage("pretrain", f"World-model pre-training on play: {config.steps} steps"):
-                state_dim = state_to_follow(self.task, play)
+                state_dim = proprio_size(self.task, play)
                 network = ConvWorldModel.for_task(self.task, self.recipe.seed, state_dim=state_dim)
                 card: dict[str, Any] = {
                     "name": f"{self.task.name} (play only)", "recipe": self.recipe.to_dict(),
@@ -216,7 +216,7 @@ class Run:
         weights: list[float] | None,
     ) -> dict[str, Any]:
         """Train in place; the card says how that went."""
-        motion = learn_motion(
+        motion = learn_proprio(
             network, PixelAutoencoder(), episodes, weights=weights, seed=config.seed,
             directory=self.out / "checkpoints" / f"{name}-motion", progress=self.progress,
         )  # fmt: skip

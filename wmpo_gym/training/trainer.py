@@ -185,6 +185,11 @@ class Trainer:
         self.optimizers = task.optimizers()
         self.ema = AveragedWeights(task.network, settings.ema_decay) if settings.ema_decay else None
 
+    @property
+    def network(self) -> nn.Module:
+        """The network that is trained."""
+        return self.task.network
+
     def train(self, *, progress: bool = True, description: str | None = None) -> list[dict[str, float]]:
         """Train to ``settings.steps``, from the checkpoint if there is one.
 

@@ -1,9 +1,9 @@
-"""Few-step sampling: a network learns to arrive in one step where its many-step self arrives in several.
+"""Distillation: a student reaches in one step where its teacher arrives in several.
 
-The way from noise to frames is cut into as many stretches as the student will take steps. The teacher walks
-it in small steps; from where each stretch begins the student must reach, in one step, where the teacher left
-it (trajectory distillation: a consistency model with a station at the end of every stretch). The student is
-the same network with the same inputs; in the world's configuration only ``denoising_steps`` changes.
+The integration from noise to frames is divided into as many intervals as the student will take steps. The
+teacher integrates each interval in small steps; from the interval's first sample the student must reach its
+last one in a single step (a consistency model per interval). The student is the same network with the same
+inputs; in the world's configuration only ``denoising_steps`` changes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from wmpo_gym.world.flow import RectifiedFlow
-from wmpo_gym.world.objectives import row_means
+from wmpo_gym.world.flow import RectifiedFlow, VelocityFunction
+from wmpo_gym.world.objectives import ChunkLoss, LatentBatch, weighted_row_means
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 
 if TYPE_CHECKING:
     from wmpo_gym.data.episode import Episode
-    from wmpo_gym.world.training import LatentBatch
     from wmpo_gym.world.world import World
 
 MOST_STEPS = 4  # of the student
@@ -31,48 +30,51 @@ MOST_STEPS = 4  # of the student
 
 @dataclass
 class DistillationObjective:
-    """Loss of one chunk and the frames to go on from, for a ``WorldModelTrainer``.
+    """Loss of the student against its teacher, see :class:`~wmpo_gym.world.objectives.Objective`.
 
     Attributes:
         teacher: The network that is sampled in many steps; left as it is.
         flow: The sampler's settings, those of imagination.
         teacher_steps: Its steps, a multiple of ``steps``.
         steps: The student's.
-        changed_weight: Extra loss weight of pixels that changed since the last context frame.
     """
 
     teacher: nn.Module
     flow: RectifiedFlow
     teacher_steps: int
     steps: int
-    changed_weight: float
 
-    def __call__(
-        self, network: nn.Module, batch: LatentBatch, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Loss per row ``(B,)`` and the student's latents ``(B, C, K, h, w)``."""
-        noise = torch.randn(batch.targets.shape, generator=generator)
-        stations = self._stations(noise, batch)
+    def draw(
+        self, target_shape: tuple[int, ...], context_shape: tuple[int, ...], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The noise that both integrate from."""
+        return {"noise": torch.randn(target_shape, generator=generator)}
+
+    def __call__(self, network: Any, batch: LatentBatch, draws: dict[str, Tensor]) -> ChunkLoss:
+        """Loss per row and the student's latents."""
+        noise = draws["noise"]
+        ends = self._teacher_samples(noise, batch)
         velocity = self._velocity(network, batch)
-        times = torch.cat([self.flow.timesteps(self.steps), torch.zeros(1)])
-        loss = torch.zeros(len(noise))
+        times = torch.cat([self.flow.timesteps(self.steps), torch.zeros(1)]).to(noise.device)
+        losses = torch.zeros(len(noise), device=noise.device)
         for i in range(self.steps):
-            stretch = (times[i] - times[i + 1]) / self.flow.n_train_timesteps
-            reached = stations[i] + stretch * velocity(stations[i], times[i])
-            loss = loss + row_means((reached - stations[i + 1]).square(), batch, self.changed_weight)
-        if self.steps > 1:
-            with torch.no_grad():  # on its own way, which is not the teacher's
-                *_, reached = self.flow.walk(self._velocity(network, batch), noise, self.steps)
-        return loss, reached
+            interval = (times[i] - times[i + 1]) / self.flow.n_train_timesteps
+            reached = ends[i] + interval * velocity(ends[i], times[i])
+            losses = losses + weighted_row_means((reached - ends[i + 1]).square(), batch)
+        if self.steps == 1:
+            return ChunkLoss(losses, reached, reached.detach())
+        with torch.no_grad():  # on its own trajectory, which is not the teacher's
+            *_, sample = self.flow.integrate(self._velocity(network, batch), noise, self.steps)
+        return ChunkLoss(losses, reached, sample)
 
     @torch.no_grad()
-    def _stations(self, noise: Tensor, batch: LatentBatch) -> list[Tensor]:
-        """Where the teacher is before the first of the student's steps and after each of them."""
-        walk = list(self.flow.walk(self._velocity(self.teacher, batch), noise, self.teacher_steps))
+    def _teacher_samples(self, noise: Tensor, batch: LatentBatch) -> list[Tensor]:
+        """The teacher's sample before the first of the student's steps and after each of them."""
+        samples = list(self.flow.integrate(self._velocity(self.teacher, batch), noise, self.teacher_steps))
         every = self.teacher_steps // self.steps
-        return [noise, *walk[every - 1 :: every]]
+        return [noise, *samples[every - 1 :: every]]
 
-    def _velocity(self, network: nn.Module, batch: LatentBatch) -> Any:
+    def _velocity(self, network: Any, batch: LatentBatch) -> VelocityFunction:
         return self.flow.velocity_function(network, batch.context, batch.actions, batch.prev_action)
 
 
@@ -138,10 +140,9 @@ def distillation_trainer(
     )
     objective = DistillationObjective(
         teacher,
-        RectifiedFlow(context_noise=world.config.context_noise),
+        RectifiedFlow(context_noise=world.config.context_noise, round_timesteps=world.config.round_timesteps),
         teacher_steps,
         denoising_steps,
-        config.changed_weight,
     )
     trainer = WorldModelTrainer(
         student.network,
@@ -152,6 +153,7 @@ def distillation_trainer(
         context_frames=world.config.context_frames,
         denoising_steps=denoising_steps,
         objective=objective,
+        component="distilled world model",
         **kwargs,
     )
     return student, trainer

@@ -1,4 +1,4 @@
-"""Rectified flow: the straight line from noise to frames, how to learn it and how to follow it.
+"""Rectified flow: training loss and Euler sampler of the straight path from noise to frames.
 
 Notation, as in the published code: a *timestep* is ``1000 * sigma``, and ``sigma`` in [0, 1] is the share of
 noise, so 1000 is pure noise and 0 a clean latent::
@@ -13,7 +13,6 @@ the loss and only the latter move while sampling.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,10 +67,11 @@ class RectifiedFlow:
     Attributes:
         n_train_timesteps: Timestep of pure noise.
         context_noise: Noise level in [0, 1] of the context frames in training, against the drift of long
-            rollouts. When sampling, the context stays clean but the network is told this level, as in the
-            release; give a flow with 0 to tell it the truth instead.
-        shift: Above 1 the sampler dwells on high noise, below 1 on low; see :func:`resolution_shift`.
-        round_timesteps: Tell the network timesteps rounded to bfloat16, as the release does when its network
+            rollouts. When sampling, the context stays clean but the network is given this level, as in the
+            release; 0 gives it the true level instead.
+        shift: Values above 1 allocate more steps to high noise levels, values below 1 to low ones; the
+            published world models use 1.
+        round_timesteps: Give the network timesteps rounded to bfloat16, as the release does when its network
             runs in bfloat16 (33.333 becomes 33.25). Needed only to reproduce those numbers.
     """
 
@@ -98,19 +98,26 @@ class RectifiedFlow:
             noise: Same shape, standard normal.
             timestep: ``(B,)``, or ``(B, T)`` for a noise level per frame.
         """
-        sigma = timestep / self.n_train_timesteps
-        sigma = sigma.view(sigma.shape[0], 1, -1, 1, 1)
-        return (1 - sigma) * latents + sigma * noise
+        return interpolate(latents, noise, timestep / self.n_train_timesteps)
 
-    def corrupt(self, latents: Tensor, noise: Tensor, timestep: Tensor, context_mask: Tensor) -> Tensor:
-        """Noise predicted frames to their ``timestep`` (B,) and context frames to :attr:`context_noise`.
+    def corrupt(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timestep: Tensor,
+        context_mask: Tensor,
+        context_sigma: Tensor | None = None,
+    ) -> Tensor:
+        """Noise predicted frames to their ``timestep`` (B,) and context frames to their own level.
 
         Both kinds share the one ``noise`` tensor. Shapes as in :meth:`add_noise`; ``context_mask`` is bool
-        ``(B, T)``, True on context frames.
+        ``(B, T)``, True on context frames, and ``context_sigma`` ``(B,)`` the context's noise level in
+        [0, 1], None for :attr:`context_noise`.
         """
-        context_timestep = self.context_noise * self.n_train_timesteps
-        per_frame = timestep[:, None].expand(context_mask.shape).masked_fill(context_mask, context_timestep)
-        return self.add_noise(latents, noise, per_frame)
+        if context_sigma is None:
+            context_sigma = self._context_sigma(latents)
+        sigma = timestep / self.n_train_timesteps
+        return interpolate(latents, noise, torch.where(context_mask, context_sigma[:, None], sigma[:, None]))
 
     @staticmethod
     def velocity(latents: Tensor, noise: Tensor) -> Tensor:
@@ -127,6 +134,8 @@ class RectifiedFlow:
         timestep: Tensor,
         noise: Tensor,
         prev_action: Tensor | None = None,
+        context_sigma: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error of the velocity, per sample and over its predicted frames only.
 
@@ -138,6 +147,8 @@ class RectifiedFlow:
             timestep: ``(B,)`` in [0, 1000]; see :meth:`sample_timesteps`.
             noise: Standard normal, shape of ``latents``.
             prev_action: ``(B, D)`` or None.
+            context_sigma: ``(B,)`` noise level of the context in [0, 1]; None for :attr:`context_noise`.
+            weights: Factors of the squared errors, broadcast to ``latents``; None for 1.
 
         Returns:
             ``(B,)``; its mean is the training loss.
@@ -145,20 +156,49 @@ class RectifiedFlow:
         Raises:
             ValueError: If a sample has nothing but context frames.
         """
+        losses, _ = self.loss_and_estimate(
+            network, latents, actions, context_mask, timestep=timestep, noise=noise, prev_action=prev_action,
+            context_sigma=context_sigma, weights=weights,
+        )  # fmt: skip
+        return losses
+
+    def loss_and_estimate(
+        self,
+        network: WorldNetwork,
+        latents: Tensor,
+        actions: Tensor,
+        context_mask: Tensor,
+        *,
+        timestep: Tensor,
+        noise: Tensor,
+        prev_action: Tensor | None = None,
+        context_sigma: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`loss`, and the clean latents ``(B, C, T, h, w)`` that the predicted velocity leads to.
+
+        The estimate is differentiable and means nothing on context frames. Arguments as :meth:`loss`.
+        """
         predicted = (~context_mask).to(latents.dtype)
         if not bool(predicted.any(dim=1).all()):
             row = int((predicted.sum(dim=1) == 0).nonzero()[0])
             raise ValueError(f"Sample {row} has only context frames; leave at least one frame to predict.")
+        if context_sigma is None:
+            context_sigma = self._context_sigma(latents)
+        noisy = self.corrupt(latents, noise, timestep, context_mask, context_sigma)
         velocity = network(
-            self.corrupt(latents, noise, timestep, context_mask),
-            self._told(timestep),
+            noisy,
+            self._quantised(timestep),
             actions,
             context_mask,
             prev_action=prev_action,
-            context_sigma=self._context_sigma(latents),
+            context_sigma=context_sigma,
         )
-        per_frame = (velocity - self.velocity(latents, noise)).square().mean(dim=(1, 3, 4))
-        return (per_frame * predicted).sum(dim=1) / predicted.sum(dim=1)
+        error = (velocity - self.velocity(latents, noise)).square()
+        per_frame = (error if weights is None else weights * error).mean(dim=(1, 3, 4))
+        losses = (per_frame * predicted).sum(dim=1) / predicted.sum(dim=1)
+        sigma = (timestep / self.n_train_timesteps)[:, None, None, None, None]
+        return losses, noisy + sigma * velocity
 
     def sample_timesteps(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Logit-normal training timesteps ``(batch,)`` in (0, 1000): middling noise most often."""
@@ -202,11 +242,11 @@ class RectifiedFlow:
             float32 ``(B, C, K, h, w)``.
         """
         velocity = self.velocity_function(network, context, actions, prev_action, cached=cached)
-        *_, z = self.walk(velocity, noise, steps)
+        *_, z = self.integrate(velocity, noise, steps)
         return z
 
-    def walk(self, velocity: VelocityFunction, noise: Tensor, steps: int) -> Iterator[Tensor]:
-        """The stations of the way from ``noise`` to the latents, one after each of the Euler steps.
+    def integrate(self, velocity: VelocityFunction, noise: Tensor, steps: int) -> Iterator[Tensor]:
+        """Euler integration from ``noise`` to the latents: the sample after each of the steps.
 
         Args:
             velocity: From :meth:`velocity_function`.
@@ -235,12 +275,12 @@ class RectifiedFlow:
         """
         sigma = self._context_sigma(context)
 
-        def told(z: Tensor, t: Tensor) -> Tensor:
-            return self._told(t).expand(z.shape[0])
+        def timestep(z: Tensor, t: Tensor) -> Tensor:
+            return self._quantised(t).expand(z.shape[0])
 
         if cached and hasattr(network, "encode_context"):
             cache = network.encode_context(context, prev_action=prev_action, sigma=sigma)
-            return lambda z, t: network.denoise(z, told(z, t), actions, cache).float()
+            return lambda z, t: network.denoise(z, timestep(z, t), actions, cache).float()
 
         n_context = context.shape[2]
         mask = torch.arange(n_context + actions.shape[1], device=context.device) < n_context
@@ -248,7 +288,7 @@ class RectifiedFlow:
 
         def velocity(z: Tensor, t: Tensor) -> Tensor:
             frames = torch.cat([context, z], dim=2)
-            out = network(frames, told(z, t), actions, mask, prev_action=prev_action, context_sigma=sigma)
+            out = network(frames, timestep(z, t), actions, mask, prev_action=prev_action, context_sigma=sigma)
             return out[:, :, n_context:].float()
 
         return velocity
@@ -256,21 +296,14 @@ class RectifiedFlow:
     def _context_sigma(self, like: Tensor) -> Tensor:
         return torch.full((like.shape[0],), self.context_noise, device=like.device)
 
-    def _told(self, timestep: Tensor) -> Tensor:
+    def _quantised(self, timestep: Tensor) -> Tensor:
         return timestep.bfloat16().float() if self.round_timesteps else timestep
 
 
-def resolution_shift(height_px: int, width_px: int, n_frames: int) -> float:
-    """Shift of the timesteps for a picture size: larger pictures hide more under the same noise.
-
-    1 for 256x256 video, so the published world models are not shifted at all.
-
-    Args:
-        height_px: Frame height in pixels.
-        width_px: Frame width in pixels.
-        n_frames: 1 for a still picture; any larger number counts as video.
-    """
-    return math.sqrt(height_px * width_px / 512**2) * (1 if n_frames == 1 else 2)
+def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Point at noise level ``sigma``, ``(B,)`` or ``(B, T)`` in [0, 1], between latents and noise."""
+    sigma = sigma.view(sigma.shape[0], 1, -1, 1, 1)
+    return (1 - sigma) * latents + sigma * noise
 
 
 def shift_timestep(timestep: Tensor, shift: float, n_train_timesteps: int = 1000) -> Tensor:

@@ -175,7 +175,7 @@ class Imagination:
         prev_action = context.new_zeros(len(frames), self.action_dim)
         if self.motion is not None:
             first = self._enough_rows(context[:, :, 0])
-            prev_action = torch.cat([prev_action, self.motion.start(first)[: len(frames)]], dim=1)
+            prev_action = torch.cat([prev_action, self.motion.init_state(first)[: len(frames)]], dim=1)
         return ImaginationState(context, prev_action)
 
     @torch.no_grad()
@@ -210,7 +210,7 @@ class Imagination:
         known = [state.context[:, :, self.chunk :], latents]
         prev_action = actions[:, -1].clone()
         if self.motion is not None:
-            way = self.motion.follow(state.prev_action[:, self.action_dim :], actions)
+            way = self.motion.rollout(state.prev_action[:, self.action_dim :], actions)
             prev_action = torch.cat([prev_action, way[:, -1]], dim=1)
         return frames, ImaginationState(torch.cat(known, dim=2), prev_action)
 

@@ -1,32 +1,33 @@
-"""Places in a first picture: what stands where, told without anyone having named it.
+"""Unsupervised keypoints of the first frame (spatial softmax).
 
-Pictures of one task differ in where a few things stand. A small network that may say no more of a picture
-than the places of a few points, from which another has to draw it again, soon puts points on those things.
+First frames of one task differ in where a few objects are. An encoder that may describe a frame only by the
+coordinates of a few keypoints, from which a decoder has to reconstruct it, soon puts keypoints on those
+objects.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wmpo_gym.utils.progress import progress_bar
+from wmpo_gym.training.runtime import ComputeSettings
+from wmpo_gym.training.trainer import Loss
+from wmpo_gym.world.fit import FitSettings, FitTask, fit
 
-SIDE = 32  # places a side, at most, among which a point is looked for
+SIDE = 32  # largest side of the feature maps
 WIDTH = 16
-RADIUS = 0.12  # of the spot that a point is drawn as, in half pictures
-LEAST_SPREAD = 0.02  # half pictures; a point that moves less stands still
+RADIUS = 0.12  # of the spot that the decoder gets for a keypoint, in half images
+LEAST_SPREAD = 0.02  # half images; a keypoint that moves less counts as fixed
 
 
-class Points(nn.Module):
-    """Finds ``n`` points in a picture, each where a map of its own has its centre of gravity.
+class KeypointEncoder(nn.Module):
+    """Finds ``n`` keypoints in a frame, each at the centre of mass of a feature map of its own.
 
     Args:
         image_size: Side of the square frames.
         channels: Frame channels C.
-        n: Points.
+        n: Keypoints.
     """
 
     middle: Tensor
@@ -48,98 +49,85 @@ class Points(nn.Module):
         self.register_buffer("middle", torch.zeros(2 * n))
         self.register_buffer("spread", torch.ones(2 * n))
 
-    def places(self, frames: Tensor) -> Tensor:
-        """Where the points are: ``(B, n, 2)`` as column and row in [-1, 1]; frames ``(B, C, h, w)``."""
+    def keypoints(self, frames: Tensor) -> Tensor:
+        """Coordinates ``(B, n, 2)``, column and row in [-1, 1], in frames ``(B, C, h, w)``."""
         maps = self.maps(frames) * self.sharpness.exp()
         weights = maps.flatten(2).softmax(dim=2).view_as(maps)
         columns, rows = weights.sum(dim=2) * self.axis, weights.sum(dim=3) * self.axis
         return torch.stack([columns.sum(dim=2), rows.sum(dim=2)], dim=2)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """The same as ``(B, 2 n)`` in standard deviations among first pictures."""
-        return (self.places(frames).flatten(1) - self.middle) / self.spread
+        """The coordinates ``(B, 2 n)`` in standard deviations among first frames."""
+        return (self.keypoints(frames).flatten(1) - self.middle) / self.spread
 
 
-def train_points(
-    points: Points,
+class _Reconstruction(FitTask):
+    """Reconstruct first frames from their keypoints."""
+
+    component = "keypoints"
+
+    def __init__(self, encoder: KeypointEncoder, frames: Tensor, settings: FitSettings) -> None:
+        self.encoder, self.config = encoder, settings
+        self.frames, self.differences = frames, frames - frames.mean(dim=0)
+        self.scale = float(self.differences.square().mean())
+        self.rng = np.random.default_rng([settings.seed, 29])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.decoder = nn.Sequential(
+                nn.Conv2d(encoder.n, 24, 3, padding=1), nn.ReLU(),
+                nn.Conv2d(24, frames.shape[1] * encoder.patch**2, 3, padding=1),
+                nn.PixelShuffle(encoder.patch),
+            )  # fmt: skip
+        nn.init.zeros_(self.decoder[-2].weight)  # type: ignore[arg-type]
+        self.network = nn.ModuleList([encoder, self.decoder])
+
+    def draw(self, step: int) -> dict[str, Tensor]:
+        chosen = torch.from_numpy(self.rng.integers(0, len(self.frames), self.config.batch_size))
+        chosen = self.runtime.local(chosen)
+        return self.runtime.to_device(
+            {"frames": self.frames[chosen], "differences": self.differences[chosen]}
+        )
+
+    def compute_loss(self, batch: dict[str, Tensor]) -> Loss:
+        spots = _spots(self.encoder.keypoints(batch["frames"]), self.encoder.axis)
+        error = (self.decoder(spots) - batch["differences"]).square().mean() / self.scale
+        return self.share(error, len(spots))
+
+
+def train_keypoints(
+    encoder: KeypointEncoder,
     frames: Tensor,
+    settings: FitSettings,
     *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
+    compute: ComputeSettings | None = None,
     progress: bool = False,
 ) -> float:
-    """Train them to tell first pictures apart.
+    """Train keypoints to tell first frames apart.
 
     Args:
-        points: Trained in place.
-        frames: First pictures ``(N, C, h, w)`` in [-1, 1]; at least one.
-        steps: Optimiser steps.
-        batch_size: Pictures per step.
-        learning_rate: Peak of AdamW's one cycle.
-        seed: Seed of everything random.
+        encoder: Trained in place.
+        frames: First frames ``(N, C, h, w)`` in [-1, 1], on the CPU; at least one.
+        settings: How to train.
+        compute: Device and precision; None is float32 where the encoder lies.
         progress: Show a progress bar.
 
     Returns:
-        Share of what tells the pictures from their mean that cannot be drawn from the points (mean square,
-        last tenth of the steps); 0 if they are all alike.
+        Share of the frames' variance that the keypoints do not explain (last tenth of the steps); 0 if the
+        frames are all alike.
     """
-    rng = np.random.default_rng([seed, 29])
-    differences = frames - frames.mean(dim=0)
-    scale = float(differences.square().mean())
-    if scale == 0:
+    task = _Reconstruction(encoder, frames, settings)
+    if task.scale == 0:
         return 0.0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        painter = nn.Sequential(
-            nn.Conv2d(points.n, 24, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(24, frames.shape[1] * points.patch**2, 3, padding=1),
-            nn.PixelShuffle(points.patch),
-        )  # fmt: skip
-    nn.init.zeros_(painter[-2].weight)  # type: ignore[arg-type]
-
-    def undrawn() -> Tensor:
-        drawn = torch.from_numpy(rng.integers(0, len(frames), batch_size))
-        spots = _spots(points.places(frames[drawn]), points.axis)
-        return (painter(spots) - differences[drawn]).square().mean() / scale
-
-    parameters = [*points.parameters(), *painter.parameters()]
-    left = descend(undrawn, parameters, learning_rate, steps, "points", decay=1e-4, progress=progress)
+    error = fit(task, settings, compute=compute, progress=progress)
     with torch.no_grad():
-        found = torch.cat([points.places(part).flatten(1) for part in frames.split(256)])
-    points.middle.copy_(found.mean(dim=0))
-    points.spread.copy_(found.std(dim=0, correction=0).clamp(min=LEAST_SPREAD))
-    return left
+        device = encoder.axis.device
+        found = torch.cat([encoder.keypoints(part.to(device)).flatten(1) for part in frames.split(256)])
+    encoder.middle.copy_(found.mean(dim=0))
+    encoder.spread.copy_(found.std(dim=0, correction=0).clamp(min=LEAST_SPREAD))
+    return error
 
 
-def descend(
-    loss: Callable[[], Tensor],
-    parameters: Iterable[nn.Parameter],
-    rate: float,
-    steps: int,
-    name: str,
-    *,
-    decay: float = 1e-2,
-    progress: bool = False,
-) -> float:
-    """Descend a loss by one cycle of AdamW; returns its mean over the last tenth of the steps."""
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
-    losses = []
-    for _ in progress_bar(range(steps), desc=name, disable=not progress):
-        value = loss()
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(value.detach()))
-    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
-
-
-def _spots(places: Tensor, axis: Tensor) -> Tensor:
-    """Round spots ``(B, n, s, s)`` at places ``(B, n, 2)``."""
-    columns, rows = ((places[..., i, None] - axis).square() for i in (0, 1))
+def _spots(keypoints: Tensor, axis: Tensor) -> Tensor:
+    """Round spots ``(B, n, s, s)`` at keypoints ``(B, n, 2)``."""
+    columns, rows = ((keypoints[..., i, None] - axis).square() for i in (0, 1))
     return (-(columns[:, :, None, :] + rows[:, :, :, None]) / (2 * RADIUS**2)).exp()

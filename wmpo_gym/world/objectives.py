@@ -1,105 +1,156 @@
-"""What the world model is trained on: one action chunk per row, from a context that may be self-made."""
+"""Losses of the world model: one action chunk per row, from a recorded or a predicted context."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from wmpo_gym.data.optimizer_state import pack_slots, unpack_slots
-from wmpo_gym.world.flow import RectifiedFlow
-
-if TYPE_CHECKING:
-    from wmpo_gym.world.training import LatentBatch
+from wmpo_gym.world.flow import RectifiedFlow, interpolate
 
 ROBUST_WIDTH = 0.1  # below this error (in [-1, 1] grey levels) the frame loss is quadratic, above linear
+CHANGED = 0.1  # change of a pixel since the last context frame, in [-1, 1], from which on it weighs more
 
 
-def _broadcast(x: Tensor) -> Tensor:
-    return x[:, None, None, None, None]
+class LatentBatch(NamedTuple):
+    """One chunk per row in the network's space.
+
+    Attributes:
+        context: ``(B, C, H, h, w)``, recorded or predicted frames.
+        targets: ``(B, C, K, h, w)``.
+        actions: ``(B, K, D)``.
+        prev_action: ``(B, D)``, or ``(B, D + M)`` with the robot's state behind it.
+        last: ``(B, C, 1, h, w)``, the recorded frame before the targets.
+        weights: ``(B, 1, K, h, w)`` loss weights; 0 after an episode's end.
+        mean_weight: ``(B,)``, the mean weight of the whole batch in every row.
+    """
+
+    context: Tensor
+    targets: Tensor
+    actions: Tensor
+    prev_action: Tensor
+    last: Tensor
+    weights: Tensor
+    mean_weight: Tensor
 
 
-def row_means(error: Tensor, batch: LatentBatch, changed_weight: float) -> Tensor:
-    """Weighted mean per row ``(B,)``, in shares of the batch's mean weight.
+def loss_weights(targets: Tensor, last: Tensor, valid: Tensor, changed_weight: float) -> Tensor:
+    """Weights ``(B, 1, K, h, w)`` of the loss.
 
     Args:
-        error: ``(B, C, K, h, w)``.
-        batch: What it is the error of; frames after an episode's end do not count.
+        targets: ``(B, C, K, h, w)``.
+        last: ``(B, C, 1, h, w)``, the frame before them.
+        valid: bool ``(B, K)``, False after an episode's end, which does not count.
         changed_weight: Extra weight of pixels that changed since the last context frame.
     """
-    changed = (batch.targets - batch.last).abs().amax(dim=1, keepdim=True) > 0.1
-    weights = (1 + changed_weight * changed) * batch.valid[:, None, :, None, None]
-    return (weights * error).mean(dim=(1, 2, 3, 4)) / weights.mean()
+    changed = (targets - last).abs().amax(dim=1, keepdim=True) > CHANGED
+    return (1 + changed_weight * changed) * valid[:, None, :, None, None]
+
+
+def weighted_row_means(error: Tensor, batch: LatentBatch) -> Tensor:
+    """Weighted mean per row ``(B,)`` of errors ``(B, C, K, h, w)``, relative to the batch's mean weight."""
+    return (batch.weights * error).mean(dim=(1, 2, 3, 4)) / batch.mean_weight
+
+
+class ChunkLoss(NamedTuple):
+    """What an objective computes of a batch.
+
+    Attributes:
+        losses: ``(B,)``.
+        estimate: Predicted clean latents ``(B, C, K, h, w)``, differentiable.
+        sample: Latents of the same shape to continue from, as imagination would sample them; no gradient.
+    """
+
+    losses: Tensor
+    estimate: Tensor
+    sample: Tensor
+
+
+class Objective(Protocol):
+    """A loss of the world model."""
+
+    def draw(
+        self, target_shape: tuple[int, ...], context_shape: tuple[int, ...], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Random numbers of a batch, rows first, on the CPU."""
+
+    def __call__(self, network: Any, batch: LatentBatch, draws: dict[str, Tensor]) -> ChunkLoss:
+        """Loss of a batch, given what :meth:`draw` returned."""
 
 
 @dataclass
 class ChunkObjective:
-    """Loss of one chunk and the frames to go on from.
+    """Loss against the recorded frames.
 
-    A network that predicts clean frames (``predict``) gets a robust frame loss: the absolute error favours
-    the likelier of two outcomes where the squared error would paint a mixture of both. Any other network gets
-    the rectified-flow velocity loss of the paper (§3.2), and the next context is sampled from it.
+    A network that predicts clean frames (``predict``) is trained with a robust frame loss: the absolute error
+    favours the likelier of two outcomes, where the squared error would favour their mean. Any other network
+    is trained with the rectified-flow velocity loss of the paper (§3.2).
+
+    Attributes:
+        pure_noise: Share of rows trained at noise level 1, which is where one-step sampling happens.
+        context_noise: Largest noise level of the context.
+        denoising_steps: Steps the network will be sampled with.
     """
 
     pure_noise: float
     context_noise: float
-    changed_weight: float
     denoising_steps: int
 
-    def __call__(self, network: Any, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Loss per row ``(B,)`` and predicted latents ``(B, C, K, h, w)``."""
-        n = len(batch.targets)
-        noise = torch.randn(batch.targets.shape, generator=generator)
+    def draw(
+        self, target_shape: tuple[int, ...], context_shape: tuple[int, ...], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """See :class:`Objective`: noise and noise levels of the targets and of the context."""
+        n = target_shape[0]
+        noise = torch.randn(target_shape, generator=generator)
         pure = torch.rand(n, generator=generator) < self.pure_noise
         sigma = torch.where(pure, torch.ones(n), torch.sigmoid(torch.randn(n, generator=generator)))
-        noisy = (1 - _broadcast(sigma)) * batch.targets + _broadcast(sigma) * noise
-        level, context = self._noisy_context(batch.context, generator)
-        if hasattr(network, "predict"):
-            cache = network.encode_context(context, batch.prev_action, level)
-            prediction = network.predict(noisy, sigma, batch.actions, cache)
-            loss = self._frame_loss(prediction, batch)
-        else:
-            loss = self._velocity_loss(network, context, level, noisy, noise, sigma, batch)
-            prediction = None
-        if prediction is None or self.denoising_steps > 1:
-            prediction = self._sample(network, batch, noise)
-        return loss, prediction
-
-    def _noisy_context(self, context: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         # Half of the rows keep a clean context, which is what imagination offers.
-        n = len(context)
-        level = (
-            torch.rand(n, generator=generator)
-            * self.context_noise
-            * (torch.rand(n, generator=generator) < 0.5)
-        )
-        noise = torch.randn(context.shape, generator=generator)
-        return level, (1 - _broadcast(level)) * context + _broadcast(level) * noise
+        level = torch.rand(n, generator=generator) * self.context_noise
+        level = level * (torch.rand(n, generator=generator) < 0.5)
+        context_noise = torch.randn(context_shape, generator=generator)
+        return {"noise": noise, "sigma": sigma, "context_sigma": level, "context_noise": context_noise}
 
-    def _frame_loss(self, prediction: Tensor, batch: LatentBatch) -> Tensor:
-        error = ((prediction - batch.targets).square() + ROBUST_WIDTH**2).sqrt() - ROBUST_WIDTH
-        return row_means(error, batch, self.changed_weight)
+    def __call__(self, network: Any, batch: LatentBatch, draws: dict[str, Tensor]) -> ChunkLoss:
+        """See :class:`Objective`."""
+        if hasattr(network, "predict"):
+            losses, estimate = self._frame_loss(network, batch, draws)
+        else:
+            losses, estimate = self._velocity_loss(network, batch, draws)
+        if hasattr(network, "predict") and self.denoising_steps == 1:
+            return ChunkLoss(losses, estimate, estimate.detach())
+        return ChunkLoss(losses, estimate, self._sample(network, batch, draws["noise"]))
+
+    def _frame_loss(
+        self, network: Any, batch: LatentBatch, draws: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        sigma, level = draws["sigma"], draws["context_sigma"]
+        noisy = interpolate(batch.targets, draws["noise"], sigma)
+        context = interpolate(batch.context, draws["context_noise"], level)
+        cache = network.encode_context(context, batch.prev_action, level)
+        estimate = network.predict(noisy, sigma, batch.actions, cache)
+        error = ((estimate - batch.targets).square() + ROBUST_WIDTH**2).sqrt() - ROBUST_WIDTH
+        return weighted_row_means(error, batch), estimate
 
     def _velocity_loss(
-        self,
-        network: nn.Module,
-        context: Tensor,
-        level: Tensor,
-        noisy: Tensor,
-        noise: Tensor,
-        sigma: Tensor,
-        batch: LatentBatch,
-    ) -> Tensor:
-        frames = torch.cat([context, noisy], dim=2)
-        mask = torch.zeros(frames.shape[0], frames.shape[2], dtype=torch.bool)
-        mask[:, : context.shape[2]] = True
-        velocity = network(
-            frames, 1000 * sigma, batch.actions, mask, prev_action=batch.prev_action, context_sigma=level
+        self, network: Any, batch: LatentBatch, draws: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        n_context, flow = batch.context.shape[2], RectifiedFlow()
+        latents = torch.cat([batch.context, batch.targets], dim=2)
+        is_context = torch.arange(latents.shape[2], device=latents.device) < n_context
+        losses, estimate = flow.loss_and_estimate(
+            network,
+            latents,
+            batch.actions,
+            is_context.expand(len(latents), -1),
+            timestep=flow.n_train_timesteps * draws["sigma"],
+            noise=torch.cat([draws["context_noise"], draws["noise"]], dim=2),
+            prev_action=batch.prev_action,
+            context_sigma=draws["context_sigma"],
+            weights=nn.functional.pad(batch.weights, (0, 0, 0, 0, n_context, 0)),
         )
-        error = (velocity[:, :, context.shape[2] :] - (batch.targets - noise)).square()
-        return row_means(error, batch, self.changed_weight)
+        return losses / batch.mean_weight, estimate[:, :, n_context:]
 
     @torch.no_grad()
     def _sample(self, network: nn.Module, batch: LatentBatch, noise: Tensor) -> Tensor:
@@ -108,24 +159,19 @@ class ChunkObjective:
         )
 
 
-class PatchCritic(nn.Module):
-    """A patch discriminator on (last frame, chunk) clips: tells recorded chunks from predicted ones.
-
-    Hinge loss. Its own optimiser lives here, so that the trainer stays short.
+class PatchDiscriminator(nn.Module):
+    """Scores patches of (last frame, chunk) clips: recorded chunks high, predicted ones low (hinge loss).
 
     Args:
         channels: Channels per frame.
         chunk: Frames per chunk.
         width: Channels of the first layer.
-        learning_rate: Adam's.
         seed: Seed of the weights.
     """
 
-    def __init__(
-        self, channels: int, chunk: int, *, width: int = 32, learning_rate: float = 4e-4, seed: int = 0
-    ) -> None:
+    def __init__(self, channels: int, chunk: int, *, width: int = 32, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.net = nn.Sequential(
                 nn.Conv2d(channels * (chunk + 1), width, 4, stride=2, padding=1),
@@ -135,31 +181,16 @@ class PatchCritic(nn.Module):
                 nn.LeakyReLU(0.2),
                 nn.Conv2d(2 * width, 1, 3, padding=1),
             )
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate, betas=(0.5, 0.99))
 
-    def forward(self, batch: LatentBatch, chunk: Tensor) -> Tensor:
-        """Patch scores ``(B, 1, h/4, w/4)``; larger means more like a recording."""
-        return self.net(torch.cat([batch.last, chunk], dim=2).transpose(1, 2).flatten(1, 2))
+    def forward(self, last: Tensor, chunk: Tensor) -> Tensor:
+        """Patch scores ``(B, 1, h/4, w/4)`` of chunks ``(B, C, K, h, w)`` after ``(B, C, 1, h, w)``."""
+        return self.net(torch.cat([last, chunk], dim=2).transpose(1, 2).flatten(1, 2))
 
-    def generator_loss(self, batch: LatentBatch, chunk: Tensor) -> Tensor:
-        """What the world model lowers: minus the mean score of its chunks."""
-        return -self(batch, chunk).mean()
+    def generator_loss(self, last: Tensor, chunk: Tensor) -> Tensor:
+        """The world model's loss: minus the mean score of its chunks."""
+        return -self(last, chunk).mean()
 
-    def train_step(self, batch: LatentBatch, chunk: Tensor) -> float:
-        """One step of the critic itself; returns its hinge loss."""
-        real, fake = self(batch, batch.targets), self(batch, chunk)
-        loss = torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return float(loss.detach())
-
-    def checkpoint(self) -> dict[str, Tensor]:
-        """Weights and moments under names that begin with ``critic.``."""
-        weights = {f"critic.net.{k}": v for k, v in self.state_dict().items()}
-        return weights | pack_slots(self.optimizer, "critic.optimizer.")
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what :meth:`checkpoint` gave."""
-        self.load_state_dict({k[11:]: v for k, v in tensors.items() if k.startswith("critic.net.")})
-        unpack_slots(self.optimizer, tensors, "critic.optimizer.")
+    def loss(self, last: Tensor, recorded: Tensor, predicted: Tensor) -> Tensor:
+        """The discriminator's own hinge loss."""
+        real, fake = self(last, recorded), self(last, predicted)
+        return torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()

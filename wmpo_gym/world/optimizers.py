@@ -1,65 +1,63 @@
-"""How the world model's weights are moved: Muon for the inner convolutions, AdamW for everything else."""
+"""Optimizers of the world model: Muon for the inner convolutions, AdamW for all other weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from wmpo_gym.data.optimizer_state import pack_slots, unpack_slots
+
+class KernelMuon(torch.optim.Muon):
+    """Muon (https://kellerjordan.github.io/posts/muon) for convolution kernels.
+
+    Muon makes every update of a matrix equally strong in all its directions, so that rare but necessary
+    features (where the tool is and what lies there, together) are learned as quickly as those that most
+    pixels ask for.
+
+    Args:
+        weights: Weights of two or more dimensions, each updated as the matrix of its first dimension against
+            the others.
+        learning_rate: Step size.
+        weight_decay: Decoupled weight decay.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], *, learning_rate: float, weight_decay: float) -> None:
+        self._weights = list(weights)
+        # torch's Muon takes matrices only; these share the kernels' memory.
+        self._matrices = [nn.Parameter(p.data.flatten(1)) for p in self._weights]
+        super().__init__(self._matrices, lr=learning_rate, weight_decay=weight_decay)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the kernels along their gradients."""
+        for matrix, weight in zip(self._matrices, self._weights, strict=True):
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+        return super().step(closure)
 
 
-class JointOptimizer:
-    """AdamW, and Muon (https://kellerjordan.github.io/posts/muon) for some of the weights.
-
-    Muon makes every update of a matrix equally strong in all its directions, so that what the network needs
-    but little of the data asks for (two things at once: where the tool is and what lies there) is not left
-    behind what most pixels ask for.
+def make_optimizers(
+    network: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    muon: float = 0.0,
+) -> dict[str, Optimizer]:
+    """AdamW, and Muon for the weights that a network names as its ``inner_weights()``.
 
     Args:
         network: Whose parameters are trained.
-        learning_rate: AdamW's peak.
+        learning_rate: AdamW's.
         weight_decay: Of both.
-        inner: Weights of two or more dimensions to train with Muon, each as the matrix of its first
-            dimension against the others.
-        muon: Muon's peak step size.
+        muon: Muon's learning rate; 0 is AdamW for all weights, as published.
     """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        learning_rate: float,
-        weight_decay: float,
-        inner: Sequence[Tensor] = (),
-        muon: float = 0.0,
-    ) -> None:
-        self._inner = list(inner) if muon > 0 else []
-        theirs = {id(p) for p in self._inner}
-        rest = [p for p in network.parameters() if id(p) not in theirs and p.requires_grad]
-        self._parts: dict[str, tuple[torch.optim.Optimizer, float]] = {
-            "optimizer.": (torch.optim.AdamW(rest, weight_decay=weight_decay), learning_rate)
-        }
-        # torch's Muon takes matrices only; these share the kernels' memory.
-        self._matrices = [nn.Parameter(p.data.flatten(1)) for p in self._inner]
-        if self._matrices:
-            self._parts["muon."] = (torch.optim.Muon(self._matrices, weight_decay=weight_decay), muon)
-
-    def step(self, share: float) -> None:
-        """Move the weights along their gradients, with ``share`` of the peak step sizes."""
-        for matrix, weight in zip(self._matrices, self._inner, strict=True):
-            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
-        for optimizer, peak in self._parts.values():
-            for group in optimizer.param_groups:
-                group["lr"] = peak * share
-            optimizer.step()
-
-    def pack(self) -> dict[str, Tensor]:
-        """Moments, for a checkpoint."""
-        return {k: v for name, (part, _) in self._parts.items() for k, v in pack_slots(part, name).items()}
-
-    def unpack(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put :meth:`pack`'s result back; tensors of other names are left alone."""
-        for name, (part, _) in self._parts.items():
-            unpack_slots(part, tensors, name)
+    inner: list[Tensor] = getattr(network, "inner_weights", list)() if muon > 0 else []
+    names = {id(p) for p in inner}
+    rest = [p for p in network.parameters() if id(p) not in names and p.requires_grad]
+    optimizers: dict[str, Optimizer] = {
+        "adamw": torch.optim.AdamW(rest, lr=learning_rate, weight_decay=weight_decay)
+    }
+    if inner:
+        optimizers["muon"] = KernelMuon(inner, learning_rate=muon, weight_decay=weight_decay)
+    return optimizers

@@ -1,10 +1,10 @@
-"""How the robot itself moves, told from its first picture and its actions.
+"""Proprioception: the robot's own state, estimated from the first frame and predicted from the actions.
 
-Where a hand is in depth, a small picture hardly says, and imagined pictures blur it further; yet it decides
-whether a grip holds. The robot knows better: its own state (joint angles, place of the hand, opening of the
-fingers; "proprioception") is recorded with every step. From such recordings two small networks learn to read
-the state off a first picture and to follow it through the actions, so that imagination needs no sensor. What
-the hand will meet on its way, the points found in the first picture tell (:mod:`wmpo_gym.world.keypoints`).
+Small images carry little depth information about the gripper, and imagined ones blur it further; yet depth
+decides whether a grasp holds. The robot's state (joint angles, pose of the hand, opening of the fingers) is
+recorded with every step. From such recordings two small networks learn to estimate the state in a first frame
+and to predict it from the actions, so that imagination needs no sensor. Keypoints of the first frame
+(:mod:`wmpo_gym.world.keypoints`) say what the hand will meet.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import Task
+from wmpo_gym.training.runtime import ComputeSettings
+from wmpo_gym.training.trainer import Loss
 from wmpo_gym.utils.io import (
     load_safetensors,
     read_json,
@@ -28,27 +30,28 @@ from wmpo_gym.utils.io import (
     write_json_atomic,
 )
 from wmpo_gym.utils.layers import RowLinear, rounded_quickly
-from wmpo_gym.world.keypoints import Points, descend, train_points
+from wmpo_gym.world.fit import FitSettings, FitTask, fit
+from wmpo_gym.world.keypoints import KeypointEncoder, train_keypoints
 
-STEP = 0.1  # units of the state (standard deviations) in which changes of its velocity are learned
-FINE = 5.0  # by how much places weigh more at first: contact is a matter of hundredths of their range
+VELOCITY_UNIT = 0.1  # units of the state (standard deviations) in which changes of its velocity are learned
+POSITION_WEIGHT = 5.0  # initial factor of positions: contact is a matter of hundredths of their range
 WIDTH = 320
-READER_WIDTH = 24
-POINTS = 8
+ENCODER_WIDTH = 24
+KEYPOINTS = 8
 
 
 @dataclass(frozen=True)
-class MotionTraining:
-    """Settings of :func:`train_motion`.
+class ProprioTraining:
+    """Settings of :func:`train_proprio`.
 
     Attributes:
-        steps: Optimiser steps of what follows the state.
-        batch_size: Ways per such step.
-        length: Steps of a way. Longer ones teach that the policy acts otherwise after a grip that failed,
-            which tells nothing where its actions answer to imagined pictures.
-        reader_steps: Optimiser steps of what reads it off a picture.
-        points_steps: Optimiser steps of what finds points in it.
-        pictures: Pictures per step of both.
+        steps: Optimiser steps of the dynamics.
+        batch_size: Trajectories per such step.
+        length: Steps of a trajectory. Longer ones teach that the policy acts otherwise after a failed grasp,
+            which means nothing where its actions answer to imagined frames.
+        reader_steps: Optimiser steps of the encoder.
+        points_steps: Optimiser steps of the keypoints.
+        frames: Frames per step of both.
         learning_rate: Peak of AdamW's one cycle, of all three.
         seed: Seed of everything random.
     """
@@ -58,16 +61,19 @@ class MotionTraining:
     length: int = 10
     reader_steps: int = 2000
     points_steps: int = 400
-    pictures: int = 48
+    frames: int = 48
     learning_rate: float = 3e-3
     seed: int = 0
 
 
-class Motion(nn.Module):
-    """Reads the robot's state off first pictures and follows it through actions.
+class ProprioModel(nn.Module):
+    """Estimates the robot's state in the first frame and predicts it from the actions.
 
-    Its memory is the state, by how much it changed in the last step, and the points of the first picture, all
-    in standard deviations: ``M = 2 P + 2 POINTS`` numbers for P measured ones.
+    A *robot state* is the measured state, its change in the last step, and the keypoints of the first frame,
+    all in standard deviations: ``M = 2 P + 2 KEYPOINTS`` numbers for P measured ones.
+
+    The submodules have the names of their weights in saved worlds: ``reader`` is the encoder of frames,
+    ``points`` the keypoint encoder, ``change`` the dynamics.
 
     Args:
         image_size: Side of the square frames.
@@ -85,7 +91,7 @@ class Motion(nn.Module):
         self.register_buffer("deviation", torch.ones(state_dim))
         side, width = image_size // 2, 4 * channels
         layers: list[nn.Module] = [nn.PixelUnshuffle(2)]
-        for wider in (READER_WIDTH, 2 * READER_WIDTH, 2 * READER_WIDTH):
+        for wider in (ENCODER_WIDTH, 2 * ENCODER_WIDTH, 2 * ENCODER_WIDTH):
             layers += [nn.Conv2d(width, wider, 3, stride=2, padding=1), nn.ReLU()]
             side, width = (side + 1) // 2, wider
         head: list[nn.Module] = [
@@ -95,8 +101,8 @@ class Motion(nn.Module):
             RowLinear(128, state_dim),
         ]
         self.reader = nn.Sequential(*layers, *head)
-        self.points = Points(image_size, channels, POINTS)
-        first = RowLinear(2 * state_dim + action_dim + 2 * POINTS, WIDTH)
+        self.points = KeypointEncoder(image_size, channels, KEYPOINTS)
+        first = RowLinear(2 * state_dim + action_dim + 2 * KEYPOINTS, WIDTH)
         self.change = nn.Sequential(
             first, nn.SiLU(),
             RowLinear(WIDTH, WIDTH), nn.SiLU(),
@@ -105,43 +111,45 @@ class Motion(nn.Module):
         for parameter in self.change[-1].parameters():
             nn.init.zeros_(parameter)
         with torch.no_grad():
-            first.weight[:, :state_dim] *= FINE
-            first.weight[:, -2 * POINTS :] *= FINE
+            first.weight[:, :state_dim] *= POSITION_WEIGHT
+            first.weight[:, -2 * KEYPOINTS :] *= POSITION_WEIGHT
         self.requires_grad_(False)  # a part of a world model that is not trained with it
 
-    def start(self, frames: Tensor) -> Tensor:
-        """Memory ``(B, M)`` of a robot that stands still in its first frames ``(B, C, h, w)`` in [-1, 1]."""
+    def init_state(self, frames: Tensor) -> Tensor:
+        """Robot state ``(B, M)`` at rest in first frames ``(B, C, h, w)`` in [-1, 1]."""
         state = self.reader(frames)
         return torch.cat([state, torch.zeros_like(state), self.points(frames)], dim=1)
 
-    def follow(self, memory: Tensor, actions: Tensor) -> Tensor:
-        """Memories ``(B, K, M)`` after each of the actions ``(B, K, D)``, from ``(B, M)`` before them."""
-        size, way = len(self.mean), []
-        state, velocity, points = memory.split([size, size, 2 * POINTS], dim=1)
+    def rollout(self, robot_state: Tensor, actions: Tensor) -> Tensor:
+        """Robot states ``(B, K, M)`` after each of the actions ``(B, K, D)``, from ``(B, M)`` before them."""
+        size, trajectory = len(self.mean), []
+        state, velocity, points = robot_state.split([size, size, 2 * KEYPOINTS], dim=1)
         for action in actions.unbind(dim=1):
-            told = torch.cat([state, velocity / STEP, action, points], dim=1)
-            velocity = velocity + STEP * self.change(told)
+            inputs = torch.cat([state, velocity / VELOCITY_UNIT, action, points], dim=1)
+            velocity = velocity + VELOCITY_UNIT * self.change(inputs)
             state = state + velocity
-            way.append(torch.cat([state, velocity, points], dim=1))
-        return torch.stack(way, dim=1)
+            trajectory.append(torch.cat([state, velocity, points], dim=1))
+        return torch.stack(trajectory, dim=1)
 
     @torch.no_grad()
-    def recall(self, first: Tensor, actions: np.ndarray) -> np.ndarray:
-        """Memories float32 ``(T + 1, M)`` of an episode with first frame ``(C, h, w)``, actions ``(T, D)``.
+    def rollout_from_frame(self, first: Tensor, actions: np.ndarray) -> np.ndarray:
+        """Robot states float32 ``(T + 1, M)`` from a first frame ``(C, h, w)`` and actions ``(T, D)``.
 
-        As imagination would have them: only the first picture is looked at.
+        As imagination predicts them: only the first frame is used.
         """
-        memory = self.start(_twice(first))
-        way = self.follow(memory, torch.from_numpy(actions).expand(2, -1, -1))
-        return torch.cat([memory[:, None], way], dim=1)[0].numpy()
+        device = self.mean.device
+        state = self.init_state(_twice(first.to(device)))
+        trajectory = self.rollout(state, torch.from_numpy(actions).to(device).expand(2, -1, -1))
+        return torch.cat([state[:, None], trajectory], dim=1)[0].cpu().numpy()
 
     @torch.no_grad()
-    def remember(self, first: Tensor, proprio: np.ndarray) -> np.ndarray:
-        """Memories float32 ``(T + 1, M)`` of an episode whose states ``(T + 1, P)`` were recorded."""
-        states = (torch.from_numpy(np.array(proprio)) - self.mean) / self.deviation
+    def encode(self, first: Tensor, proprio: np.ndarray) -> np.ndarray:
+        """Robot states float32 ``(T + 1, M)`` of recorded measurements ``(T + 1, P)`` and the first frame."""
+        device = self.mean.device
+        states = (torch.from_numpy(np.array(proprio)).to(device) - self.mean) / self.deviation
         velocity = torch.diff(states, dim=0, prepend=states[:1])
-        points = self.points(_twice(first))[:1].expand(len(states), -1)
-        return torch.cat([states, velocity, points], dim=1).numpy()
+        points = self.points(_twice(first.to(device)))[:1].expand(len(states), -1)
+        return torch.cat([states, velocity, points], dim=1).cpu().numpy()
 
 
 def _twice(frame: Tensor) -> Tensor:
@@ -149,7 +157,7 @@ def _twice(frame: Tensor) -> Tensor:
     return frame[None].expand(2, -1, -1, -1)
 
 
-def state_to_follow(task: Task, episodes: Sequence[Episode]) -> int:
+def proprio_size(task: Task, episodes: Sequence[Episode]) -> int:
     """P for a new network that is to learn from these episodes.
 
     It is 0 unless the robot's state was recorded in all of them, as many numbers in each, and in a task with
@@ -159,7 +167,7 @@ def state_to_follow(task: Task, episodes: Sequence[Episode]) -> int:
     return 0 if task.symmetries or len(sizes) != 1 else sizes.pop()
 
 
-def learn_motion(
+def learn_proprio(
     network: Any,
     autoencoder: Any,
     episodes: Sequence[Episode],
@@ -167,159 +175,209 @@ def learn_motion(
     weights: Sequence[float] | None = None,
     seed: int,
     directory: str | Path | None = None,
+    compute: ComputeSettings | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Teach a network that follows the robot how it moves, from those episodes that recorded its state.
+    """Train the proprioception model of a network that has one, on the episodes with recorded states.
 
     Args:
-        network: Nothing happens to one without ``motion``.
+        network: Nothing happens to one without such a model (``motion``).
         autoencoder: Maps frames to the network's latents.
         episodes: Of any kind.
-        weights: How often an episode is chosen, relative to the others; None for equally often.
+        weights: Relative frequency of each episode; None for equal ones.
         seed: Seed of the training.
-        directory: Where what was learned is kept; what is there already is taken instead of learning again.
-        progress: Show a progress bar.
+        directory: Where the trained model is stored; one that is there already is loaded instead.
+        compute: Device and precision; None is float32 where the network lies.
+        progress: Show progress bars.
 
     Returns:
-        See :func:`train_motion`; empty if nothing happened.
+        See :func:`train_proprio`; empty if nothing happened.
     """
-    motion = getattr(network, "motion", None)
-    told = zip(episodes, weights or [1.0] * len(episodes), strict=True)
-    recorded = [(episode, weight) for episode, weight in told if episode.proprio is not None]
-    if motion is None or not recorded:
+    model = getattr(network, "motion", None)
+    pairs = zip(episodes, weights or [1.0] * len(episodes), strict=True)
+    recorded = [(episode, weight) for episode, weight in pairs if episode.proprio is not None]
+    if model is None or not recorded:
         return {}
     if directory is not None and (Path(directory) / "errors.json").exists():
-        motion.load_state_dict(load_safetensors(Path(directory) / "motion.safetensors"))
+        model.load_state_dict(load_safetensors(Path(directory) / "motion.safetensors"))
         return read_json(Path(directory) / "errors.json")
     episodes, weights = zip(*recorded, strict=True)
-    errors = train_motion(
-        motion, episodes, autoencoder.encode, MotionTraining(seed=seed), weights=weights, progress=progress
-    )
+    errors = train_proprio(
+        model, episodes, autoencoder.encode, ProprioTraining(seed=seed), weights=weights,
+        compute=compute, progress=progress,
+    )  # fmt: skip
     if directory is not None:
-        with write_dir_atomic(directory) as kept:
-            save_safetensors(kept / "motion.safetensors", motion.state_dict())
-            write_json_atomic(kept / "errors.json", errors)
+        with write_dir_atomic(directory) as temporary:
+            save_safetensors(temporary / "motion.safetensors", model.state_dict())
+            write_json_atomic(temporary / "errors.json", errors)
     return errors
 
 
-def train_motion(
-    motion: Motion,
+def train_proprio(
+    model: ProprioModel,
     episodes: Sequence[Episode],
     encode: Callable[[Tensor], Tensor],
-    settings: MotionTraining,
+    settings: ProprioTraining,
     *,
     weights: Sequence[float] | None = None,
+    compute: ComputeSettings | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Train its networks one by one: points on first pictures, the reader on any, the last on states.
+    """Train keypoints on first frames, then the encoder on any frames, then the dynamics on states.
 
     Args:
-        motion: Trained in place. One that has learned nothing yet takes the scale of the state from the
-            episodes.
+        model: Trained in place. An untrained one takes the scale of the state from the episodes.
         episodes: With ``proprio``; at least one of a step or more.
         encode: Frames uint8 ``(B, T, H, W, 3)`` to the world model's ``(B, C, T, h, w)``.
         settings: How to train.
-        weights: How often an episode is chosen, relative to the others; None for equally often.
-        progress: Show a progress bar.
+        weights: Relative frequency of each episode; None for equal ones.
+        compute: Device and precision; None is float32 where the model lies.
+        progress: Show progress bars.
 
     Returns:
-        ``"reader"`` and ``"follow"``, mean absolute errors of the state in a picture and on the way, in
-        standard deviations (last tenth of the steps); ``"points"``, see
-        :func:`~wmpo_gym.world.keypoints.train_points`.
+        ``"reader"`` and ``"follow"``, mean absolute errors of the encoder and of the dynamics in standard
+        deviations (last tenth of the steps); ``"points"``, see
+        :func:`~wmpo_gym.world.keypoints.train_keypoints`.
 
     Raises:
         ValueError: If there is no such episode, or one whose ``proprio`` is missing or of another size.
     """
-    recorded = _Recorded.of(episodes, weights, len(motion.mean))
-    if not bool(motion.mean.any()):
+    recorded = _Recorded.of(episodes, weights, len(model.mean))
+    if not bool(model.mean.any()):
         states = torch.cat([torch.from_numpy(np.array(e.proprio)) for e in recorded.episodes])
-        motion.mean.copy_(states.mean(0))
-        motion.deviation.copy_(states.std(0).clamp(min=1e-4))
+        model.mean.copy_(states.mean(0))
+        model.deviation.copy_(states.std(0).clamp(min=1e-4))
     rng = np.random.default_rng([settings.seed, 23])
-    motion.requires_grad_(True)
-    with rounded_quickly(motion):
+
+    def fit_settings(steps: int, batch_size: int, weight_decay: float = 1e-2) -> FitSettings:
+        return FitSettings(
+            steps=steps, batch_size=batch_size, learning_rate=settings.learning_rate,
+            weight_decay=weight_decay, seed=settings.seed,
+        )  # fmt: skip
+
+    model.requires_grad_(True)
+    with rounded_quickly(model):
         with torch.no_grad():
-            seen = [encode(torch.from_numpy(e.frames[None, :1]))[:, :, 0] for e in recorded.episodes]
-        points = train_points(
-            motion.points, torch.cat(seen), steps=settings.points_steps, batch_size=settings.pictures,
-            learning_rate=settings.learning_rate, seed=settings.seed, progress=progress,
+            first = [encode(torch.from_numpy(e.frames[None, :1]))[:, :, 0].cpu() for e in recorded.episodes]
+        points = train_keypoints(
+            model.points, torch.cat(first), fit_settings(settings.points_steps, settings.frames, 1e-4),
+            compute=compute, progress=progress,
         )  # fmt: skip
-        ways = _Ways(motion, recorded, encode, seen)
-        reader = descend(
-            lambda: ways.reading_error(settings.pictures, rng), motion.reader.parameters(),
-            settings.learning_rate, settings.reader_steps, "reader", progress=progress,
-        )  # fmt: skip
-        follow = descend(
-            lambda: ways.following_error(settings.batch_size, settings.length, rng),
-            motion.change.parameters(), settings.learning_rate, settings.steps, "motion", progress=progress,
-        )  # fmt: skip
-    motion.requires_grad_(False)
+        windows = _ProprioWindows(model, recorded, encode, first)
+        encoding = fit_settings(settings.reader_steps, settings.frames)
+        reader = fit(_Encoding(windows, encoding, rng), encoding, compute=compute, progress=progress)
+        dynamics = fit_settings(settings.steps, settings.batch_size)
+        follow = fit(
+            _Dynamics(windows, dynamics, rng, settings.length), dynamics, compute=compute, progress=progress
+        )
+    model.requires_grad_(False)
     return {"points": points, "reader": reader, "follow": follow}
 
 
 @dataclass(frozen=True)
 class _Recorded:
-    """Episodes with the robot's state, and how often each is chosen."""
+    """Episodes with the robot's state, and how often each is drawn."""
 
     episodes: Sequence[Episode]
     shares: np.ndarray
 
     @classmethod
     def of(cls, episodes: Sequence[Episode], weights: Sequence[float] | None, size: int) -> _Recorded:
-        told = list(zip(episodes, weights or [1.0] * len(episodes), strict=True))
-        told = [(episode, weight) for episode, weight in told if episode.n_steps > 0]
-        if not told or any(e.state_dim != size for e, _ in told):
+        pairs = list(zip(episodes, weights or [1.0] * len(episodes), strict=True))
+        pairs = [(episode, weight) for episode, weight in pairs if episode.n_steps > 0]
+        if not pairs or any(e.state_dim != size for e, _ in pairs):
             raise ValueError(
                 f"Learning how this robot moves takes episodes with {size} numbers of proprio per frame; "
                 "leave out those without, or make a world that does not follow it (state_dim=0)."
             )
-        shares = np.array([weight for _, weight in told], float)
-        return cls([episode for episode, _ in told], shares / shares.sum())
+        shares = np.array([weight for _, weight in pairs], float)
+        return cls([episode for episode, _ in pairs], shares / shares.sum())
 
     def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
         return rng.choice(len(self.episodes), n, p=self.shares)
 
 
-class _Ways:
-    """All recorded states and actions side by side, the shorter episodes filled up."""
+class _ProprioWindows:
+    """All recorded states and actions in one tensor, shorter episodes padded."""
 
     def __init__(
         self,
-        motion: Motion,
+        model: ProprioModel,
         recorded: _Recorded,
         encode: Callable[[Tensor], Tensor],
-        first_pictures: Sequence[Tensor],
+        first_frames: Sequence[Tensor],
     ) -> None:
-        self.motion, self.recorded, self.encode = motion, recorded, encode
+        self.model, self.recorded, self.encode = model, recorded, encode
+        device, mean, deviation = model.mean.device, model.mean.cpu(), model.deviation.cpu()
         self.steps = np.array([e.n_steps for e in recorded.episodes])
         n, longest = len(self.steps), self.steps.max()
         self.actions = torch.zeros(n, longest, recorded.episodes[0].actions.shape[1])
-        self.states = torch.zeros(n, longest + 1, len(motion.mean))
+        self.states = torch.zeros(n, longest + 1, len(mean))
         for i, episode in enumerate(recorded.episodes):
             state = torch.from_numpy(np.array(episode.proprio))
             self.actions[i, : episode.n_steps] = torch.from_numpy(episode.actions)
-            self.states[i, : episode.n_steps + 1] = (state - motion.mean) / motion.deviation
+            self.states[i, : episode.n_steps + 1] = (state - mean) / deviation
         with torch.no_grad():
-            self.points = torch.cat([motion.points(picture) for picture in first_pictures])
+            self.points = torch.cat([model.points(frame.to(device)).cpu() for frame in first_frames])
 
-    def reading_error(self, n: int, rng: np.random.Generator) -> Tensor:
-        """Of ``n`` pictures, half of them first ones, which is what imagination starts from."""
-        chosen = self.recorded.draw(n, rng)
-        steps = np.where(rng.random(n) < 0.5, 0, rng.integers(0, self.steps[chosen] + 1))
-        episodes = [self.recorded.episodes[i] for i in chosen]
+
+class _Encoding(FitTask):
+    """Estimate the state in single frames, half of them first ones, from which imagination starts."""
+
+    component = "proprioception encoder"
+
+    def __init__(self, windows: _ProprioWindows, config: FitSettings, rng: np.random.Generator) -> None:
+        self.windows, self.config, self.rng, self.network = windows, config, rng, windows.model.reader
+
+    def draw(self, step: int) -> dict[str, Tensor]:
+        windows, rng, n = self.windows, self.rng, self.config.batch_size
+        chosen = windows.recorded.draw(n, rng)
+        steps = np.where(rng.random(n) < 0.5, 0, rng.integers(0, windows.steps[chosen] + 1))
+        episodes = [windows.recorded.episodes[i] for i in chosen]
         frames = np.stack([e.frames[t : t + 1] for e, t in zip(episodes, steps, strict=True)])
-        read = self.motion.reader(self.encode(torch.from_numpy(frames))[:, :, 0])
-        return (read - self.states[chosen, steps]).abs().mean()
+        batch = {"frames": torch.from_numpy(frames), "states": windows.states[chosen, steps]}
+        batch = self.runtime.to_device(self.runtime.local(batch))
+        return {**batch, "frames": self.runtime.to_device(windows.encode(batch["frames"])[:, :, 0])}
 
-    def following_error(self, n: int, length: int, rng: np.random.Generator) -> Tensor:
-        """From ``n`` recorded states, on ways of up to ``length`` steps; a quarter from the beginning."""
-        chosen = self.recorded.draw(n, rng)
-        start = np.where(rng.random(n) < 0.25, 0, rng.integers(0, self.steps[chosen]))
-        way = start[:, None] + np.arange(length)
-        valid = torch.from_numpy(way < self.steps[chosen][:, None])[..., None]
-        way = np.minimum(way, self.steps.max() - 1)
-        state, before = self.states[chosen, start], self.states[chosen, np.maximum(start - 1, 0)]
-        memory = torch.cat([state, state - before, self.points[chosen]], dim=1)
-        followed = self.motion.follow(memory, self.actions[chosen[:, None], way])
-        errors = followed[..., : state.shape[1]] - self.states[chosen[:, None], way + 1]
-        return (errors.abs() * valid).sum() / (valid.sum() * state.shape[1])
+    def compute_loss(self, batch: dict[str, Tensor]) -> Loss:
+        error = (self.network(batch["frames"]) - batch["states"]).abs().mean()
+        return self.share(error, len(batch["states"]))
+
+
+class _Dynamics(FitTask):
+    """Predict recorded states on trajectories of up to ``length`` steps; a quarter start at the beginning."""
+
+    component = "proprioception dynamics"
+
+    def __init__(
+        self, windows: _ProprioWindows, config: FitSettings, rng: np.random.Generator, length: int
+    ) -> None:
+        self.windows, self.config, self.rng, self.length = windows, config, rng, length
+        self.network = windows.model.change
+
+    def frozen_modules(self) -> list[nn.Module]:
+        return [self.windows.model]
+
+    def draw(self, step: int) -> dict[str, Tensor]:
+        windows, rng, n = self.windows, self.rng, self.config.batch_size
+        chosen = windows.recorded.draw(n, rng)
+        start = np.where(rng.random(n) < 0.25, 0, rng.integers(0, windows.steps[chosen]))
+        steps = start[:, None] + np.arange(self.length)
+        valid = torch.from_numpy(steps < windows.steps[chosen][:, None])[..., None]
+        steps = np.minimum(steps, windows.steps.max() - 1)
+        state, before = windows.states[chosen, start], windows.states[chosen, np.maximum(start - 1, 0)]
+        batch = {
+            "robot_state": torch.cat([state, state - before, windows.points[chosen]], dim=1),
+            "actions": windows.actions[chosen[:, None], steps],
+            "targets": windows.states[chosen[:, None], steps + 1],
+            "valid": valid,
+            "count": (valid.sum() * state.shape[1]).expand(n),
+        }
+        return self.runtime.to_device(self.runtime.local(batch))
+
+    def compute_loss(self, batch: dict[str, Tensor]) -> Loss:
+        predicted = self.windows.model.rollout(batch["robot_state"], batch["actions"])
+        targets = batch["targets"]
+        errors = (predicted[..., : targets.shape[-1]] - targets).abs() * batch["valid"]
+        loss = errors.sum() / batch["count"][0]
+        return Loss(loss, {"loss": float(loss.detach())})

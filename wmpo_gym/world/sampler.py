@@ -59,7 +59,7 @@ class SelfForcingSampler:
         from_start: Share of trajectories that begin at the episode's first frame (imagination always does).
         restart: Probability per chunk that a trajectory is given up for a new one.
         recall: Where the robot is at every frame of an episode, float32 ``(T + 1, M)``
-            (a memory of :class:`~wmpo_gym.world.proprio.Motion`); None for a network that does not follow it.
+            (:class:`~wmpo_gym.world.proprio.ProprioModel`); None for a network that does not follow it.
         workers: Threads that read frames from disk, the next chunk of every row ahead of time; see
             :class:`~wmpo_gym.data.frames.FrameLoader`. The batches do not depend on it.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from wmpo_gym.tasks import Task
 from wmpo_gym.utils.kernels import Moments, affine_silu, in_ordinary_kernels, lean, norm_silu
 from wmpo_gym.utils.layers import RowLinear
-from wmpo_gym.world.proprio import Motion
+from wmpo_gym.world.proprio import ProprioModel
 
 OWN_SHIFT_SCALE = 0.1  # per-pixel displacements are learned in these units (of half the image)
 MIN_SIGMA = 0.02  # below this noise level a velocity is not computed from a difference
@@ -35,7 +35,7 @@ class ConvContext:
     Attributes:
         frames: ``(B, C, H, h, w)`` context frames in [-1, 1].
         prev_action: ``(B, D)`` action that led to the last context frame (motors lag; zeros at the start).
-        memory: ``(B, M)`` where the robot is then (:class:`~wmpo_gym.world.proprio.Motion`); M is 0 without.
+        memory: ``(B, M)`` robot state (:class:`~wmpo_gym.world.proprio.ProprioModel`); M is 0 without.
         sigma: ``(B,)`` noise level of the context in [0, 1].
     """
 
@@ -132,7 +132,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         shift_init: Pixels (columns, rows) that action components 0 and 1 move things by, where that is known
             beforehand; only the start of what is learned.
         state_dim: P, numbers of the robot's own state that the network follows by itself (:attr:`motion`,
-            trained beforehand by :func:`~wmpo_gym.world.proprio.train_motion`) and draws by; 0 for none.
+            trained beforehand by :func:`~wmpo_gym.world.proprio.train_proprio`) and draws by; 0 for none.
     """
 
     min_rows = 2
@@ -166,7 +166,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
             RowLinear(cond_dim, cond_dim),
         )
         self.shift = nn.Parameter(self._initial_shift(shift_init))
-        self.motion = Motion(image_size, channels, action_dim, state_dim) if state_dim else None
+        self.motion = ProprioModel(image_size, channels, action_dim, state_dim) if state_dim else None
         if state_dim:
             self.state_shift = nn.Parameter(torch.zeros(2, state_dim))
         self.context_stem = nn.Conv2d(context_frames * channels * patch**2 + 2, widths[0], 3, padding=1)
@@ -273,7 +273,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
             prev_action = context.new_zeros(batch, dim)
         memory = prev_action[:, dim:]
         if self.motion is not None and memory.shape[1] == 0:
-            memory = self.motion.start(context[:, :, -1])
+            memory = self.motion.init_state(context[:, :, -1])
         sigma = context.new_zeros(batch) if sigma is None else sigma
         return ConvContext(context, prev_action[:, :dim], memory, sigma)
 
@@ -314,7 +314,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         """The robot's state at every frame ``(B, K, P)``; P is 0 where it is not followed."""
         if self.motion is None:
             return actions[..., :0]
-        return self.motion.follow(memory, actions)[..., : self.config.state_dim]
+        return self.motion.rollout(memory, actions)[..., : self.config.state_dim]
 
     def _stem(self, context: Tensor) -> Tensor:
         """First convolution of the context, which the chunk's frames share."""

@@ -1,10 +1,11 @@
-"""Points that are found in first pictures."""
+"""KeypointEncoder that are found in first pictures."""
 
 import numpy as np
 import pytest
 import torch
 
-from wmpo_gym.world.keypoints import LEAST_SPREAD, Points, train_points
+from wmpo_gym.world.fit import FitSettings
+from wmpo_gym.world.keypoints import LEAST_SPREAD, KeypointEncoder, train_keypoints
 from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
 
 
@@ -20,14 +21,14 @@ def scenes(n: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
     return encoded[:, :, 0], places
 
 
-def learn(points: Points, frames: torch.Tensor, steps: int) -> float:
-    return train_points(points, frames, steps=steps, batch_size=32, learning_rate=3e-3, seed=0)
+def learn(points: KeypointEncoder, frames: torch.Tensor, steps: int) -> float:
+    return train_keypoints(points, frames, FitSettings(steps=steps, batch_size=32, weight_decay=1e-4))
 
 
 @pytest.fixture(scope="module")
-def found() -> tuple[Points, float]:
+def found() -> tuple[KeypointEncoder, float]:
     torch.manual_seed(0)
-    points = Points(32, 3, 4)
+    points = KeypointEncoder(32, 3, 4)
     return points, learn(points, scenes(200, 0)[0], 300)
 
 
@@ -44,19 +45,19 @@ def test_they_tell_where_the_square_is(found):
 
 
 def test_one_scene_tells_nothing(found):
-    points, (picture, _) = Points(32, 3, 2), scenes(1, 2)
+    points, (picture, _) = KeypointEncoder(32, 3, 2), scenes(1, 2)
     before = [p.clone() for p in points.parameters()]
     assert learn(points, picture.expand(4, -1, -1, -1), 5) == 0.0
     assert all(torch.equal(a, b) for a, b in zip(before, points.parameters(), strict=True))
 
 
 def test_a_point_that_stands_still_is_not_magnified():
-    points = Points(32, 3, 2)
+    points = KeypointEncoder(32, 3, 2)
     learn(points, scenes(6, 3)[0], 1)  # hardly moves them
     assert float(points.spread.min()) == pytest.approx(LEAST_SPREAD)
 
 
 @pytest.mark.parametrize("side", [8, 40, 64, 256])
 def test_any_picture_size(side):
-    points = Points(side, 3, 3)
+    points = KeypointEncoder(side, 3, 3)
     assert len(points.axis) <= 32 and points(torch.zeros(2, 3, side, side)).shape == (2, 6)

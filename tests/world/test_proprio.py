@@ -12,7 +12,14 @@ from wmpo_gym.world import proprio as motion_module
 from wmpo_gym.world.imagination import ImaginationState
 from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
 from wmpo_gym.world.networks.conv import ConvWorldModel
-from wmpo_gym.world.proprio import POINTS, Motion, MotionTraining, learn_motion, state_to_follow, train_motion
+from wmpo_gym.world.proprio import (
+    KEYPOINTS,
+    ProprioModel,
+    ProprioTraining,
+    learn_proprio,
+    proprio_size,
+    train_proprio,
+)
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 from wmpo_gym.world.world import StartFrames, World
 
@@ -47,9 +54,9 @@ def network(state_dim: int = 2) -> ConvWorldModel:
 @pytest.fixture(scope="module")
 def taught() -> tuple[ConvWorldModel, dict[str, float]]:
     world_model = network()
-    settings = MotionTraining(steps=600, batch_size=64, reader_steps=300, points_steps=50)
+    settings = ProprioTraining(steps=600, batch_size=64, reader_steps=300, points_steps=50)
     episodes = [cart(seed) for seed in range(60)]
-    errors = train_motion(world_model.motion, episodes, PixelAutoencoder().encode, settings)
+    errors = train_proprio(world_model.motion, episodes, PixelAutoencoder().encode, settings)
     return world_model, errors
 
 
@@ -57,7 +64,10 @@ def test_reads_and_follows_what_it_has_not_seen(taught):
     motion, fresh = taught[0].motion, [cart(seed) for seed in range(100, 120)]
     encode = PixelAutoencoder().encode
     followed = np.stack(
-        [motion.recall(encode(torch.from_numpy(e.frames[None, :1]))[0, :, 0], e.actions) for e in fresh]
+        [
+            motion.rollout_from_frame(encode(torch.from_numpy(e.frames[None, :1]))[0, :, 0], e.actions)
+            for e in fresh
+        ]
     )
     places = followed[..., 0] * float(motion.deviation[0]) + float(motion.mean[0])
     truth = np.stack([e.proprio[:, 0] for e in fresh])
@@ -71,16 +81,16 @@ def test_reads_and_follows_what_it_has_not_seen(taught):
 def test_recorded_states_are_remembered_as_they_were(taught):
     motion, (seen, blind) = taught[0].motion, (cart(100), cart(100, proprio=False))
     first = PixelAutoencoder().encode(torch.from_numpy(seen.frames[None, :1]))[0, :, 0]
-    memory = motion.remember(first, seen.proprio)
+    memory = motion.encode(first, seen.proprio)
     states = (seen.proprio - motion.mean.numpy()) / motion.deviation.numpy()
     np.testing.assert_allclose(memory[:, :2], states, rtol=0, atol=1e-5)
     np.testing.assert_allclose(memory[1:, 2:4], np.diff(states, axis=0), rtol=0, atol=1e-5)
     assert not memory[0, 2:4].any()
-    followed = motion.recall(first, seen.actions)
+    followed = motion.rollout_from_frame(first, seen.actions)
     np.testing.assert_array_equal(memory[:, 4:], followed[:, 4:])  # the points
     config = WorldModelTraining(steps=1, batch_size=2)
     trainer = WorldModelTrainer(taught[0], PixelAutoencoder(), TASK, [seen], config)
-    recall = trainer._recall()
+    recall = trainer.task._robot_states()
     assert np.array_equal(recall(seen), memory) and np.array_equal(recall(blind), followed)
 
 
@@ -107,14 +117,16 @@ def test_imagination_carries_it(taught, tmp_path):
     actions = np.stack([e.actions for e in episodes])
     noise = torch.randn(3, *imagination.noise_shape, generator=torch.Generator().manual_seed(0))
     state = imagination.start(first)
-    assert state.prev_action.shape == (3, TASK.action_dim + 4 + 2 * POINTS)
+    assert state.prev_action.shape == (3, TASK.action_dim + 4 + 2 * KEYPOINTS)
     for k in range(2):
         chunk = actions[:, k * TASK.chunk : (k + 1) * TASK.chunk]
         frames, state = imagination.step(state, chunk, noise)
         state = ImaginationState.from_dict(state.to_dict())
     encode = world.autoencoder.encode
     for i, episode in enumerate(episodes):
-        whole = motion.recall(encode(torch.from_numpy(episode.frames[None, :1]))[0, :, 0], episode.actions)
+        whole = motion.rollout_from_frame(
+            encode(torch.from_numpy(episode.frames[None, :1]))[0, :, 0], episode.actions
+        )
         np.testing.assert_array_equal(state.prev_action[i, TASK.action_dim :].numpy(), whole[-1])
         alone = imagination.start(first[i : i + 1])
         for k in range(2):
@@ -131,12 +143,12 @@ def test_imagination_carries_it(taught, tmp_path):
 
 
 def test_what_was_learned_is_not_learned_again(tmp_path, monkeypatch):
-    short = partial(MotionTraining, steps=3, reader_steps=3, points_steps=3)
-    monkeypatch.setattr(motion_module, "MotionTraining", short)
+    short = partial(ProprioTraining, steps=3, reader_steps=3, points_steps=3)
+    monkeypatch.setattr(motion_module, "ProprioTraining", short)
     episodes, (first, second) = [cart(seed) for seed in range(3)], (network(), network())
-    errors = learn_motion(first, PixelAutoencoder(), episodes, seed=0, directory=tmp_path / "motion")
-    monkeypatch.setattr(motion_module, "train_motion", lambda *_, **__: pytest.fail("learned again"))
-    again = learn_motion(second, PixelAutoencoder(), episodes, seed=0, directory=tmp_path / "motion")
+    errors = learn_proprio(first, PixelAutoencoder(), episodes, seed=0, directory=tmp_path / "motion")
+    monkeypatch.setattr(motion_module, "train_proprio", lambda *_, **__: pytest.fail("learned again"))
+    again = learn_proprio(second, PixelAutoencoder(), episodes, seed=0, directory=tmp_path / "motion")
     assert again == errors
     learned, taken = first.motion.state_dict(), second.motion.state_dict()
     assert all(torch.equal(learned[name], taken[name]) for name in learned)
@@ -144,14 +156,16 @@ def test_what_was_learned_is_not_learned_again(tmp_path, monkeypatch):
 
 def test_what_decides_whether_it_is_followed():
     with_state, without = cart(0), cart(1, proprio=False)
-    assert state_to_follow(TASK, [with_state, with_state]) == 2
-    assert state_to_follow(TASK, [with_state, without]) == 0
-    assert state_to_follow(TASK, []) == 0
-    assert state_to_follow(get_task("move-block"), [with_state]) == 0
+    assert proprio_size(TASK, [with_state, with_state]) == 2
+    assert proprio_size(TASK, [with_state, without]) == 0
+    assert proprio_size(TASK, []) == 0
+    assert proprio_size(get_task("move-block"), [with_state]) == 0
     plain = network(0)
-    assert learn_motion(plain, PixelAutoencoder(), [with_state], seed=0) == {} and plain.motion is None
+    assert learn_proprio(plain, PixelAutoencoder(), [with_state], seed=0) == {} and plain.motion is None
     with pytest.raises(ValueError, match="2 numbers of proprio"):
-        train_motion(Motion(32, 3, 7, 2), [without], PixelAutoencoder().encode, MotionTraining(steps=1))
+        train_proprio(
+            ProprioModel(32, 3, 7, 2), [without], PixelAutoencoder().encode, ProprioTraining(steps=1)
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,75 @@
+"""Training of the small networks beside the world model: one cycle of AdamW."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+from wmpo_gym.training.checkpoint import TrainingState
+from wmpo_gym.training.runtime import ComputeSettings
+from wmpo_gym.training.trainer import Loss, Trainer, TrainingSettings, TrainingTask
+
+
+@dataclass(frozen=True)
+class FitSettings(TrainingSettings):
+    """Settings of :func:`fit`."""
+
+    batch_size: int = 48
+    learning_rate: float = 3e-3
+
+
+class FitTask(TrainingTask):
+    """A task whose batches are drawn with a numpy generator.
+
+    Attributes:
+        config: Settings.
+        rng: Draws the batches.
+    """
+
+    config: TrainingSettings
+    rng: np.random.Generator
+    network: nn.Module
+
+    def optimizers(self) -> dict[str, tuple[Optimizer, LRScheduler]]:
+        """AdamW with a one-cycle schedule."""
+        rate, decay = self.config.learning_rate, self.config.weight_decay
+        optimizer = torch.optim.AdamW(self.network.parameters(), rate, weight_decay=decay)
+        return {"adamw": (optimizer, OneCycleLR(optimizer, rate, self.config.steps))}
+
+    def share(self, mean: Tensor, n: int) -> Loss:
+        """Contribution of ``n`` rows to the batch's mean loss, from their own mean."""
+        loss = mean * (n / self.config.batch_size)
+        return Loss(loss, {"loss": float(loss.detach())})
+
+    def state(self) -> TrainingState:
+        """Weights and the generator."""
+        state = super().state()
+        state.values["rng"] = json.dumps(self.rng.bit_generator.state)
+        return state
+
+    def load_state(self, state: TrainingState) -> None:
+        """Restore :meth:`state`."""
+        super().load_state(state)
+        self.rng.bit_generator.state = json.loads(state.values["rng"])
+
+
+def fit(
+    task: FitTask,
+    settings: TrainingSettings,
+    *,
+    compute: ComputeSettings | None = None,
+    progress: bool = False,
+) -> float:
+    """Train a task's network; returns the mean loss of the last tenth of the steps."""
+    losses: list[float] = []
+    trainer = Trainer(
+        task, settings, compute=compute, on_step=lambda _, metrics: losses.append(metrics["loss"])
+    )
+    trainer.train(progress=progress)
+    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
