@@ -10,7 +10,7 @@ import torch
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import MOVE_BLOCK
 from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
-from wmpo_gym.world.sampler import EpisodeStreams
+from wmpo_gym.world.sampler import SelfForcingSampler
 
 
 def test_drawn_chunks_are_published_windows(golden) -> None:
@@ -27,7 +27,7 @@ def test_drawn_chunks_are_published_windows(golden) -> None:
         actions = np.repeat(np.arange(finish, dtype=np.float32)[:, None], 3, axis=1)
         episode = Episode(frames.copy(), actions, None, finish, 0, 0, "", {})
         task = replace(MOVE_BLOCK, image_size=2, chunk=chunk, horizon=10 * chunk, symmetries=())
-        sampler = EpisodeStreams(
+        sampler = SelfForcingSampler(
             [episode], task, n_rows=1, context_frames=context, seed=0, from_start=1.0, restart=0.0
         )
         for window in case["windows"][::chunk]:
