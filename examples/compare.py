@@ -11,10 +11,12 @@ from pathlib import Path
 
 import tyro
 
-from wmpo_gym.experiments.plan import Baselines, Plan
-from wmpo_gym.experiments.run import run_study
+from wmpo_gym.experiments.plan import ExperimentPlan
+from wmpo_gym.experiments.run import run_experiment
 from wmpo_gym.experiments.summary import markdown_table, write_summary
-from wmpo_gym.pipeline.presets import DEMO, GRPOSettings
+from wmpo_gym.pipeline.presets import PRESETS
+
+DEMO = PRESETS["demo"]
 
 
 @dataclass
@@ -24,19 +26,23 @@ class Args:
     task: str = "move-block"
     """task with bundled weights"""
     methods: tuple[str, ...] = ("base", "sft", "dpo", "grpo", "wmpo")
-    """see wmpo_gym.experiments.plan.SAW for all of them and what each learns from"""
+    """see wmpo_gym.experiments.plan.DATA_USED for all of them and their training data"""
     budgets: tuple[int, ...] = (128,)
     """real episodes each method may use"""
     seeds: tuple[int, ...] = (0,)
     """each with its own rollouts"""
     episodes: int = 256
     """test start states"""
+    selection_episodes: int = 128
+    """validation start states by which a checkpoint is selected; 0 takes the last"""
     iterations: int = DEMO.grpo.iterations
     """GRPO iterations in imagination"""
     world_steps: int = DEMO.align.steps
     """steps of the world model's alignment"""
     classifier_steps: int = DEMO.classifier_steps
     """steps of the success classifier"""
+    device: str = "auto"
+    """where to compute: auto, cpu, cuda or cuda:1"""
     out: Path = Path("runs/compare")
     """where results.json, the table and the plots go"""
 
@@ -46,21 +52,22 @@ def main(args: Args) -> None:
     recipe = replace(
         DEMO,
         task=args.task,
+        base_policy=args.task,
+        pretrained_world=args.task,
         align=replace(DEMO.align, steps=args.world_steps),
         classifier_steps=args.classifier_steps,
-        grpo=GRPOSettings(iterations=args.iterations),
+        grpo=replace(DEMO.grpo, iterations=args.iterations),
     )
-    plan = Plan(
+    plan = ExperimentPlan(
         task=args.task,
         methods=args.methods,
         budgets=args.budgets,
         seeds=args.seeds,
         episodes=args.episodes,
-        bundled=True,
+        selection_episodes=args.selection_episodes,
         recipe=recipe,
-        baselines=Baselines(),
     )
-    results = run_study(plan, args.out)
+    results = run_experiment(plan, args.out, device=args.device)
     write_summary(results, args.out)
     print(markdown_table(results))
 

@@ -1,26 +1,23 @@
-"""Lifelong learning: act for real, refresh the imagined world with what happened, improve in it, and again.
+"""Lifelong learning: act for real, align the world model with what happened, improve in it, and repeat.
 
 python examples/lifelong.py --rounds 3
 
-Every round collects real episodes with the policy as it is, aligns the world model and retrains the
-classifier on all real episodes so far, and goes on with GRPO in the refreshed world (WMPO, figure 6).
+Every round collects real episodes with the current policy, aligns the world model and retrains the classifier
+on all real episodes so far, and continues with GRPO in the aligned world (WMPO, Figure 6). The stages are
+those of `wmpo demo` and `wmpo reproduce`; interrupted, the same command resumes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
-from wmpo_gym.algorithms import GRPO
-from wmpo_gym.data import EpisodeStore
-from wmpo_gym.evaluation.learning import grpo_from_policy
-from wmpo_gym.evaluation.world_quality import imagined_replays
-from wmpo_gym.policies import VLAPolicy
-from wmpo_gym.reward.training import train_classifier
-from wmpo_gym.rollouts.rollout import collect_episodes, evaluate_policy_on, make_rollout_env
+from wmpo_gym.pipeline import method
+from wmpo_gym.pipeline.presets import PRESETS, GRPOSettings
+from wmpo_gym.rollouts.rollout import evaluate_policy_on
 from wmpo_gym.tasks import get_task
-from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
-from wmpo_gym.world.world import StartFrames, World, find_pretrained
+from wmpo_gym.utils.io import read_json
+from wmpo_gym.world.training import WorldModelTraining
 
 
 @dataclass
@@ -30,11 +27,11 @@ class Args:
     task: str = "move-block"
     """task with a bundled base policy and play-trained world model"""
     rounds: int = 3
-    """times to act, refresh and improve"""
+    """number of rounds"""
     real_episodes: int = 128
     """real episodes per round"""
     world_steps: int = 500
-    """steps of the world model's refresh"""
+    """steps of the world model's alignment"""
     classifier_steps: int = 500
     """steps of the classifier's training"""
     iterations: int = 8
@@ -44,57 +41,51 @@ class Args:
     episodes: int = 256
     """test start states after every round"""
     seed: int = 0
-    """seed of everything"""
+    """seed of everything random"""
+    device: str = "auto"
+    """where to compute: auto, cpu, cuda or cuda:1"""
     out: Path = Path("runs/lifelong")
-    """where the real episodes and the policies go"""
+    """directory of the rounds, each with its rollouts, world model, classifier and policy"""
 
 
 def main(args: Args) -> None:
     """Run the rounds."""
-    task = get_task(args.task)
-    policy = VLAPolicy.from_pretrained(find_pretrained(args.task, "policy"), seed=args.seed)
-    world = World.from_pretrained(find_pretrained(args.task, "play"))
-    network, autoencoder = world.network.float(), world.autoencoder
-    store = EpisodeStore(args.out / "real")
-    train_ids = list(task.split_ids("train"))
+    recipe = replace(
+        PRESETS["demo"],
+        task=args.task,
+        seed=args.seed,
+        base_policy=args.task,
+        pretrained_world=args.task,
+        demos=0,
+        play=0,
+        rollouts=args.rounds * args.real_episodes,
+        rounds=args.rounds,
+        align=WorldModelTraining(steps=args.world_steps, batch_size=24, learning_rate=5e-4, recorded=0.0),
+        classifier_steps=args.classifier_steps,
+        grpo=GRPOSettings(iterations=args.iterations, n_groups=args.n_groups),
+        curve_every=args.iterations,
+        curve_episodes=min(64, args.episodes),
+    ).seeded()
+    workspace, task = method.open_workspace(recipe, args.out, device=args.device), get_task(args.task)
+    policy = method.train_policy(workspace, recipe, [])
+    pretrained = world = method.pretrain_world(workspace, recipe, [])
+    real = []
 
     def report(name: str) -> None:
-        tried = evaluate_policy_on(
+        tested = evaluate_policy_on(
             task, policy, "test", args.episodes, deterministic=False, seed=args.seed, progress=False
         )
-        print(f"{name}: {tried.rate}", flush=True)
+        print(f"{name}: {tested.rate}", flush=True)
 
     report("base policy")
     for number in range(1, args.rounds + 1):
-        ids = train_ids[(number - 1) * args.real_episodes : number * args.real_episodes]
-        env = make_rollout_env(
-            "WMPO-Simulated-v0", min(64, args.real_episodes), record_frames=True, task=task
-        )
-        collect_episodes(env, policy, ids, store, seed=args.seed + number)
-        env.close()
-        real = store.load()
-
-        settings = WorldModelTraining(
-            steps=args.world_steps, batch_size=24, learning_rate=5e-4, recorded=0.0, seed=args.seed + number
-        )
-        WorldModelTrainer(network, autoencoder, task, real, settings).train()
-        world = World(task, network, autoencoder, None, StartFrames.from_episodes(real))
-        world.classifier, figures = train_classifier(
-            real,
-            task,
-            steps=args.classifier_steps,
-            seed=args.seed,
-            imagined=imagined_replays(world, real, seed=args.seed),
-        )
-
-        rows = 8 * args.n_groups
-        imagined = make_rollout_env("WMPO-Imagined-v0", rows, task=task, world=world)
-        model = grpo_from_policy(GRPO, policy, imagined, seed=args.seed + number)
-        model.learn(max_iterations=args.iterations)
-        imagined.close()
-        policy = model.policy
-        policy.save_pretrained(args.out / f"policy-{number}")
-        f1 = figures["calibration"]["f1"]
+        here, settings = workspace.round(number), recipe.for_round(number)
+        start_states = recipe.round_start_states(task, number)
+        real += method.collect(here, settings, policy, start_states).episodes
+        world = method.train_world(here, settings, world, real, [], [])
+        world = method.train_reward(here, settings, world, pretrained, real, [])
+        policy = method.optimise(here, settings, world, policy, real).policy
+        f1 = read_json(here.directory / "classifier.json")["calibration"]["f1"]
         report(f"round {number}, {len(real)} real episodes, classifier F1 {f1:.2f}")
 
 

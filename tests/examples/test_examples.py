@@ -11,7 +11,9 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OPTIONS = {
     "random_rollout.py": ["--episodes", "1"],
-    "compare.py": ["--methods", "base", "dpo", "--budgets", "32", "--episodes", "8"],
+    "compare.py": [
+        *["--methods", "base", "dpo", "--budgets", "32", "--episodes", "4", "--selection-episodes", "2"],
+    ],
     "custom_task.py": [
         *["--episodes", "30", "--world-steps", "3", "--classifier-steps", "3", "--iterations", "1"],
         *["--n-groups", "2", "--tries", "4"],

@@ -14,10 +14,10 @@ from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.envs.simulated import make_simulator
 from wmpo_gym.envs.simulated.scripted import ExpertConfig, record_expert
 from wmpo_gym.evaluation.self_correction import first_contact_failed
-from wmpo_gym.experiments import run as study
+from wmpo_gym.experiments import run as experiment
 from wmpo_gym.experiments.methods import METHODS
-from wmpo_gym.experiments.plan import SAW, Baselines, Plan, preset
-from wmpo_gym.experiments.run import run_study
+from wmpo_gym.experiments.plan import DATA_USED, Baselines, ExperimentPlan, preset
+from wmpo_gym.experiments.run import run_experiment
 from wmpo_gym.experiments.summary import (
     bootstrap,
     gain,
@@ -33,16 +33,17 @@ from wmpo_gym.policies.sft import SFTSettings
 from wmpo_gym.world.training import WorldModelTraining
 
 FEW_STEPS = WorldModelTraining(steps=2, batch_size=4)
-QUICK = Plan(
-    methods=tuple(SAW),
+QUICK = ExperimentPlan(
+    methods=tuple(DATA_USED),
     budgets=(32,),
     seeds=(0,),
     variants=("nominal", "texture"),
     self_correction=True,
     episodes=8,
     selection_episodes=4,
-    bundled=True,
     recipe=Recipe(
+        base_policy="move-block",
+        pretrained_world="move-block",
         demos=8,
         sft=SFTSettings(steps=2),
         play=4,
@@ -66,28 +67,28 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """A comparison that was stopped in its third cell and finished by a second call."""
     out = tmp_path_factory.mktemp("comparison")
 
-    def stopped(shop: Any) -> Any:
+    def stopped(context: Any) -> Any:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "dpo", stopped)
         with pytest.raises(KeyboardInterrupt):
-            run_study(QUICK, out, progress=False)
+            run_experiment(QUICK, out, progress=False)
     assert len(json.loads((out / "results.json").read_text())["cells"]) == 4
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "base", stopped)  # done before: must not run again
-        results = run_study(QUICK, out, progress=False)
+        results = run_experiment(QUICK, out, progress=False)
     return out, results
 
 
 def test_every_cell_is_there_and_counted_by_its_environment(finished: tuple[Path, dict[str, Any]]) -> None:
     _, results = finished
     assert [(c["method"], c["variant"]) for c in results["cells"]] == [
-        (m, v) for m in SAW for v in ("nominal", "texture")
+        (m, v) for m in DATA_USED for v in ("nominal", "texture")
     ]
     spent = {c["method"]: c["ledger"] for c in results["cells"]}
     assert spent["base"]["real_episodes"] == 0
-    for method in sorted(set(SAW) - {"base", "sac", "sac-demos"}):
+    for method in sorted(set(DATA_USED) - {"base", "sac", "sac-demos"}):
         assert spent[method]["real_episodes"] == 32, method
     for method in ("sac", "sac-demos"):
         assert 32 <= spent[method]["real_episodes"] <= 32 + 16, method
@@ -101,24 +102,24 @@ def test_every_cell_is_there_and_counted_by_its_environment(finished: tuple[Path
 def test_other_settings_are_refused(finished: tuple[Path, dict[str, Any]]) -> None:
     out, _ = finished
     with pytest.raises(ValueError, match="other settings"):
-        run_study(replace(QUICK, episodes=4), out, progress=False)
+        run_experiment(replace(QUICK, episodes=4), out, progress=False)
 
 
 def test_more_cells_are_added_to_what_is_there(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    def untouched(shop: Any) -> Any:
+    def untouched(context: Any) -> Any:
         raise AssertionError("trained again")
 
     plan = replace(QUICK, methods=("base",), variants=("nominal",))
-    first = run_study(plan, tmp_path, progress=False)["cells"]
+    first = run_experiment(plan, tmp_path, progress=False)["cells"]
     more = replace(plan, methods=("sft", "base"), budgets=(64,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "base", untouched)
-        second = run_study(more, tmp_path, progress=False)["cells"]
+        second = run_experiment(more, tmp_path, progress=False)["cells"]
     assert [(c["method"], c["budget"]) for c in second] == [("sft", 64), ("base", 0)]
     assert second[1] == first[0]
     lifelong = replace(plan, methods=("dpo-lifelong",), budgets=(32, 64))
     with pytest.raises(ValueError, match="budgets"):
-        run_study(lifelong, tmp_path, progress=False)
+        run_experiment(lifelong, tmp_path, progress=False)
 
 
 def test_policies_of_another_comparison_are_tested_again_without_training(
@@ -127,22 +128,24 @@ def test_policies_of_another_comparison_are_tested_again_without_training(
     out, results = finished
     plan = replace(QUICK, methods=("base", "grpo", "wmpo"), variants=("background", "nominal"))
 
-    def untouched(shop: Any) -> Any:
+    def untouched(context: Any) -> Any:
         raise AssertionError("trained again")
 
     with pytest.MonkeyPatch.context() as patch:
         for method in plan.methods:
             patch.setitem(METHODS, method, untouched)
-        again = run_study(plan, tmp_path / "again", trained_in=out, progress=False)["cells"]
+        again = run_experiment(plan, tmp_path / "again", trained_in=out, progress=False)["cells"]
     first = {c["method"]: c for c in results["cells"] if c["variant"] == "nominal"}
     assert [c["variant"] for c in again] == ["background", "nominal"] * 3
     for cell in again[1::2]:
         for figure in ("outcomes", "greedy", "ledger", "seconds"):
             assert cell[figure] == first[cell["method"]][figure], (cell["method"], figure)
     with pytest.raises(ValueError, match="other settings .selection_episodes"):
-        run_study(replace(plan, selection_episodes=0), tmp_path / "other", trained_in=out, progress=False)
-    with pytest.raises(ValueError, match="holds no comparison"):
-        run_study(plan, tmp_path / "other", trained_in=tmp_path, progress=False)
+        run_experiment(
+            replace(plan, selection_episodes=0), tmp_path / "other", trained_in=out, progress=False
+        )
+    with pytest.raises(ValueError, match="holds no experiment"):
+        run_experiment(plan, tmp_path / "other", trained_in=tmp_path, progress=False)
 
 
 def test_cells_side_by_side_are_those_one_by_one(
@@ -150,8 +153,8 @@ def test_cells_side_by_side_are_those_one_by_one(
 ) -> None:
     plan = replace(QUICK, methods=("base", "sft", "demonstrations"), self_correction=False)
     with pytest.raises(ValueError, match="at least 1; got 0"):
-        run_study(plan, tmp_path, jobs=0, progress=False)
-    cells = run_study(plan, tmp_path, jobs=2, progress=False)["cells"]
+        run_experiment(plan, tmp_path, jobs=0, progress=False)
+    cells = run_experiment(plan, tmp_path, jobs=2, progress=False)["cells"]
     alone = {(c["method"], c["variant"]): c for c in finished[1]["cells"]}
     assert [(c["method"], c["variant"]) for c in cells] == [
         (m, v) for m in plan.methods for v in plan.variants
@@ -168,23 +171,23 @@ def test_table_and_plots_come_from_the_results_alone(
     out, _ = finished
     write_summary(json.loads((out / "results.json").read_text()), tmp_path)
     table = (tmp_path / "table.md").read_text()
-    assert all(f"| {method} | " in table and f"`{method}` saw" in table for method in SAW)
+    assert all(f"| {method} | " in table and f"`{method}` saw" in table for method in DATA_USED)
     plots = sorted(p.name for p in tmp_path.glob("*.svg"))
     assert plots == [f"success-by-{x}.svg" for x in ("imagined-frames", "real-episodes", "seconds")]
 
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="Unknown method ppo"):
-        Plan(methods=("ppo",))
+        ExperimentPlan(methods=("ppo",))
     with pytest.raises(ValueError, match="Unknown preset"):
         preset("table3", "move-block")
     with pytest.raises(ValueError, match="multiples of 32"):
-        Plan(budgets=(100,))
+        ExperimentPlan(budgets=(100,))
 
 
 def test_presets_cover_the_methods_that_exist() -> None:
-    assert set(SAW) == set(METHODS)
-    assert study.SAW is SAW and set(preset("table1", "move-block").methods) <= set(SAW)
+    assert set(DATA_USED) == set(METHODS)
+    assert experiment.DATA_USED is DATA_USED and set(preset("table1", "move-block").methods) <= set(DATA_USED)
 
 
 # -- statistics ----------------------------------------------------------------------------------------------
@@ -287,10 +290,10 @@ def test_self_correction_is_counted_in_the_simulator(finished: tuple[Path, dict[
 
 def test_lifelong_rounds_build_on_each_other(tmp_path: Path) -> None:
     plan = replace(QUICK, methods=("dpo-lifelong", "wmpo-lifelong"), budgets=(32, 64), variants=("nominal",))
-    cells = run_study(plan, tmp_path, progress=False)["cells"]
+    cells = run_experiment(plan, tmp_path, progress=False)["cells"]
     assert [(c["budget"], c["ledger"]["real_episodes"]) for c in cells] == [(32, 32), (64, 64)] * 2
     shared = tmp_path / "shared" / "seed0-lifelong"
-    first, second = (set(EpisodeStore(d / "rollouts").ids()) for d in (shared, shared / "round-2"))
+    first, second = (set(EpisodeStore(shared / name / "rollouts").ids()) for name in ("round-1", "round-2"))
     assert len(first) == len(second) == 32 and not first & second
     frames = [c["ledger"]["imagined_frames"] for c in cells if c["method"] == "wmpo-lifelong"]
     assert frames[1] > frames[0] > 0

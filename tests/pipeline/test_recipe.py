@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from wmpo_gym.pipeline import run as recipe_run
-from wmpo_gym.pipeline import stages
+from wmpo_gym.pipeline import callbacks, method
+from wmpo_gym.pipeline.method import open_workspace, run_recipe
 from wmpo_gym.pipeline.presets import GRPOSettings, Recipe
-from wmpo_gym.pipeline.run import run_recipe
-from wmpo_gym.pipeline.stages import Run
 from wmpo_gym.policies.sft import SFTSettings
 from wmpo_gym.policies.vla_policy import VLAPolicy
 from wmpo_gym.report.results import show_rate
@@ -45,24 +43,24 @@ TINY = Recipe(
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run that was stopped while the world model was aligned, and finished by a second call."""
     out = tmp_path_factory.mktemp("run")
-    real = Run.aligned_network
+    real = method.train_world
 
     def stopped(*args: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "aligned_network", stopped)
-        patch.setattr(recipe_run.GRPO, "learn", _learn_something)
+        patch.setattr(method, "train_world", stopped)
+        patch.setattr(method.GRPO, "learn", _learn_something)
         # What the *learnable* gate measures takes minutes; here it only has to be asked for.
-        patch.setattr("wmpo_gym.pipeline.stages.measure_learnable", lambda *a, **k: _no_gain())
+        patch.setattr("wmpo_gym.pipeline.method.measure_learnable", lambda *a, **k: _no_gain())
         with pytest.raises(KeyboardInterrupt):
             run_recipe(TINY, out, progress=False)
-        patch.setattr(Run, "aligned_network", real)
+        patch.setattr(method, "train_world", real)
         results = run_recipe(TINY, out, progress=False, command="wmpo reproduce")
     return out, results
 
 
-def _learn_something(self: Any, *args: Any, real: Any = recipe_run.GRPO.learn, **kwargs: Any) -> Any:
+def _learn_something(self: Any, *args: Any, real: Any = method.GRPO.learn, **kwargs: Any) -> Any:
     """So few rollouts may hold nothing to learn from; every round shall change the policy."""
     real(self, *args, **kwargs)
     with torch.no_grad():
@@ -96,7 +94,7 @@ def test_results_hold_what_was_measured(finished: tuple[Path, dict[str, Any]]) -
 def test_the_policy_of_a_run_is_the_one_its_results_are_about(finished: tuple[Path, dict[str, Any]]) -> None:
     out, results = finished
     last, first = (
-        load_safetensors(out / part / "optimised_policy" / "model.safetensors") for part in ("round-2", "")
+        load_safetensors(out / part / "policy" / "model.safetensors") for part in ("round-2", "round-1")
     )
     kept = load_safetensors(out / "policy" / "model.safetensors")
     assert all(torch.equal(kept[name], value) for name, value in last.items())
@@ -131,15 +129,20 @@ def test_a_finished_run_is_only_read(
     finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, _ = finished
-    monkeypatch.setattr(recipe_run.GRPO, "learn", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr("wmpo_gym.pipeline.stages.train_sft", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(method.GRPO, "learn", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("wmpo_gym.pipeline.method.train_sft", lambda *a, **k: pytest.fail("trained again"))
     world = World.from_pretrained(out / "world")
     assert set(world.card["gates"]) == {"physics", "learnable", "faithful", "honest"}
     assert world.card["recipe"]["rollouts"] == 8
-    run = Run(TINY, out, progress=False)
-    demos = run.demonstrations()
-    run.base_policy(demos)
-    rounds = [run.round(number).rollouts(None) for number in (1, 2)]  # type: ignore[arg-type]
+    recipe, task = TINY.seeded(), get_task(TINY.task)
+    workspace = open_workspace(recipe, out, progress=False)
+    policy = method.train_policy(workspace, recipe, method.collect_demonstrations(workspace, recipe))
+    rounds = [
+        method.collect(
+            workspace.round(number), recipe.for_round(number), policy, recipe.round_start_states(task, number)
+        ).episodes
+        for number in (1, 2)
+    ]
     assert [len(episodes) for episodes in rounds] == [4, 4]
     assert not {e.start_state_id for e in rounds[0]} & {e.start_state_id for e in rounds[1]}
 
@@ -147,16 +150,17 @@ def test_a_finished_run_is_only_read(
 def test_a_policy_that_does_not_read_the_instruction_is_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gaps, trained, real = iter([0.01, 0.5]), [], stages.train_sft
+    gaps, trained, real = iter([0.01, 0.5]), [], method.train_sft
 
     def training(*args: Any, **kwargs: Any) -> Any:
         trained.append((kwargs["policy"], kwargs["seed"], kwargs["checkpoint_dir"].name))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "train_sft", training)
-    monkeypatch.setattr(stages, "instruction_gap", lambda *a: next(gaps))
-    run = Run(TINY, tmp_path, progress=False)
-    run.base_policy(run.demonstrations())
+    monkeypatch.setattr(method, "train_sft", training)
+    monkeypatch.setattr(method, "instruction_gap", lambda *a: next(gaps))
+    recipe = TINY.seeded()
+    workspace = open_workspace(recipe, tmp_path, progress=False)
+    method.train_policy(workspace, recipe, method.collect_demonstrations(workspace, recipe))
     (first, *then), (second, *later) = trained
     assert first is None and second is not None
     assert then == [0, "sft"] and later == [1000, "sft-2"]
@@ -165,7 +169,7 @@ def test_a_policy_that_does_not_read_the_instruction_is_trained_again(
 def test_the_gates_of_every_round_are_kept(finished: tuple[Path, dict[str, Any]]) -> None:
     out, results = finished
     card = World.from_pretrained(out / "world").card
-    for gates, part in ((results["gates"], ""), (card["gates"], "round-2")):
+    for gates, part in ((results["gates"], "round-1"), (card["gates"], "round-2")):
         assert json.dumps(gates) == json.dumps(json.loads((out / part / "gates.json").read_text()))
     assert results["gates"]["learnable"] == card["gates"]["learnable"]
     assert results["gates"]["faithful"] != card["gates"]["faithful"]
@@ -173,7 +177,7 @@ def test_the_gates_of_every_round_are_kept(finished: tuple[Path, dict[str, Any]]
 
 def test_other_settings_are_refused(finished: tuple[Path, dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="other settings"):
-        Run(replace(TINY, rollouts=10), finished[0], progress=False)
+        run_recipe(replace(TINY, rollouts=10), finished[0], progress=False)
 
 
 def test_seeds_share_no_start_state_and_splits_stay_apart() -> None:
@@ -192,7 +196,7 @@ def test_seeds_share_no_start_state_and_splits_stay_apart() -> None:
 def test_controls_run_and_change_what_they_name(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wmpo_gym.pipeline.stages.measure_learnable", lambda *a, **k: _no_gain())
+    monkeypatch.setattr("wmpo_gym.pipeline.method.measure_learnable", lambda *a, **k: _no_gain())
     seen: dict[str, Any] = {}
 
     def no_classifier(episodes: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -201,17 +205,17 @@ def test_controls_run_and_change_what_they_name(
 
     control = replace(TINY, play=0, classifier_demos=False)
     with monkeypatch.context() as patch:
-        patch.setattr("wmpo_gym.pipeline.stages.train_classifier", no_classifier)
+        patch.setattr("wmpo_gym.pipeline.method.train_classifier", no_classifier)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(control, tmp_path, progress=False)
     assert seen["episodes"] == control.rollouts // control.rounds
-    assert not (tmp_path / "play_world").exists() and (tmp_path / "aligned").exists()
+    assert not (tmp_path / "play_world").exists() and (tmp_path / "round-1" / "world_model").exists()
 
 
 def test_shuffled_rewards_keep_their_number_and_lose_their_owners() -> None:
     from wmpo_gym.algorithms.grpo import GRPO
 
-    model = recipe_run.ShuffledGRPO("MultiInputPolicy", "WMPO-Simulated-v0", n_groups=8, seed=0)
+    model = callbacks.ShuffledGRPO("MultiInputPolicy", "WMPO-Simulated-v0", n_groups=8, seed=0)
     waves = []
 
     def keep(self: Any, callback: Any) -> Any:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from wmpo_gym.envs.simulated.tabletop.expert import ArmExpertConfig
-from wmpo_gym.pipeline.presets import LIFT, RECIPES, GRPOSettings, recipe_for
-from wmpo_gym.pipeline.run import run_recipe
+from wmpo_gym.pipeline.method import run_recipe
+from wmpo_gym.pipeline.presets import LIFT, PRESETS, GRPOSettings, recipe_for
 from wmpo_gym.policies.sft import SFTSettings
 from wmpo_gym.world.networks.conv import ConvWorldModel
 from wmpo_gym.world.proprio import ProprioTraining
@@ -40,10 +40,10 @@ TINY = replace(
 
 
 def test_every_arm_task_has_a_recipe() -> None:
-    assert recipe_for("lift") == LIFT and recipe_for("move-block") == RECIPES["move-block"]
+    assert recipe_for("lift") == LIFT and recipe_for("move-block") == PRESETS["move-block"]
     assert LIFT.task == recipe_for("lift-close").task == "lift-close@64"
     assert recipe_for("lift@128") == replace(LIFT, task="lift@128")
-    assert recipe_for("move-block@48") == replace(RECIPES["move-block"], task="move-block@48")
+    assert recipe_for("move-block@48") == replace(PRESETS["move-block"], task="move-block@48")
     assert recipe_for("square") == replace(LIFT, task="square@64")
     assert recipe_for("coffee@128").task == "coffee@128"
 
@@ -57,7 +57,7 @@ def test_every_stage_runs_on_lift(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
         return learnable_gate(np.array([True, False]), np.array([True, False]), 1)
 
-    monkeypatch.setattr("wmpo_gym.pipeline.stages.measure_learnable", no_gain)
+    monkeypatch.setattr("wmpo_gym.pipeline.method.measure_learnable", no_gain)
     short = partial(ProprioTraining, steps=3, reader_steps=3, points_steps=3)
     monkeypatch.setattr("wmpo_gym.world.proprio.ProprioTraining", short)
     results = run_recipe(TINY, tmp_path, progress=False)

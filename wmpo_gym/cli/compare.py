@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wmpo_gym.experiments.plan import preset
-from wmpo_gym.experiments.run import run_study
+from wmpo_gym.experiments.run import run_experiment
 from wmpo_gym.experiments.summary import markdown_table, write_summary
 from wmpo_gym.utils.io import read_json
 
@@ -16,7 +16,7 @@ from wmpo_gym.utils.io import read_json
 class Command:
     """Compare methods on identical environments, budgets and start states.
 
-    Writes results.json, table.md and plots. Interrupted, the same command goes on with the cell it was in;
+    Writes results.json, table.md and plots. Interrupted, the same command resumes with the trial it was in;
     with more seeds, methods or budgets it trains only what is new.
 
     Attributes:
@@ -31,7 +31,9 @@ class Command:
         bundled: Start from the bundled base policy and play-trained world model for all seeds.
         trained_in: Directory of another comparison: test its policies, as far as it has them, instead of
             training new ones (for instance table2 and behaviour on those of table1).
-        jobs: Processes that train side by side, each with its share of the cores.
+        jobs: Processes that train in parallel, each with its share of the cores.
+        device: Where networks are trained and evaluated: auto (a GPU if there is one), cpu, cuda or cuda:1.
+        precision: fp32, or bf16 on a GPU.
         summary_only: Only write table and plots from the results.json in the directory.
     """
 
@@ -45,6 +47,8 @@ class Command:
     bundled: bool = False
     trained_in: Path | None = None
     jobs: int = 1
+    device: str = "auto"
+    precision: str = "fp32"
     summary_only: bool = False
 
     def run(self) -> None:
@@ -55,14 +59,22 @@ class Command:
             "budgets": self.budgets,
             "seeds": self.seeds,
             "episodes": self.episodes,
-            "bundled": self.bundled,
         }
+        if self.bundled:
+            given["recipe"] = replace(plan.recipe, base_policy=self.task, pretrained_world=self.task)
         plan = replace(plan, **{name: value for name, value in given.items() if value})
         out = self.out or Path("runs") / f"compare-{self.preset}-{self.task}"
         if self.summary_only:
             results = read_json(out / "results.json")
         else:
-            results = run_study(plan, out, trained_in=self.trained_in, jobs=self.jobs)
+            results = run_experiment(
+                plan,
+                out,
+                trained_in=self.trained_in,
+                jobs=self.jobs,
+                device=self.device,
+                precision=self.precision,
+            )
         write_summary(results, out)
         print(markdown_table(results))
         print(f"Table, plots and results.json are in {out}")

@@ -1,4 +1,4 @@
-"""``wmpo reproduce``: the whole method at full length, from nothing."""
+"""``wmpo reproduce``: the full method at full length, from nothing or from pre-trained weights."""
 
 from __future__ import annotations
 
@@ -10,48 +10,72 @@ from typing import Annotated
 
 import tyro
 
+from wmpo_gym.cli.common import option_value
+from wmpo_gym.pipeline.method import run_recipe
 from wmpo_gym.pipeline.presets import Recipe, recipe_for
-from wmpo_gym.pipeline.run import run_recipe
 from wmpo_gym.tasks import get_task
 
 
 @dataclass(frozen=True)
 class Command:
-    """The whole method at full length, from nothing.
+    """The full method at full length.
 
     Demonstrations, base policy, play, world model, classifier, gates, GRPO in imagination, paired test and
     report.
 
-    Interrupted, the same command goes on with the stage it was in.
+    Interrupted, the same command resumes with the stage it was in.
 
     Attributes:
-        task: Task; NAME@64 asks for pictures of 64 x 64 pixels. lift alone is lift-close@64, with the camera
+        task: Task; NAME@64 asks for frames of 64 x 64 pixels. lift alone is lift-close@64, with the camera
             nearer and a lift that it can see.
-        seed: Everything random derives from it.
+        preset: Settings to start from: demo, move-block, lift or paper (published sizes and settings); by
+            default those of the task.
+        seed: Seed of everything random.
         out: Directory of the run; default runs/reproduce-TASK-SEED.
-        recipe: Every other number.
+        device: Where networks are trained and evaluated: auto (a GPU if there is one), cpu, cuda or cuda:1.
+        precision: fp32, or bf16 on a GPU.
+        recipe: Every other setting.
     """
 
     task: Annotated[str, tyro.conf.Positional] = "move-block"
+    preset: str | None = None
     seed: int = 0
     out: Path | None = None
+    device: str = "auto"
+    precision: str = "fp32"
     recipe: tyro.conf.AvoidSubcommands[Recipe] = field(default_factory=Recipe)
 
     @classmethod
     def default_for(cls, options: Sequence[str]) -> Command:
-        """The recipe of the task that the options name."""
-        task = next((w for w in options if not w.startswith("-") and _is_task(w)), cls.task)
-        recipe = recipe_for(task)
-        return cls(task=recipe.task, recipe=recipe)
+        """The recipe of the task and the preset that the options name."""
+        preset = option_value(options, "--preset", "") or None
+        recipe = recipe_for(_named_task(options) or cls.task, preset)
+        return cls(task=recipe.task, preset=preset, recipe=recipe)
 
     def run(self) -> None:
         """Run what is missing."""
-        recipe = replace(self.recipe, task=recipe_for(self.task).task, seed=self.seed)
-        out = self.out or Path("runs") / f"reproduce-{recipe.task.replace(':', '-')}-{self.seed}"
-        run_recipe(recipe, out, command=" ".join(["wmpo", *sys.argv[1:]]))
+        task = recipe_for(self.task, self.preset).task
+        recipe = replace(self.recipe, task=task, seed=self.seed)
+        out = self.out or Path("runs") / f"reproduce-{task.replace(':', '-')}-{self.seed}"
+        run_recipe(
+            recipe,
+            out,
+            device=self.device,
+            precision=self.precision,
+            command=" ".join(["wmpo", *sys.argv[1:]]),
+        )
+
+
+def _named_task(options: Sequence[str]) -> str | None:
+    """The positional argument among unread options: a task that does not follow an option, or else any."""
+    words = [(before, word) for before, word in zip(["", *options], options, strict=False) if _is_task(word)]
+    free = [word for before, word in words if not before.startswith("-")]
+    return next(iter([*free, *(word for _, word in words)]), None)
 
 
 def _is_task(word: str) -> bool:
+    if word.startswith("-"):
+        return False
     try:
         get_task(word)
     except ValueError:

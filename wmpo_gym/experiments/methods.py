@@ -1,4 +1,4 @@
-"""How each method of a comparison turns its budget into a policy."""
+"""How every method of an experiment turns its budget of real episodes into a policy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
@@ -23,13 +24,17 @@ from wmpo_gym.data.episode import Episode
 from wmpo_gym.envs.ledger import Ledger
 from wmpo_gym.envs.simulated.scripted import record_expert
 from wmpo_gym.evaluation.learning import grpo_from_policy
-from wmpo_gym.experiments.plan import Cell, Plan
-from wmpo_gym.pipeline.run import Practised, practise
-from wmpo_gym.pipeline.stages import Run
+from wmpo_gym.experiments.plan import ExperimentPlan, Trial
+from wmpo_gym.pipeline import method as stages
+from wmpo_gym.pipeline.components import policy_config
+from wmpo_gym.pipeline.method import Collected, ImaginationResult
+from wmpo_gym.pipeline.presets import Recipe
+from wmpo_gym.pipeline.workspace import Workspace
 from wmpo_gym.policies.sft import train_sft
 from wmpo_gym.policies.vla_policy import VLAPolicy
 from wmpo_gym.rollouts.rollout import evaluate_policy_on, make_rollout_env
-from wmpo_gym.tasks import Task
+from wmpo_gym.tasks import Task, get_task
+from wmpo_gym.world.world import World
 
 GROUP = 8  # rollouts from one start state
 SAC_ROWS = 16
@@ -37,12 +42,12 @@ SAC_ROWS = 16
 
 @dataclass
 class Trained:
-    """What a method made.
+    """The outcome of a method.
 
     Attributes:
         policy: Anything that :func:`~wmpo_gym.rollouts.policy_runner.acting` takes.
         ledger: What the environments counted while it learned.
-        selection: What was spent on choosing a checkpoint, apart from that.
+        selection: Cost of selecting a checkpoint, which is not part of that.
     """
 
     policy: Any
@@ -50,74 +55,135 @@ class Trained:
     selection: Ledger
 
 
-class Workshop:
-    """What the cells of one seed share, and where each keeps its own.
+@dataclass(frozen=True)
+class SharedRun:
+    """A run whose artefacts several trials of one seed share.
 
-    Args:
-        plan: The comparison.
-        cell: The cell to train.
-        out: Directory of the comparison.
-        progress: Show headings and progress bars of the shared stages.
+    Attributes:
+        workspace: Where they are.
+        recipe: Their settings, seeded.
     """
 
-    def __init__(self, plan: Plan, cell: Cell, out: Path, *, progress: bool = False) -> None:
-        self.progress = progress
-        self.plan, self.cell, self.out = plan, cell, out / "cells" / cell.name
-        self._runs = out / "shared"
+    workspace: Workspace
+    recipe: Recipe
+
+
+class TrialContext:
+    """What a trial is trained with: its plan, the artefacts it shares with others and its own directory.
+
+    Args:
+        plan: The experiment.
+        trial: The trial to train.
+        out: Directory of the experiment.
+        device: Where networks are trained and evaluated.
+        precision: ``"fp32"`` or ``"bf16"``.
+        progress: Print headings and progress bars of the shared stages.
+    """
+
+    def __init__(
+        self,
+        plan: ExperimentPlan,
+        trial: Trial,
+        out: Path,
+        *,
+        device: str | torch.device = "auto",
+        precision: str = "fp32",
+        progress: bool = False,
+    ) -> None:
+        self.plan, self.trial, self.directory = plan, trial, out / "cells" / trial.name
+        self.task: Task = get_task(plan.recipe.task)
+        self._shared_root, self._precision, self._progress = out / "shared", precision, progress
+        self._device = device
         self.shared = self._run("")
 
-    def _run(self, suffix: str, **changes: Any) -> Run:
-        """A run of the cell's seed in a directory that its cells share."""
-        recipe = replace(self.plan.recipe, seed=self.cell.seed, **changes)
-        directory = self._runs / f"seed{self.cell.seed}{suffix}"
-        return Run(recipe, directory, bundled=self.plan.bundled, progress=self.progress)
+    def _run(self, suffix: str, **changes: Any) -> SharedRun:
+        """A run with the seed of the trial, in a directory that trials share."""
+        recipe = replace(self.plan.recipe, seed=self.trial.seed, **changes).seeded()
+        workspace = stages.open_workspace(
+            recipe,
+            self._shared_root / f"seed{self.trial.seed}{suffix}",
+            device=self._device,
+            precision=self._precision,
+            progress=self._progress,
+        )
+        return SharedRun(workspace, recipe)
 
     @property
-    def task(self) -> Task:
-        """The task."""
-        return self.shared.task
+    def device(self) -> torch.device:
+        """Where networks are trained and evaluated."""
+        return self.shared.workspace.device
 
     @cached_property
     def demonstrations(self) -> list[Episode]:
-        """The seed's demonstrations."""
-        return self.shared.demonstrations()
-
-    def base(self) -> VLAPolicy:
-        """A fresh copy of the seed's base policy."""
-        return self.shared.base_policy(self.demonstrations)
+        """Demonstrations of the seed."""
+        return stages.collect_demonstrations(self.shared.workspace, self.shared.recipe)
 
     @cached_property
-    def run(self) -> Run:
-        """The seed's run with this cell's budget, which the methods that imagine share with WMPO."""
-        return self._run(f"-{self.cell.budget}", rollouts=self.cell.budget)
+    def play(self) -> list[Episode]:
+        """Play of the seed."""
+        return stages.collect_play(self.shared.workspace, self.shared.recipe)
+
+    def base_policy(self) -> VLAPolicy:
+        """A fresh copy of the base policy of the seed."""
+        return stages.train_policy(self.shared.workspace, self.shared.recipe, self.demonstrations)
+
+    def pretrained_world(self) -> World:
+        """The pre-trained world model of the seed."""
+        return stages.pretrain_world(self.shared.workspace, self.shared.recipe, self.play)
 
     @cached_property
-    def practised(self) -> Practised:
-        """WMPO's policy, its last world and what it spent."""
-        return practise(self.run, self.shared, self.base())
+    def run(self) -> SharedRun:
+        """The run with the budget of the trial, shared by all methods that imagine."""
+        return self._run(f"-{self.trial.budget}", rollouts=self.trial.budget)
 
     @cached_property
-    def base_run(self) -> Run:
-        """A run of one round: all P rollouts are the base policy's."""
+    def base_run(self) -> SharedRun:
+        """A run of one round: all P rollouts are those of the base policy."""
         if self.plan.recipe.rounds == 1:
             return self.run
-        return self._run(f"-{self.cell.budget}-base", rollouts=self.cell.budget, rounds=1)
+        return self._run(f"-{self.trial.budget}-base", rollouts=self.trial.budget, rounds=1)
 
     @cached_property
-    def lifelong_run(self) -> Run:
-        """A run with a round per budget of the plan, which the cells of all budgets share."""
+    def lifelong_run(self) -> SharedRun:
+        """A run with one round per budget of the plan, shared by the trials of all budgets."""
         budgets = self.plan.budgets
         return self._run("-lifelong", rollouts=max(budgets), rounds=len(budgets))
 
+    @cached_property
+    def wmpo(self) -> ImaginationResult:
+        """WMPO's policy, its last world and its cost."""
+        return self._train_in_imagination(self.run)
+
+    def wmpo_lifelong(self) -> ImaginationResult:
+        """The same after the lifelong rounds up to the trial's budget."""
+        return self._train_in_imagination(self.lifelong_run, rounds=self.round)
+
+    def _train_in_imagination(self, run: SharedRun, *, rounds: int | None = None) -> ImaginationResult:
+        return stages.train_in_imagination(
+            run.workspace,
+            run.recipe,
+            self.base_policy(),
+            self.pretrained_world(),
+            self.demonstrations,
+            self.play,
+            rounds=rounds,
+        )
+
+    def collect_with_base_policy(self, policy: VLAPolicy) -> Collected:
+        """P labelled episodes of the base policy."""
+        run = self.base_run
+        start_states = run.recipe.round_start_states(self.task, 1)
+        return stages.collect(run.workspace.round(1), run.recipe, policy, start_states)
+
     @property
     def round(self) -> int:
-        """Which of the lifelong rounds the cell's budget is."""
-        return self.plan.round_of(self.cell.budget)
+        """The lifelong round that the budget belongs to."""
+        return self.plan.round_of(self.trial.budget)
 
     def stage_seconds(self) -> dict[str, float]:
-        """Seconds of the shared stages as they stand on the disk, by name; all sittings together."""
-        name = {"sft": "base_run", "wmpo-lifelong": "lifelong_run"}.get(self.cell.method, "run")
-        return {**getattr(self, name).seconds, **self.shared.seconds}
+        """Wall-clock seconds of the shared stages so far, by name."""
+        name = {"sft": "base_run", "wmpo-lifelong": "lifelong_run"}.get(self.trial.method, "run")
+        return {**getattr(self, name).workspace.seconds, **self.shared.workspace.seconds}
 
     def simulated(self, rows: int) -> Any:
         """Simulated rows on training start states."""
@@ -125,126 +191,163 @@ class Workshop:
 
     def imagined(self, rows: int) -> Any:
         """Imagined rows in WMPO's last world."""
-        world = self.practised.world
-        return make_rollout_env("WMPO-Imagined-v0", rows, task=self.task, world=world)
+        return make_rollout_env(
+            "WMPO-Imagined-v0", rows, task=self.task, world=self.wmpo.world, device=str(self.device)
+        )
 
 
 # -- methods -------------------------------------------------------------------------------------------------
-def train_base(shop: Workshop) -> Trained:
-    """Nothing."""
-    return Trained(shop.base(), Ledger(), Ledger())
+def train_base(context: TrialContext) -> Trained:
+    """No further training."""
+    return Trained(context.base_policy(), Ledger(), Ledger())
 
 
-def train_sft_filtered(shop: Workshop) -> Trained:
-    """Go on imitating, now the successes among the rollouts."""
-    policy = shop.base()
-    successes = [e for e in shop.base_run.rollouts(policy) if e.success]
+def train_sft_filtered(context: TrialContext) -> Trained:
+    """Continue to imitate, now the successes among the rollouts."""
+    policy = context.base_policy()
+    collected = context.collect_with_base_policy(policy)
+    successes = [e for e in collected.episodes if e.success]
     if successes:
         policy = train_sft(
-            successes, shop.task, settings=shop.plan.baselines.sft, seed=shop.cell.seed, policy=policy
+            successes,
+            context.task,
+            settings=context.plan.baselines.sft,
+            seed=context.trial.seed,
+            policy=policy,
+            device=context.device,
         )
-    return Trained(policy, shop.base_run.spent_on_rollouts(), Ledger())
+    return Trained(policy, collected.spent, Ledger())
 
 
-def train_grpo_real(shop: Workshop) -> Trained:
+def train_grpo_real(context: TrialContext) -> Trained:
     """GRPO whose every rollout is a real episode."""
-    settings, groups = shop.plan.baselines, shop.cell.budget // GROUP
+    settings, groups = context.plan.baselines, context.trial.budget // GROUP
     iterations = min(settings.grpo_iterations, groups)
-    with closing(shop.simulated(groups // iterations * GROUP)) as env:
+    with closing(context.simulated(groups // iterations * GROUP)) as env:
         model = grpo_from_policy(
-            GRPO, shop.base(), env, learning_rate=settings.grpo_learning_rate, group_size=GROUP,
-            n_epochs=settings.grpo_epochs, max_extra_batches=0, seed=shop.cell.seed,
-            checkpoint_dir=shop.out / "checkpoints",
-        )  # fmt: skip
-        chooser = Chooser(shop)
-        best = BestCheckpoint(chooser, iterations)
+            GRPO,
+            context.base_policy(),
+            env,
+            learning_rate=settings.grpo_learning_rate,
+            group_size=GROUP,
+            n_epochs=settings.grpo_epochs,
+            max_extra_batches=0,
+            seed=context.trial.seed,
+            device=context.device,
+            checkpoint_dir=context.directory / "checkpoints",
+        )
+        selector = CheckpointSelector(context)
+        best = BestCheckpoint(selector, iterations)
         model.learn(max_iterations=iterations, callback=best, resume=True)
-        return Trained(best.best(model.policy), model.budget, chooser.spent)
+        return Trained(best.best(model.policy), model.budget, selector.spent)
 
 
-def train_dpo(shop: Workshop) -> Trained:
+def train_dpo(context: TrialContext) -> Trained:
     """DPO from P real episodes of the base policy."""
-    return _dpo(shop, shop.simulated, shop.cell.budget // shop.plan.baselines.dpo_group_size, Ledger())
+    return _dpo(
+        context, context.simulated, context.trial.budget // context.plan.baselines.dpo_group_size, Ledger()
+    )
 
 
-def train_dpo_imagined(shop: Workshop) -> Trained:
+def train_dpo_imagined(context: TrialContext) -> Trained:
     """DPO from imagined episodes of the base policy."""
-    return _dpo(shop, shop.imagined, shop.plan.baselines.dpo_imagined_groups, shop.practised.spent)
+    return _dpo(context, context.imagined, context.plan.baselines.dpo_imagined_groups, context.wmpo.spent)
 
 
-def train_dpo_lifelong(shop: Workshop) -> Trained:
-    """DPO that collects anew with what it has become, round by round."""
-    n_groups = shop.cell.budget // shop.round // shop.plan.baselines.dpo_group_size
-    return _dpo(shop, shop.simulated, n_groups, Ledger(), rounds=shop.round)
+def train_dpo_lifelong(context: TrialContext) -> Trained:
+    """DPO that collects with its current policy, round by round."""
+    n_groups = context.trial.budget // context.round // context.plan.baselines.dpo_group_size
+    return _dpo(context, context.simulated, n_groups, Ledger(), rounds=context.round)
 
 
 def _dpo(
-    shop: Workshop, make_env: Callable[[int], Any], n_groups: int, spent: Ledger, *, rounds: int = 1
+    context: TrialContext, make_env: Callable[[int], Any], n_groups: int, spent: Ledger, *, rounds: int = 1
 ) -> Trained:
-    settings, size = shop.plan.baselines, shop.plan.baselines.dpo_group_size
+    settings, size = context.plan.baselines, context.plan.baselines.dpo_group_size
     with closing(make_env(min(n_groups * size, 128))) as env:
         model = grpo_from_policy(
-            ValidatedDPO, shop.base(), env, learning_rate=settings.dpo_learning_rate, beta=settings.dpo_beta,
-            sft_weight=settings.dpo_sft_weight, group_size=size, n_groups=n_groups, max_extra_batches=0,
-            validation_share=0.0, seed=shop.cell.seed,
-        )  # fmt: skip
-        model.chooser = chooser = Chooser(shop)
+            ValidatedDPO,
+            context.base_policy(),
+            env,
+            learning_rate=settings.dpo_learning_rate,
+            beta=settings.dpo_beta,
+            sft_weight=settings.dpo_sft_weight,
+            group_size=size,
+            n_groups=n_groups,
+            max_extra_batches=0,
+            validation_share=0.0,
+            seed=context.trial.seed,
+            device=context.device,
+        )
+        model.selector = selector = CheckpointSelector(context)
         model.learn(max_iterations=rounds)
-        return Trained(model.policy, model.budget + spent, chooser.spent)
+        return Trained(model.policy, model.budget + spent, selector.spent)
 
 
-def train_sac(shop: Workshop, *, demonstrations: bool = False, imagined: bool = False) -> Trained:
+def train_sac(context: TrialContext, *, demonstrations: bool = False, imagined: bool = False) -> Trained:
     """SB3's SAC until its episodes are spent."""
-    settings, n_chunks = shop.plan.baselines, shop.task.n_chunks
+    settings, n_chunks = context.plan.baselines, context.task.n_chunks
     name = "WMPO-Imagined-v0" if imagined else "WMPO-Simulated-v0"
-    special: dict[str, Any] = {"world": shop.practised.world} if imagined else {}
-    spent = shop.practised.spent if imagined else Ledger()
-    env = as_vec_env(gymnasium.make_vec(name, SAC_ROWS, task=shop.task, **special), SAC_ROWS)
-    chunks = settings.sac_imagined_chunks if imagined else shop.cell.budget * n_chunks
+    special: dict[str, Any] = {}
+    if imagined:
+        special = {"world": context.wmpo.world, "device": str(context.device)}
+    spent = context.wmpo.spent if imagined else Ledger()
+    env = as_vec_env(gymnasium.make_vec(name, SAC_ROWS, task=context.task, **special), SAC_ROWS)
+    chunks = settings.sac_imagined_chunks if imagined else context.trial.budget * n_chunks
     with closing(env):
         model = make_sac(
-            env, buffer_size=min(50_000, chunks + 10_000), seed=shop.cell.seed,
-            gradient_steps=settings.sac_gradient_steps, learning_starts=min(500, chunks // 4),
-        )  # fmt: skip
+            env,
+            buffer_size=min(50_000, chunks + 10_000),
+            seed=context.trial.seed,
+            gradient_steps=settings.sac_gradient_steps,
+            learning_starts=min(500, chunks // 4),
+            device=context.device,
+        )
         if demonstrations:
-            add_demonstrations(model, shop.demonstrations, shop.task)
+            add_demonstrations(model, context.demonstrations, context.task)
         before = read_ledger(env)
-        budget = None if imagined else shop.cell.budget
+        budget = None if imagined else context.trial.budget
         model.learn(chunks, callback=StopAtEpisodes(budget))
         return Trained(model, read_ledger(env) - before + spent, Ledger())
 
 
-def train_wmpo(shop: Workshop) -> Trained:
+def train_wmpo(context: TrialContext) -> Trained:
     """GRPO in imagination."""
-    return Trained(shop.practised.policy, shop.practised.spent, Ledger())
+    return Trained(context.wmpo.policy, context.wmpo.spent, Ledger())
 
 
-def train_wmpo_lifelong(shop: Workshop) -> Trained:
-    """GRPO in a world that is refreshed every round by what the policy has become."""
-    practised = practise(shop.lifelong_run, shop.shared, shop.base(), rounds=shop.round)
-    return Trained(practised.policy, practised.spent, Ledger())
+def train_wmpo_lifelong(context: TrialContext) -> Trained:
+    """GRPO in a world that is aligned with the current policy in every round."""
+    result = context.wmpo_lifelong()
+    return Trained(result.policy, result.spent, Ledger())
 
 
-def train_on_demonstrations(shop: Workshop) -> Trained:
-    """Imitate P demonstrations more, of the same expert."""
-    recipe, seed = shop.run.recipe, shop.cell.seed
-    more = list(
-        record_expert(shop.run.starts["rollouts"], seed=seed + 1, config=recipe.expert, task=shop.task)
+def train_on_demonstrations(context: TrialContext) -> Trained:
+    """Imitate P more demonstrations of the same expert."""
+    recipe, seed = context.run.recipe, context.trial.seed
+    ids = recipe.start_states(context.task)["rollouts"]
+    more = list(record_expert(ids, seed=seed + 1, config=recipe.expert, task=context.task))
+    policy = train_sft(
+        [*context.demonstrations, *more],
+        context.task,
+        config=policy_config(recipe, context.task),
+        settings=recipe.sft,
+        seed=seed,
+        device=context.device,
     )
-    policy = train_sft([*shop.demonstrations, *more], shop.task, settings=recipe.sft, seed=seed)
     spent = Ledger(real_episodes=len(more), real_steps=sum(e.n_steps for e in more))
     return Trained(policy, spent, Ledger())
 
 
-METHODS: dict[str, Callable[[Workshop], Trained]] = {
+METHODS: dict[str, Callable[[TrialContext], Trained]] = {
     "base": train_base,
     "sft": train_sft_filtered,
     "dpo": train_dpo,
     "dpo-imagined": train_dpo_imagined,
     "grpo": train_grpo_real,
     "sac": train_sac,
-    "sac-demos": lambda shop: train_sac(shop, demonstrations=True),
-    "sac-imagined": lambda shop: train_sac(shop, demonstrations=True, imagined=True),
+    "sac-demos": lambda context: train_sac(context, demonstrations=True),
+    "sac-imagined": lambda context: train_sac(context, demonstrations=True, imagined=True),
     "wmpo": train_wmpo,
     "demonstrations": train_on_demonstrations,
     "dpo-lifelong": train_dpo_lifelong,
@@ -261,14 +364,14 @@ STAGES: dict[str, tuple[str, ...]] = {
     "sft": (*_BASE, "rollouts"),
     **dict.fromkeys(("dpo-imagined", "sac-imagined", "wmpo", "wmpo-lifelong"), _WMPO),
 }
-"""Shared stages each method stands on, whichever cell happened to run them; their time is the method's."""
+"""Shared stages that each method depends on, whichever trial ran them; their time counts as the method's."""
 
 
 # -- callbacks -----------------------------------------------------------------------------------------------
 class StopAtEpisodes(BaseCallback):
-    """Ends training when the environment has run so many real episodes; None never does.
+    """Ends training after a number of real episodes; None never does.
 
-    Episodes that the last round of rows has begun are counted, so there may be up to a row count too many.
+    Episodes in progress are counted, so that there may be up to one per row too many.
     """
 
     def __init__(self, episodes: int | None) -> None:
@@ -279,54 +382,59 @@ class StopAtEpisodes(BaseCallback):
         return self.episodes is None or read_ledger(self.training_env).real_episodes < self.episodes
 
 
-class Chooser:
-    """Judges weights by the success on validation start states, sampled.
+class CheckpointSelector:
+    """Evaluates weights by the success on validation start states, sampled.
 
     Attributes:
-        spent: What looking has cost so far.
+        spent: Cost of the evaluations so far.
     """
 
-    def __init__(self, shop: Workshop) -> None:
-        self.plan, self.seed, self.spent = shop.plan, shop.cell.seed, Ledger()
+    def __init__(self, context: TrialContext) -> None:
+        self.plan, self.seed, self.spent = context.plan, context.trial.seed, Ledger()
 
-    def look(self, policy: Any) -> float | None:
+    def evaluate(self, policy: Any) -> float | None:
         """The success rate, or None if the plan has no episodes for it."""
         plan = self.plan
         if not plan.selection_episodes:
             return None
-        tried = evaluate_policy_on(
-            plan.task, policy, "validation", plan.selection_episodes, deterministic=False, seed=self.seed,
+        rollouts = evaluate_policy_on(
+            plan.task,
+            policy,
+            "validation",
+            plan.selection_episodes,
+            deterministic=False,
+            seed=self.seed,
             progress=False,
-        )  # fmt: skip
-        self.spent = self.spent + tried.ledger
-        return tried.rate.value
+        )
+        self.spent = self.spent + rollouts.ledger
+        return rollouts.rate.value
 
 
 class BestCheckpoint(BaseCallback):
-    """Keeps the weights that a chooser likes best, looked at four times."""
+    """Keeps the weights with the highest success rate, evaluated four times during training."""
 
-    def __init__(self, chooser: Chooser, iterations: int) -> None:
+    def __init__(self, selector: CheckpointSelector, iterations: int) -> None:
         super().__init__()
-        self.chooser, self.every = chooser, max(1, iterations // 4)
+        self.selector, self.every = selector, max(1, iterations // 4)
         self._best, self._weights = -1.0, {}  # type: float, dict[str, Any]
 
     def _on_rollout_start(self) -> None:
         iteration = self.model._iteration
         if iteration and iteration % self.every == 0:
-            self._look(self.model.policy)
+            self._evaluate(self.model.policy)
 
     def _on_step(self) -> bool:
         return True
 
     def best(self, policy: Any) -> Any:
-        """The policy with the best weights put back; with no selection episodes, as it is."""
-        self._look(policy)
+        """The policy with the best weights restored; without selection episodes, as it is."""
+        self._evaluate(policy)
         if self._weights:
             policy.load_state_dict(self._weights)
         return policy
 
-    def _look(self, policy: Any) -> None:
-        score = self.chooser.look(policy)
+    def _evaluate(self, policy: Any) -> None:
+        score = self.selector.evaluate(policy)
         if score is not None and score > self._best:
             self._best, self._weights = score, copy.deepcopy(policy.state_dict())
 
@@ -334,8 +442,8 @@ class BestCheckpoint(BaseCallback):
 class ValidatedDPO(DPO):
     """DPO that keeps the weights with the most successes on validation start states."""
 
-    chooser: Chooser
+    selector: CheckpointSelector
 
     def score(self, rollouts: Trajectories, held_out: Tensor) -> float | None:
-        """See :meth:`Chooser.look`."""
-        return self.chooser.look(self.policy)
+        """See :meth:`CheckpointSelector.evaluate`."""
+        return self.selector.evaluate(self.policy)

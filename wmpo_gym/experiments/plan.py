@@ -1,4 +1,4 @@
-"""What a comparison covers: methods, budgets of real episodes, seeds and scene variants."""
+"""Plan of an experiment: methods, budgets of real episodes, seeds and scene variants."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from wmpo_gym.pipeline.presets import Recipe
 from wmpo_gym.policies.sft import SFTSettings
 
-SAW = {
+DATA_USED = {
     "base": "demonstrations",
     "sft": "demonstrations, and the successes among P rollouts of the base policy",
     "dpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
@@ -24,7 +24,7 @@ SAW = {
     "dpo-lifelong": "as dpo, the P rollouts collected in equal rounds by the policy as it was then",
     "wmpo-lifelong": "as wmpo, the P rollouts collected in equal rounds by the policy as it was then",
 }
-"""What every method learned from, by its name."""
+"""Training data of every method, by its name."""
 
 WITHOUT_BUDGET = ("base",)
 
@@ -61,13 +61,13 @@ class Baselines:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One trained policy.
+class Trial:
+    """One training of one method.
 
     Attributes:
-        method: A key of :data:`SAW`.
+        method: A key of :data:`DATA_USED`.
         budget: Real episodes P; 0 for the base policy.
-        seed: Everything random.
+        seed: Seed of everything random.
     """
 
     method: str
@@ -76,27 +76,26 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As a directory."""
+        """Name of its directory."""
         return f"{self.method}-{self.budget}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A table of cells.
+class ExperimentPlan:
+    """Trials and how their policies are tested.
 
     Attributes:
         task: Task.
-        methods: Keys of :data:`SAW`.
+        methods: Keys of :data:`DATA_USED`.
         budgets: Real episodes P.
         seeds: Seeds; each has its own demonstrations, base policy and play.
         variants: Scene variants every policy is tested in.
         episodes: Test start states per variant.
         selection_episodes: Validation start states by which GRPO's checkpoint on real episodes is chosen; 0
             takes the last. The other methods have one checkpoint.
-        self_correction: Also count failed first contacts and what came of them.
-        bundled: Start from the bundled base policy and play-trained world instead of training them per seed.
-        recipe: WMPO's settings, and those of what all methods share.
-        baselines: Settings of the others.
+        self_correction: Also count failed first contacts and how many were recovered from.
+        recipe: Settings of WMPO and of what all methods share.
+        baselines: Settings of the other methods.
     """
 
     task: str = "move-block"
@@ -117,13 +116,12 @@ class Plan:
     episodes: int = 512
     selection_episodes: int = 128
     self_correction: bool = False
-    bundled: bool = False
     recipe: Recipe = field(default_factory=Recipe)
     baselines: Baselines = field(default_factory=Baselines)
 
     def __post_init__(self) -> None:
-        if unknown := [m for m in self.methods if m not in SAW]:
-            raise ValueError(f"Unknown method {', '.join(unknown)}; choose from {', '.join(SAW)}.")
+        if unknown := [m for m in self.methods if m not in DATA_USED]:
+            raise ValueError(f"Unknown method {', '.join(unknown)}; choose from {', '.join(DATA_USED)}.")
         if bad := [b for b in self.budgets if b < 32 or b % 32]:
             raise ValueError(f"Budgets are multiples of 32 real episodes, got {bad}.")
         if any(m.endswith("-lifelong") for m in self.methods):
@@ -137,36 +135,38 @@ class Plan:
         """Which lifelong round a budget belongs to, from 1."""
         return sorted(self.budgets).index(budget) + 1
 
-    def cells(self) -> Iterator[Cell]:
-        """Seed by seed, so that an interrupted comparison has whole rows."""
+    def trials(self) -> Iterator[Trial]:
+        """All trials seed by seed, so that an interrupted experiment has whole rows."""
         for seed in self.seeds:
             for method in self.methods:
                 for budget in (0,) if method in WITHOUT_BUDGET else self.budgets:
-                    yield Cell(method, budget, seed)
+                    yield Trial(method, budget, seed)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return asdict(self)
 
 
-PRESETS: dict[str, Plan] = {
-    "table1": Plan(),
-    "table2": Plan(
+PRESETS: dict[str, ExperimentPlan] = {
+    "table1": ExperimentPlan(),
+    "table2": ExperimentPlan(
         methods=("base", "dpo", "grpo", "wmpo"),
         budgets=(128,),
         variants=("nominal", "moved-goal", "background", "texture"),
     ),
-    "behaviour": Plan(methods=("base", "dpo", "grpo", "wmpo"), budgets=(128,), self_correction=True),
-    "lifelong": Plan(
+    "behaviour": ExperimentPlan(
+        methods=("base", "dpo", "grpo", "wmpo"), budgets=(128,), self_correction=True
+    ),
+    "lifelong": ExperimentPlan(
         methods=("base", "demonstrations", "dpo-lifelong", "wmpo-lifelong"), budgets=(128, 256, 384)
     ),
 }
-"""The paper's questions: ``table1`` sample efficiency and final success, ``table2`` changed scenes,
+"""Experiments of the paper: ``table1`` sample efficiency and final success, ``table2`` changed scenes,
 ``behaviour`` length of successful episodes and self-correction (Figures 3 to 5), ``lifelong`` round after
 round (Figure 6)."""
 
 
-def preset(name: str, task: str) -> Plan:
+def preset(name: str, task: str) -> ExperimentPlan:
     """A preset for a task.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From the outcomes of a comparison to its table, its statistics and its plots."""
+"""Statistics, table and plots of an experiment, from its results alone."""
 
 from __future__ import annotations
 

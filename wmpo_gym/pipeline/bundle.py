@@ -64,7 +64,7 @@ def bundle(run: Path, target: Path, revision: str = "") -> None:
     world.save_pretrained(target / "world", dtype="float16")
     play.save_pretrained(target / "play", dtype="float16")
     VLAPolicy.from_pretrained(run / "base_policy").save_pretrained(target / "policy")
-    last = run / f"round-{recipe['rounds']}" if recipe["rounds"] > 1 else run
+    last = run / f"round-{recipe['rounds']}"
     classifier, gates = read_json(last / "classifier.json"), world.card["gates"]
     with write_file_atomic(target / "MODEL_CARD.md") as temporary:
         temporary.write_text(_card(results, gates, recipe, classifier, revision), encoding="utf-8")
