@@ -138,7 +138,7 @@ def check_world_model(name_or_dir: str, recipe: Recipe, task: Task) -> Path:
     if pixels != (recipe.autoencoder == "pixels"):
         found["autoencoder"], asked["autoencoder"] = components["autoencoder"], recipe.autoencoder
     for name, value in recipe.network_config.items():
-        found[f"network_config {name}"], asked[f"network_config {name}"] = sizes.get(name), value
+        found[f"network_config.{name}"], asked[f"network_config.{name}"] = sizes.get(name), value
     for name, value in found.items():
         if value != asked[name]:
             raise ValueError(

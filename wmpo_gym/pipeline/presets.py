@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from wmpo_gym.envs.simulated.scripted import AnyExpert, ExpertConfig
+from wmpo_gym.envs.simulated.scripted import AnyExpert, ExpertConfig, default_expert
 from wmpo_gym.envs.simulated.tabletop.expert import ArmExpertConfig
 from wmpo_gym.policies.sft import SFTSettings
 from wmpo_gym.tasks import Task, get_task
@@ -309,8 +309,9 @@ def recipe_for(task: str, preset: str | None = None) -> Recipe:
 
     Args:
         task: Name of the task; one without an image size gets the size that :data:`TASK_PRESETS` lists.
-        preset: Key of :data:`PRESETS`, whose settings are taken with the task exactly as it is named; None
-            takes the preset of the task.
+        preset: Key of :data:`PRESETS`, whose settings are taken with the task exactly as it is named, and
+            with the task's default expert where the preset's belongs to another simulator; None takes the
+            preset of the task.
 
     Raises:
         ValueError: If there is no such task or no such preset.
@@ -319,6 +320,9 @@ def recipe_for(task: str, preset: str | None = None) -> Recipe:
     if preset is not None:
         if preset not in PRESETS:
             raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(PRESETS)}.")
-        return replace(PRESETS[preset], task=task)
+        recipe, expert = PRESETS[preset], default_expert(task)
+        if isinstance(recipe.expert, type(expert)):
+            expert = recipe.expert
+        return replace(recipe, task=task, expert=expert)
     name, sized = TASK_PRESETS.get(base, TASK_PRESETS[""])
     return replace(PRESETS[name], task=task if "@" in task else sized.format(base))
