@@ -1,10 +1,10 @@
-"""Your own Gymnasium environment turned into an imagined world: record, learn the world, practise in it.
+"""Train in imagination for your own Gymnasium environment: record, learn a world model, optimise in it.
 
 python examples/custom_task.py --episodes 300 --world-steps 1500 --iterations 15
 
-Nothing of your environment is needed but its pictures: random episodes of it are recorded, a world model and
-a success classifier are learned from them, GRPO improves a small policy in imagination alone, and the policy
-is tried in the environment itself. Works with any environment that draws square RGB frames.
+Only the frames of your environment are needed: random episodes of it are recorded, a world model and a
+success classifier are trained on them, GRPO improves a small policy in imagination alone, and the policy is
+evaluated in the environment itself. Works with any environment that renders square RGB frames.
 """
 
 from dataclasses import dataclass
@@ -55,14 +55,14 @@ class Args:
     """GRPO iterations in imagination"""
     n_groups: int = 16
     """start states per iteration"""
-    tries: int = 200
+    test_episodes: int = 200
     """episodes of the final test"""
     seed: int = 0
     """seed of everything"""
 
 
 class ReachSquare(gymnasium.Env):
-    """Stands for your environment: one control step per ``step``, a picture as the observation."""
+    """Stands in for your environment: one control step per ``step``, a frame as the observation."""
 
     observation_space = spaces.Box(0, 255, (40, 40, 3), np.uint8)
     action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -71,21 +71,21 @@ class ReachSquare(gymnasium.Env):
         """Dot and square somewhere, both decided by the seed."""
         super().reset(seed=seed)
         self.dot, self.square = self.np_random.uniform(0.15, 0.85, (2, 2))
-        return self._picture(), {}
+        return self._render(), {}
 
     def step(self, action):
-        """Move the dot by up to a tenth of the picture."""
+        """Move the dot by up to a tenth of the frame."""
         self.dot = np.clip(self.dot + 0.1 * np.asarray(action), 0.05, 0.95)
         success = bool(np.abs(self.dot - self.square).max() < 0.15)
-        return self._picture(), float(success), success, False, {"is_success": success}
+        return self._render(), float(success), success, False, {"is_success": success}
 
-    def _picture(self):
+    def _render(self):
         centres = (np.arange(40) + 0.5) / 40
         x, y = np.meshgrid(centres, centres)
-        picture = np.full((40, 40, 3), 150, np.uint8)
-        picture[np.maximum(abs(x - self.square[0]), abs(y - self.square[1])) < 0.12] = (220, 60, 40)
-        picture[np.hypot(x - self.dot[0], y - self.dot[1]) < 0.08] = (30, 30, 30)
-        return picture
+        frame = np.full((40, 40, 3), 150, np.uint8)
+        frame[np.maximum(abs(x - self.square[0]), abs(y - self.square[1])) < 0.12] = (220, 60, 40)
+        frame[np.hypot(x - self.dot[0], y - self.dot[1]) < 0.08] = (30, 30, 30)
+        return frame
 
 
 def run_episode(env, start_state: int, choose) -> Episode:
@@ -122,14 +122,14 @@ def learn_world(episodes: list[Episode], args: Args) -> World:
 
 
 def main(args: Args) -> None:
-    """Record, learn the world, practise in it, try outside."""
+    """Record, learn the world, optimise in it, evaluate in the environment."""
     env, rng = ReachSquare(), np.random.default_rng(args.seed)
 
-    def wander(frame):  # random, but steadily so within a chunk
-        steady = rng.uniform(-1, 1, 2)
-        return np.clip(steady + rng.normal(0, 0.3, (TASK.chunk, 2)), -1, 1).astype(np.float32)
+    def explore(frame):  # random, with one mean per chunk
+        mean = rng.uniform(-1, 1, 2)
+        return np.clip(mean + rng.normal(0, 0.3, (TASK.chunk, 2)), -1, 1).astype(np.float32)
 
-    episodes = [run_episode(env, i, wander) for i in TASK.split_ids("train")[: args.episodes]]
+    episodes = [run_episode(env, i, explore) for i in TASK.split_ids("train")[: args.episodes]]
     print(f"random episodes: {success_rate([bool(e.success) for e in episodes])}")
     world = learn_world(episodes, args)
     model = GRPO(
@@ -143,13 +143,13 @@ def main(args: Args) -> None:
     def act(frame):
         return model.predict({"pixels": frame, "task_id": np.array(0)}, deterministic=False)[0]
 
-    def tried():
-        ids = TASK.split_ids("test")[: args.tries]
+    def evaluate():
+        ids = TASK.split_ids("test")[: args.test_episodes]
         return success_rate([bool(run_episode(env, i, act).success) for i in ids])
 
-    before = tried()
+    before = evaluate()
     model.learn(max_iterations=args.iterations)
-    print(f"in the environment itself: before {before}, after imagination {tried()}")
+    print(f"in the environment itself: before {before}, after training in imagination {evaluate()}")
 
 
 if __name__ == "__main__":

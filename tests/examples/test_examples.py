@@ -16,7 +16,7 @@ OPTIONS = {
     ],
     "custom_task.py": [
         *["--episodes", "30", "--world-steps", "3", "--classifier-steps", "3", "--iterations", "1"],
-        *["--n-groups", "2", "--tries", "4"],
+        *["--n-groups", "2", "--test-episodes", "4"],
     ],
     "lifelong.py": [
         *["--rounds", "2", "--real-episodes", "12", "--world-steps", "2", "--classifier-steps", "3"],

@@ -61,6 +61,10 @@ class Workspace:
         """
         found = resolve_device(device)
         checked = check_precision(precision, found)
+        if checked != "fp32":  # until every training of the method takes a precision
+            raise ValueError(
+                f"World models are trained in fp32 here, not in {precision}; use precision fp32."
+            )
         directory = Path(directory)
         keep_settings(directory / "recipe.json", settings)
         return cls(directory, directory, found, checked, progress)
