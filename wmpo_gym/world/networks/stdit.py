@@ -22,7 +22,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from wmpo_gym.utils.kernels import Linear
+from wmpo_gym.utils.kernels import Linear, lean
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -51,25 +51,32 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         past: KeysValues | None = None,
     ) -> tuple[Tensor, KeysValues]:
-        """Attend over dimension 1.
+        """Attend within frames, or with a rotation over the frames of each place.
 
         Args:
-            x: ``(N, L, dim)``.
-            rotation: Angles ``(L, head_dim / 2)`` of the rotary embedding, or None.
-            mask: bool ``(L, P + L)``, True where a query may look, or None for everywhere.
-            past: Keys and values ``(N, heads, P, head_dim)`` that come before those of ``x``.
+            x: ``(B, T, S, dim)``: frames T, places S.
+            rotation: Angles ``(T, head_dim / 2)`` of the rotary embedding for attention over T; None for
+                attention over S.
+            mask: bool ``(T, P + T)``, True where a query may look, or None for everywhere.
+            past: Keys and values ``(B, S * heads, P, head_dim)`` of the frames before those of ``x``.
 
         Returns:
-            ``(N, L, dim)``, and the keys (normalised and rotated) and values attended to.
+            ``(B, T, S, dim)``, and the keys (normalised and rotated) and values attended to.
         """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+        batch, frames, places, _ = x.shape
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(dim=3)
+        q, k = rms_norm(self.q_norm, q), rms_norm(self.k_norm, k)
+        if rotation is None:
+            q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return self.proj(out.transpose(1, 2).reshape(x.shape)), (k, v)
+        # Places and heads together are the heads of the attention, so that no token is moved.
+        q, k = (rotate(t, rotation[:, None, None]) for t in (q, k))
+        q, k, v = (t.flatten(2, 3).transpose(1, 2) for t in (q, k, v))
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(out.transpose(1, 2).flatten(2)), (k, v)
+        return self.proj(out.transpose(1, 2).reshape(x.shape)), (k, v)
 
 
 class Block(nn.Module):
@@ -93,8 +100,8 @@ class SpatialBlock(Block):
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Tokens ``(B, T, S, dim)`` and modulation ``(B, T or 1, 6, dim)`` to tokens."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self._modulation(modulation)
-        out, _ = self.attn(modulate(x, shift, scale).flatten(0, 1))
-        x = torch.addcmul(x, gate, out.view_as(x))
+        out, _ = self.attn(modulate(x, shift, scale))
+        x = torch.addcmul(x, gate, out)
         return torch.addcmul(x, mlp_gate, self.mlp(modulate(x, mlp_shift, mlp_scale)))
 
 
@@ -106,9 +113,8 @@ class TemporalBlock(Block):
     ) -> tuple[Tensor, KeysValues]:
         """Like :class:`SpatialBlock`; arguments and keys and values as in :class:`Attention`."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self._modulation(modulation)
-        by_place = modulate(x, shift, scale).transpose(1, 2).flatten(0, 1)
-        out, keys_values = self.attn(by_place, rotation, mask, past)
-        x = torch.addcmul(x, gate, out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2))
+        out, keys_values = self.attn(modulate(x, shift, scale), rotation, mask, past)
+        x = torch.addcmul(x, gate, out)
         return torch.addcmul(x, mlp_gate, self.mlp(modulate(x, mlp_shift, mlp_scale))), keys_values
 
 
@@ -178,7 +184,7 @@ class STDiT(ModelMixin, ConfigMixin):
 
     _no_split_modules = ["SpatialBlock", "TemporalBlock"]
 
-    cpu_batch = 8  # see ConvWorldModel
+    cpu_batch = 2  # see ConvWorldModel; the activations of a block fit the cache of a core
     other_dtypes = ("bfloat16",)
 
     @register_to_config
@@ -370,10 +376,22 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
+def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """RMS normalisation of the last dimension; in two passes over ``x`` where :func:`lean` allows it."""
+    if not lean(x):
+        return norm(x)
+    assert norm.eps is not None
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    return (x * square.add_(norm.eps).rsqrt_()).mul_(norm.weight)
+
+
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotary embedding: turn each adjacent pair of ``(..., L, d)`` by its angle ``(L, d / 2)``."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(dim=-1)
+    """Rotary embedding: turn each adjacent pair of ``(..., d)`` by its angle ``(..., d / 2)``."""
     cos, sin = angles.cos(), angles.sin()
+    if lean(x):
+        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+        return torch.view_as_real(turned).flatten(-2)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(dim=-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
