@@ -157,9 +157,21 @@ def test_whole_benchmark_prints_and_is_json(tiny_world):
     assert r["frames_per_second"] == r["imagined"][1]["frames_per_second"]
     assert 0 <= r["max_abs_frame_difference"] < 1e-5 and 0 < r["peak_fraction"] < 1
     text = bench_text(r)
-    for needle in ("frames/s", "2 rows", "glue %", "physics %", "cached context", "peak memory", "load"):
+    for needle in (
+        "frames/s",
+        "2 rows",
+        "glue %",
+        "physics %",
+        "cached context",
+        "peak memory",
+        "load",
+        "steps/s",
+        "targets:",
+    ):
         assert needle in text
     assert len(r["imagined"]) == len(r["simulated"]) == 2
+    low, high = r["transformer"]["ratio_range"]
+    assert low <= r["ratio_to_plain"] <= high and 0 < r["training"]["peak_fraction"] < 1
 
 
 def test_random_policy_repeats():

@@ -171,7 +171,7 @@ def paper() -> Estimator:
 
 
 def test_published_world(paper):
-    """wmpo_system.md §2.1, §2.7: without the cached context, 5.4 PFLOP per coffee trajectory."""
+    """The published sizes: without the cached context, 5.4 PFLOP per coffee trajectory."""
     counts = paper.parameters
     assert counts["world model"] == 907_789_856
     assert counts["autoencoder"] == 83_653_863 and counts["classifier"] == pytest.approx(86.2e6, rel=1e-3)
@@ -181,7 +181,7 @@ def test_published_world(paper):
 
 @pytest.mark.slow
 def test_published_plan(capsys):
-    """wmpo_system.md §2.7: the policy's forward passes take about 2.4 PFLOP per 16 trajectories."""
+    """At the published sizes the policy's forward passes take about 2.4 PFLOP per 16 trajectories."""
     assert main(["estimate", "--preset", "paper", "--task", "coffee"]) == 0
     printed = capsys.readouterr().out
     one, many = printed.split("1 x 80 GB")[1].split("4 x 8 x 80 GB")

@@ -53,6 +53,7 @@ def test_finished_rows_are_dropped_and_plain_ones_are_not(tiny_world, monkeypatc
     imagination = cpu_imagination(tiny_world, **TINY)
     assert imagination.nfe_per_chunk == 30 and imagination.noise_shape == (3, 8, 40, 40)
     assert imagination.network.x_embedder.stride == (5, 5)  # 64 tokens per frame
+    imagination.network.cpu_batch = 4  # all rows at once
     calls: list[tuple[int, int]] = []
     step = type(imagination).step
 

@@ -17,7 +17,7 @@ import numpy as np
 from wmpo_gym.bench.peak import synchronizer
 from wmpo_gym.bench.shortcuts import REPEATS, RandomPolicy, bench_plain
 from wmpo_gym.bench.stopwatch import Stopwatch, Targets, timed_methods
-from wmpo_gym.bench.transformer import bench_transformer, cpu_imagination
+from wmpo_gym.bench.transformer import bench_training, bench_transformer, cpu_imagination
 from wmpo_gym.report.results import aligned
 from wmpo_gym.rollouts.imagined import device_of
 from wmpo_gym.rollouts.protocol import installed_versions
@@ -163,10 +163,11 @@ def bench(
         JSON-able. First what is asked for most: ``frames_per_second`` and ``split`` (largest batch of this
         world), ``ratio_to_plain_bundled`` (this world), ``ratio_to_plain``, ``ratio_to_plain_few_step``,
         ``max_abs_frame_difference`` and ``peak_fraction`` (the transformer). Then everything: ``imagined``
-        and ``simulated`` (one entry per batch size), ``plain``, ``transformer``, ``machine``.
+        and ``simulated`` (one entry per batch size), ``plain``, ``transformer``, ``training`` (of that
+        transformer), ``seconds`` (of the whole benchmark), ``machine``.
     """
     result: dict[str, Any] = {"imagined": [], "simulated": []}
-    most = max(rows)
+    most, began = max(rows), time.perf_counter()
 
     def compare() -> None:
         result["plain"] = bench_plain(world, policy, rows=most, repeats=repeats, seed=seed, **options)
@@ -176,7 +177,16 @@ def bench(
         n = size.pop("rows")
         imagination = cpu_imagination(world, seed=seed, **size)
         result["transformer"] = bench_transformer(
-            imagination, world.classifier, result["plain"]["finish"], world.task.horizon, rows=n, seed=seed
+            imagination,
+            world.classifier,
+            result["plain"]["finish"],
+            world.task.horizon,
+            rows=n,
+            repeats=min(repeats, 3),
+            seed=seed,
+        )
+        result["training"] = bench_training(
+            imagination.network, world.task.image_size, repeats=repeats, seed=seed
         )
 
     def measure(name: str, function: Callable[..., dict[str, Any]], what: Any, n: int, **more: Any) -> None:
@@ -199,6 +209,7 @@ def bench(
         "max_abs_frame_difference": ours["largest_difference"],
         "peak_fraction": ours["peak_fraction"],
     }
+    result["seconds"] = time.perf_counter() - began
     return headline | result | {"machine": machine(device_of(world))}
 
 
@@ -241,7 +252,40 @@ def bench_text(result: Mapping[str, Any]) -> str:
         f"kernels {plain['kernels']:.2f}); {100 * plain['plain_wasted_frames']:.0f} % of its frames come "
         f"after the claim, {100 * plain['same_finish']:.1f} % of the episodes end at the same frame"
     )
-    return "\n".join([*lines, *transformer_text(result["transformer"]), machine_text(result["machine"])])
+    lines += [*transformer_text(result["transformer"]), *training_text(result["training"])]
+    return "\n".join([*lines, *target_lines(result), machine_text(result["machine"])])
+
+
+def training_text(t: Mapping[str, Any]) -> list[str]:
+    """Line about the result of :func:`~wmpo_gym.bench.transformer.bench_training`."""
+    memory = "" if t["peak_memory_gib"] is None else f", peak memory {t['peak_memory_gib']:.1f} GiB"
+    return [
+        f"training of the transformer, {t['rows']} rows: {t['steps_per_second']:.3f} steps/s, "
+        f"{t['gflops_per_second']:,.0f} GFLOP/s, {100 * t['peak_fraction']:.0f} % of the matmul peak{memory}"
+    ]
+
+
+def target_lines(result: Mapping[str, Any]) -> list[str]:
+    """A line per target of speed: the measured median, its range over the repeats, and the target."""
+    t, training = result["transformer"], result["training"]
+    rows = [
+        ("same steps, times the plain way", t["ratio"], t["ratio_range"], 2.5),
+        ("few steps, times the plain way", t["ratio_few_step"], t["ratio_few_step_range"], 12.0),
+        ("cached context, times recomputing", t["cached_context"], t["cached_context_range"], 1.0),
+        ("denoising step, share of peak", t["peak_fraction"], t["peak_fraction_range"], 0.6),
+        ("training, share of peak", training["peak_fraction"], training["peak_fraction_range"], 0.5),
+    ]
+    lines = [
+        f"  {name}: {value:.2f} ({low:.2f} to {high:.2f}), target at least {due:g}: "
+        f"{'reached' if value >= due else 'missed'}"
+        for name, value, (low, high), due in rows
+    ]
+    verdict = "reached" if result["seconds"] <= 180 else "missed"
+    return [
+        "targets:",
+        *lines,
+        f"  seconds of this benchmark: {result['seconds']:.0f}, target at most 180: {verdict}",
+    ]
 
 
 def transformer_text(t: Mapping[str, Any]) -> list[str]:

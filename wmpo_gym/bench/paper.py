@@ -7,19 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from wmpo_gym.bench.bench import machine, machine_text, transformer_text
 from wmpo_gym.bench.transformer import Sampling, bench_transformer, random_stdit
+from wmpo_gym.world.networks.autoencoder import SDXL_AUTOENCODER
 
 if TYPE_CHECKING:
     import torch
-
-SDXL_VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "scaling_factor": 0.13025,
-}
-"""The SDXL autoencoder's sizes, as arguments of diffusers' ``AutoencoderKL``."""
 
 IMAGE_SIZE, ACTION_DIM, ROWS = 256, 7, 16
 N_CHUNKS = 2  # per episode; every chunk costs the same, so more would only take longer
@@ -83,7 +74,7 @@ def published_parts(
     seed: int = 0,
     image_size: int = IMAGE_SIZE,
     network: Mapping[str, Any] | None = None,
-    vae: Mapping[str, Any] = SDXL_VAE,
+    vae: Mapping[str, Any] = SDXL_AUTOENCODER,
     classifier: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Imagination and success classifier of the published sizes with random weights.

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-TRIES = 8  # the best of them counts: a peak is what was reached once
+TRIES = 3  # the best of them counts: a peak is what was reached once
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -52,17 +52,21 @@ def synchronizer(device: torch.device) -> Callable[[], None]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def flops_of(work: Callable[[], Any]) -> float:
+def flops_of(work: Callable[[], Any], *, gradients: bool = False) -> float:
     """Floating-point operations of the products and convolutions in ``work()``, as PyTorch counts them.
 
     Counted on the ordinary kernels: what the fast ones spare is no work done. On a CPU PyTorch does not count
     the attention itself, 2 % of a small transformer.
+
+    Args:
+        work: What is counted.
+        gradients: Whether ``work`` computes gradients.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from wmpo_gym.utils.kernels import ordinary_kernels
 
-    with FlopCounterMode(display=False) as counter, ordinary_kernels(), torch.no_grad():
+    with FlopCounterMode(display=False) as counter, ordinary_kernels(), torch.set_grad_enabled(gradients):
         work()
     return float(counter.get_total_flops())

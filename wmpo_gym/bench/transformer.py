@@ -126,11 +126,12 @@ def bench_transformer(
         horizon: Frames that the plain way imagines of each.
         sampling: Denoising steps.
         rows: Batch size.
-        repeats: How often the batch is imagined each way; the best counts.
+        repeats: How often the batch is imagined each way, in turn; ratios are those of neighbours in time.
         seed: Seed of frames, actions and noise.
 
     Returns:
-        ``ratio`` and ``ratio_few_step`` (plain over ours); what they are made of: ``early_stop``,
+        ``ratio`` and ``ratio_few_step`` (plain over ours; medians, and beside them their ranges
+        ``…_range``); what they are made of: ``early_stop``,
         ``cached_context`` and ``kernels``; ``frames_per_second`` with all and with few steps; ``split``;
         ``largest_difference`` of the frames (on [-1, 1], before they are rounded to levels); and
         ``peak_fraction``, the share of the machine's matmul peak that a denoising step reaches.
@@ -145,20 +146,20 @@ def bench_transformer(
     times, few_times = sampling.steps / executed, sampling.few / executed
     ours = min((run for run, _ in pairs), key=lambda run: run.counting(times))
     plain = min((run for _, run in pairs), key=lambda run: run.counting(times))
-    seconds, few_seconds, plain_seconds = (
-        ours.counting(times),
-        ours.counting(few_times),
-        plain.counting(times),
-    )
+    seconds, few_seconds = ours.counting(times), ours.counting(few_times)
+    ratio = median_and_range([other.counting(times) / run.counting(times) for run, other in pairs])
+    ratio_few = median_and_range([other.counting(times) / run.counting(few_times) for run, other in pairs])
     return {
         "rows": rows,
         "denoising_steps": sampling.steps,
         "few_steps": sampling.few,
         "executed_steps": executed,
         "seconds_per_episode": seconds / rows,
-        "plain_seconds_per_episode": plain_seconds / rows,
-        "ratio": plain_seconds / seconds,
-        "ratio_few_step": plain_seconds / few_seconds,
+        "plain_seconds_per_episode": plain.counting(times) / rows,
+        "ratio": ratio[0],
+        "ratio_range": ratio[1:],
+        "ratio_few_step": ratio_few[0],
+        "ratio_few_step_range": ratio_few[1:],
         "early_stop": plain.frames / ours.frames,
         "frames_per_second": ours.frames / seconds,
         "frames_per_second_few_step": ours.frames / few_seconds,
@@ -236,7 +237,7 @@ def _imagine_quickly(
     return made
 
 
-def _step_figures(imagination: Any, rows: int, repeats: int, seed: int) -> dict[str, float]:
+def _step_figures(imagination: Any, rows: int, repeats: int, seed: int) -> dict[str, Any]:
     """Where the speed of one denoising step comes from, and how near it is to the machine's peak."""
     import torch
 
@@ -258,17 +259,92 @@ def _step_figures(imagination: Any, rows: int, repeats: int, seed: int) -> dict[
 
     with torch.no_grad():
         cache = network.encode_context(context)
-        works = (step, ordinary_step, plain_step)
-        times = [[timed(work, device)[0] for work in works] for _ in range(repeats + 1)]
-    ours, ordinary, plain = np.min(times[1:], axis=0)
-    original = getattr(network, "original", network)  # what is compiled cannot be counted
-    rate = flops_of(lambda: original.denoise(z, time_, actions, cache)) / ours
+        original = getattr(network, "original", network)  # what is compiled cannot be counted
+        flops = flops_of(lambda: original.denoise(z, time_, actions, cache))
+        works, rounds = (step, ordinary_step, plain_step), []
+        for _ in range(repeats + 1):
+            seconds = [timed(work, device)[0] for work in works]
+            rounds.append((*seconds, matmul_peak(device, z.dtype)))
+    ours, ordinary, plain, peak = np.array(rounds[1:]).T
+    share = median_and_range(flops / ours / peak)
+    cached = median_and_range(plain / ordinary)
     return {
-        "step_ms": 1000 * ours,
-        "cached_context": plain / ordinary,
-        "kernels": ordinary / ours,
-        "gflops_per_second": rate / 1e9,
-        "peak_fraction": rate / matmul_peak(device, z.dtype),
+        "step_ms": 1000 * float(np.median(ours)),
+        "cached_context": cached[0],
+        "cached_context_range": cached[1:],
+        "kernels": median_and_range(ordinary / ours)[0],
+        "gflops_per_second": float(np.median(flops / ours)) / 1e9,
+        "peak_fraction": share[0],
+        "peak_fraction_range": share[1:],
+    }
+
+
+def median_and_range(values: Any) -> list[float]:
+    """Median, smallest and largest of some numbers."""
+    return [float(np.median(values)), float(np.min(values)), float(np.max(values))]
+
+
+def bench_training(
+    network: Any, image_size: int, *, rows: int = 4, repeats: int = 3, seed: int = 0
+) -> dict[str, Any]:
+    """Time training steps (forward, backward, AdamW) of an ``STDiT`` on random latents.
+
+    Args:
+        network: On the device and of the floating-point type to measure; its weights change.
+        image_size: Side of the latents.
+        rows: Batch size.
+        repeats: Steps, after one to warm up; the matmul peak is measured anew after each of them.
+        seed: Seed of the batch.
+
+    Returns:
+        ``rows``, ``steps_per_second`` (median), ``gflops_per_second`` (counted forwards and backwards),
+        ``peak_fraction`` (median) and ``peak_fraction_range``, and ``peak_memory_gib`` (None on a CPU).
+    """
+    import torch
+
+    from wmpo_gym.world.flow import RectifiedFlow
+
+    config, parameter = network.config, next(network.parameters())
+    device, generator = parameter.device, torch.Generator().manual_seed(seed)
+    n_frames = config.context_frames + config.chunk
+
+    def drawn(*shape: int) -> Any:
+        return torch.randn(shape, generator=generator).to(device)
+
+    latents = drawn(rows, config.in_channels, n_frames, image_size, image_size)
+    noise, actions = drawn(*latents.shape), drawn(rows, config.chunk, config.action_dim).clamp(-1, 1)
+    mask = (torch.arange(n_frames, device=device) < config.context_frames).expand(rows, -1)
+    timestep = RectifiedFlow().sample_timesteps(rows, generator).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+
+    def loss_and_gradient() -> None:
+        loss = RectifiedFlow().loss(network, latents, actions, mask, timestep=timestep, noise=noise)
+        loss.mean().backward()
+
+    def step() -> None:
+        loss_and_gradient()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    was_training = network.training
+    network.train()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with torch.enable_grad():
+        flops = flops_of(loss_and_gradient, gradients=True)
+        optimizer.zero_grad(set_to_none=True)
+        rounds = [(timed(step, device)[0], matmul_peak(device, parameter.dtype)) for _ in range(repeats + 1)]
+    network.train(was_training)
+    seconds, peak = np.array(rounds[1:]).T
+    share = median_and_range(flops / seconds / peak)
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return {
+        "rows": rows,
+        "steps_per_second": float(np.median(1 / seconds)),
+        "gflops_per_second": float(np.median(flops / seconds)) / 1e9,
+        "peak_fraction": share[0],
+        "peak_fraction_range": share[1:],
+        "peak_memory_gib": memory,
     }
 
 

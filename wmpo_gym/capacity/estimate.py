@@ -30,7 +30,7 @@ RESERVE = 0.08
 """Share of a card's memory kept for the driver, workspaces and gaps; assumed, not measured."""
 FLOAT32, HALF, ADAM_MOMENTS = 4, 2, 8  # bytes per number
 FOUR_BIT = 0.5 + 4 / 64  # bytes: half a byte, and a float32 scale for every 64 numbers
-LORA_RANK = 32  # of the published fine-tuning (wmpo_system.md §4)
+LORA_RANK = 32  # of the published fine-tuning (WMPO release)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from wmpo_gym.policies.processor import InstructionTable
 from wmpo_gym.policies.vla_config import VLAConfig
 from wmpo_gym.tasks import Task
 from wmpo_gym.utils.io import ArtifactError, read_json
-from wmpo_gym.world.networks.autoencoder import SDXL_SCALING, LatentAutoencoder
+from wmpo_gym.world.networks.autoencoder import SDXL_AUTOENCODER, LatentAutoencoder
 from wmpo_gym.world.networks.stdit import CONFIGS
 from wmpo_gym.world.world import COMPONENTS, WorldConfig, find_pretrained
 
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
     from wmpo_gym.policies.vla import VLANetwork
 
 LETTERS_PER_TOKEN = 3  # of a prompt whose tokenizer is not at hand; errs on the long side
-SDXL_AUTOENCODER = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "scaling_factor": SDXL_SCALING,
-}
 
 
 @dataclass(frozen=True)
@@ -142,7 +134,7 @@ class Workload:
 
 
 def published_workload(task: str, **changes: Any) -> Workload:
-    """The published system at its published sizes: wmpo_system.md §2 to §4, and §5 for a run's numbers.
+    """The published system at the sizes and settings of the WMPO paper and release.
 
     Args:
         task: Name of a released task; hyphens and underscores are the same.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 
 SDXL_SCALING = 0.13025
 """Factor that brings the latents of the SDXL autoencoder to unit variance; no shift goes with it."""
+
+SDXL_AUTOENCODER: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": SDXL_SCALING,
+}
+"""The SDXL autoencoder's sizes, as arguments of diffusers' ``AutoencoderKL``."""
 
 
 class Autoencoder(ABC):
