@@ -184,7 +184,7 @@ class STDiT(ModelMixin, ConfigMixin):
 
     _no_split_modules = ["SpatialBlock", "TemporalBlock"]
 
-    cpu_batch = 2  # see ConvWorldModel; the activations of a block fit the cache of a core
+    cpu_batch = 8  # see ConvWorldModel
     other_dtypes = ("bfloat16",)
 
     @register_to_config
