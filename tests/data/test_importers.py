@@ -261,8 +261,8 @@ def test_import_for_a_known_task_takes_its_limits(tmp_path):
     assert np.allclose(from_unit(episode.actions, task.action_low, task.action_high), more[0]["actions"])
     assert np.abs(episode.actions).max() > 1.5  # beyond the quantiles, and kept
     slower = dataclasses.replace(task, control_hz=5.0)
-    slow = take(tmp_path / "b.hdf5", tmp_path / "slow", task=slower)
-    assert slow.notes == ["recorded at 10 Hz, the task has 5 Hz"]
+    slow = take(tmp_path / "b.hdf5", tmp_path / "slow", ImportSettings(), task=slower)
+    assert [note.partition(":")[0] for note in slow.notes] == ["thinned out from 10 to 5 Hz"]
     other = ImportSettings(instruction="juggle")
     with pytest.raises(SourceError, match="instruction 'juggle' is none of"):
         take(tmp_path / "b.hdf5", tmp_path / "c", other, task=task)
@@ -294,7 +294,7 @@ def test_faulty_episodes_are_skipped_with_their_reason(tmp_path):
     report = take(source, tmp_path / "out")
     reasons = {s["episode"]: s["reason"] for s in report.skipped}
     assert "nan at step 2, dimension 1" in reasons["demo_0"] and "no 'actions'" in reasons["demo_1"]
-    assert "neither pictures" in reasons["demo_2"] and "JSON" in reasons["demo_3"]
+    assert "neither images" in reasons["demo_2"] and "JSON" in reasons["demo_3"]
     assert reasons["demo_4"] == "2 numbers per action instead of 3"
     assert report.imported == 2 and len(EpisodeStore(tmp_path / "out")) == 2
     assert read_json(tmp_path / "out" / "import.json")["report"]["skipped"] == report.skipped
@@ -422,7 +422,7 @@ def test_paths_out_of_the_data_set_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere", "nothing at"), ("notes.txt", "none of the formats"), ("empty", "none of the formats")],
+    [("nowhere", "does not exist"), ("notes.txt", "Unsupported format"), ("empty", "Unsupported format")],
 )
 def test_what_is_no_data_set(tmp_path, name, message):
     (tmp_path / "notes.txt").write_text("hello")

@@ -20,7 +20,7 @@ import numpy as np
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.importers.base import needs
-from wmpo_gym.data.importers.lerobot import STATE
+from wmpo_gym.data.importers.lerobot import STATES
 from wmpo_gym.data.statistics import from_unit
 from wmpo_gym.tasks import Task
 from wmpo_gym.utils.io import write_dir_atomic, write_json_atomic
@@ -128,7 +128,7 @@ class _Writer:
         chunk, file = divmod(self._video_file, FILES_PER_CHUNK)
         samples = {"action": actions, self.camera: _pixels(frames)}
         if episode.proprio is not None:
-            samples[STATE] = episode.proprio
+            samples[STATES[0]] = episode.proprio
         entry = {
             "episode_index": index,
             "tasks": [episode.instruction],
@@ -191,7 +191,7 @@ class _Writer:
             "task_index": np.full(rows, self.task.instructions.index(episode.instruction)),
         }
         if episode.proprio is not None:
-            columns[STATE] = episode.proprio
+            columns[STATES[0]] = episode.proprio
         if self.labelled:
             done = (step >= rows - 2) & bool(episode.success)
             columns |= {"next.success": done, "next.reward": done.astype(np.float32)}
@@ -311,7 +311,7 @@ class _Writer:
             "action": vector("action", self.task.action_dim),
         }
         if self.state_dim:
-            features[STATE] = vector("state", self.state_dim)
+            features[STATES[0]] = vector("state", self.state_dim)
         features |= {k: column(d) for k, d in (flags | {"timestamp": "float32"} | numbers).items()}
         return {
             "codebase_version": CODEBASE_VERSION,

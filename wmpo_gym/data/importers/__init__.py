@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from wmpo_gym.data.importers.base import EpisodeFault, Outline, Source, SourceError
+from wmpo_gym.data.importers.base import EpisodeFault, EpisodeHeader, Source, SourceError
 from wmpo_gym.data.importers.replay import StateRenderer, register_state_renderer
 from wmpo_gym.data.importers.run import FORMATS, import_dataset, open_source
-from wmpo_gym.data.importers.settings import ImportReport, ImportSettings
+from wmpo_gym.data.importers.settings import ImportReport, ImportSettings, SourceOptions
 
 __all__ = [
     "FORMATS",
     "EpisodeFault",
     "ImportReport",
     "ImportSettings",
-    "Outline",
+    "EpisodeHeader",
     "Source",
     "SourceError",
+    "SourceOptions",
     "StateRenderer",
     "import_dataset",
     "open_source",

@@ -6,13 +6,15 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from wmpo_gym.data.images import resize_area
+from wmpo_gym.data.importers.settings import DEFAULT_OPTIONS, SourceOptions
 from wmpo_gym.utils.io import ArtifactError
 
 BLOCK = 64  # pictures resized at once
@@ -27,26 +29,63 @@ class EpisodeFault(ValueError):
 
 
 @dataclass
-class Outline:
-    """An episode without its pictures.
+class EpisodeHeader:
+    """An episode without its pictures, as recorded.
 
     Attributes:
         key: Name in its source.
-        actions: float64 (T, D) in the robot's units, cut at the episode's end; T + 1 pictures belong to them.
-        success: Outcome, None if the source does not say.
+        actions: float64 (T, D) in the robot's units; action t was chosen at picture t.
+        n_frames: Pictures there are.
         instruction: The sentence, None if the source does not say.
         start: Episodes of one source with an equal ``start`` began in the same scene.
+        success: Outcome as the source states it for the whole episode; None if it does not.
+        flags: Per action, whether the task was done after it, bool (T,); None if that was not recorded.
         meta: Anything else worth keeping, JSON-able.
-        proprio: The robot's own state, float32 (T + 1, P); None if not known at every picture.
+        proprio: The robot's own state, float32 (at least T + 1 rows, P); None if it was not recorded.
+        notes: What a user should know about it.
     """
 
     key: str
     actions: np.ndarray
-    success: bool | None
+    n_frames: int
     instruction: str | None
     start: str
+    success: bool | None = None
+    flags: np.ndarray | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     proprio: np.ndarray | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def thin(self, stride: int) -> None:
+        """Keep every ``stride``-th step: its picture, its action, and whether the task was done by the next.
+
+        Args:
+            stride: Recorded steps per kept one.
+        """
+        if stride == 1:
+            return
+        self.actions = self.actions[::stride]
+        self.n_frames = -(-self.n_frames // stride)
+        if self.flags is not None:
+            self.flags = np.logical_or.reduceat(self.flags, np.arange(0, len(self.flags), stride))
+        if self.proprio is not None:
+            self.proprio = self.proprio[::stride]
+
+    def cut(self) -> None:
+        """End the episode at its first success, and at the last action whose next picture was recorded.
+
+        Raises:
+            EpisodeFault: If no action has a picture before and after it.
+        """
+        steps = min(len(self.actions), self.n_frames - 1)
+        if self.flags is not None:
+            self.success = bool(self.flags.any())
+            if self.success:
+                steps = min(steps, int(self.flags.argmax()) + 1)
+        if steps < 1:
+            raise EpisodeFault(f"{len(self.actions)} actions and {self.n_frames} pictures make no step")
+        self.actions, self.n_frames = self.actions[:steps], steps + 1
+        self.proprio = None if self.proprio is None else usable_states(self.proprio, steps + 1)
 
 
 class Source(ABC):
@@ -62,12 +101,25 @@ class Source(ABC):
     name: str
     control_hz: float | None
 
+    @classmethod
+    def refuse_options(cls, options: SourceOptions, allowed: tuple[str, ...]) -> None:
+        """Refuse options that say nothing about this format.
+
+        Raises:
+            SourceError: Naming the option.
+        """
+        for name, default in asdict(DEFAULT_OPTIONS).items():
+            if name not in allowed and getattr(options, name) != default:
+                raise SourceError(
+                    f"--{name.replace('_', '-')} has no meaning for {cls.format} data; leave it out."
+                )
+
     @abstractmethod
     def keys(self) -> list[str]:
         """Names of the episodes in order."""
 
     @abstractmethod
-    def outline(self, key: str) -> Outline:
+    def header(self, key: str) -> EpisodeHeader:
         """An episode without its pictures.
 
         Raises:
@@ -161,33 +213,43 @@ def usable_states(values: Any, count: int) -> np.ndarray | None:
     return values if np.isfinite(values).all() else None
 
 
-def outcome(flags: np.ndarray | None, n_frames: int, n_actions: int) -> tuple[bool | None, int]:
-    """Outcome of an episode and the number of its actions that count.
-
-    An episode ends at its first success, and an action counts only if the picture after it was recorded.
-
-    Args:
-        flags: Per action, whether the task was done after it; None if that was not recorded.
-        n_frames: Pictures there are.
-        n_actions: Actions there are.
-
-    Raises:
-        EpisodeFault: If no action has a picture before and after it.
-    """
-    steps = min(n_actions, n_frames - 1)
-    success = None if flags is None else bool(flags.any())
-    if flags is not None and success:
-        steps = min(steps, int(flags.argmax()) + 1)
-    if steps < 1:
-        raise EpisodeFault(f"{n_actions} actions and {n_frames} pictures make no step")
-    return success, steps
-
-
 def zero_or_one(values: np.ndarray | None) -> np.ndarray | None:
     """Flags from a column of zeros and ones; None from any other, such as a dense reward."""
     if values is None or values.dtype.kind not in "fiub" or not np.isin(values, (0, 1)).all():
         return None
     return values.astype(bool)
+
+
+def as_frames(images: np.ndarray, name: str, *, scale: float | None = None) -> np.ndarray:
+    """Recorded images as uint8 (N, H, W, 3).
+
+    Args:
+        images: (N, H, W, C) or (N, C, H, W) with 1, 3 or 4 channels: uint8, or floats in [0, 1] or [0, 255].
+        name: Of the images, for the message.
+        scale: What floats are multiplied by; None looks at these images.
+
+    Raises:
+        EpisodeFault: If they are anything else.
+    """
+    given = f"{name} is {images.dtype} {images.shape}"
+    if images.ndim != 4 or images.dtype.kind not in "uf" or images.dtype.itemsize == 2 or 0 in images.shape:
+        raise EpisodeFault(f"{given}, not images uint8 or float (T, H, W, C)")
+    if images.shape[-1] not in (1, 3, 4):
+        if images.shape[1] not in (1, 3, 4):
+            raise EpisodeFault(f"{given}; images have 1, 3 or 4 channels")
+        images = np.moveaxis(images, 1, -1)
+    if images.dtype.kind == "f":
+        if not np.isfinite(images).all() or images.min() < 0 or images.max() > 255.5:
+            raise EpisodeFault(f"{given} with values outside [0, 255]")
+        scale = float_scale(images) if scale is None else scale
+        images = np.clip(images * scale + 0.5, 0, 255)
+    images = images[..., :3].astype(np.uint8)
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def float_scale(images: np.ndarray) -> float:
+    """What float images are multiplied by to lie in [0, 255]."""
+    return 255.0 if images.dtype.kind == "f" and images.max() <= 1.0 else 1.0
 
 
 def shrink(frames: Iterator[np.ndarray], count: int, size: int) -> np.ndarray:
@@ -206,13 +268,25 @@ def shrink(frames: Iterator[np.ndarray], count: int, size: int) -> np.ndarray:
 def choose_camera(cameras: list[str], wanted: str | None, where: str) -> str:
     """The camera to use: the one asked for, the only one, or the only ``agentview``.
 
+    Args:
+        cameras: Full names in the data.
+        wanted: A full name, what stands behind its last dot, or that without ``_image`` or ``_rgb``.
+        where: The data set, for the message.
+
     Raises:
         SourceError: If that does not decide; the message lists the cameras.
     """
     known = ", ".join(cameras) or "none"
     if wanted is not None:
-        found = [c for c in cameras if wanted in (c, c.rpartition(".")[2], c.removesuffix("_image"))]
-        if len(found) != 1:
+        if wanted in cameras:
+            return wanted
+        found = [c for c in cameras if wanted in _short_names(c)]
+        found = found or [c for c in cameras if wanted in c]
+        if len(found) > 1:
+            raise SourceError(
+                f"{where}: camera {wanted!r} is ambiguous; it may be {', '.join(found)}. Give the whole name."
+            )
+        if not found:
             raise SourceError(f"{where} has no camera {wanted!r}; it has {known}.")
         return found[0]
     agentview = [c for c in cameras if "agentview" in c]
@@ -220,3 +294,22 @@ def choose_camera(cameras: list[str], wanted: str | None, where: str) -> str:
         if len(candidates) == 1:
             return candidates[0]
     raise SourceError(f"{where} has the cameras {known}; choose one with --camera.")
+
+
+def _short_names(camera: str) -> set[str]:
+    last = camera.rpartition(".")[2]
+    return {last, *(name.removesuffix(end) for name in (camera, last) for end in ("_image", "_rgb"))}
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse a git-LFS pointer, which stands where a large file should be.
+
+    Raises:
+        EpisodeFault: If the file is one.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise EpisodeFault(f"{path.name} is a git-LFS pointer, not the file; run `git lfs pull` there")
+
+
+_LFS = b"version https://git-lfs"

@@ -1,7 +1,8 @@
-"""LeRobotDataset v2.1 (a file per episode) and v3 (episodes joined in files), read with pyarrow and PyAV.
+"""LeRobotDataset v2.0, v2.1 (a file per episode) and v3 (episodes joined in files), with pyarrow and PyAV.
 
 Row t of an episode holds picture t and action t. The picture after the last action is not recorded, so the
-last action is left out, unless the episode ended before.
+last action is left out, unless the episode ended before. Columns under other names are found where they are
+called ``actions``, ``actions.*`` or ``observation.states.*``, or given as an option.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +19,27 @@ import numpy as np
 
 from wmpo_gym.data.importers.base import (
     EpisodeFault,
-    Outline,
+    EpisodeHeader,
     Source,
     SourceError,
     check_actions,
     choose_camera,
     faults,
     needs,
-    outcome,
+    refuse_pointer,
     shrink,
-    usable_states,
     zero_or_one,
 )
+from wmpo_gym.data.importers.settings import DEFAULT_OPTIONS, SourceOptions
 from wmpo_gym.data.video import decode_picture, read_frames
 from wmpo_gym.utils.io import read_json
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
-STATE = "observation.state"
+ACTIONS = ("action", "actions")
+STATES = ("observation.state", "state")
+SUCCESS, REWARD, IMAGINED, TASK_INDEX = "next.success", "next.reward", "imagined", "task_index"
+# Columns of numbers that every data set has and that are neither action nor state.
+BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", TASK_INDEX, "next.done", SUCCESS, REWARD)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class _Entry:
     Attributes:
         index: ``episode_index``.
         length: Rows.
-        instruction: The sentence, None if the data set has none.
+        sentences: What the description says of it; may be empty, then the rows' ``task_index`` decides.
         data: Parquet file, relative to the root.
         video: Video file, relative to the root; None where pictures are stored in the rows.
         first_frame: Number of the episode's first frame in that video.
@@ -51,7 +57,7 @@ class _Entry:
 
     index: int
     length: int
-    instruction: str | None
+    sentences: tuple[str, ...]
     data: str
     video: str | None
     first_frame: int
@@ -62,16 +68,18 @@ class LeRobotSource(Source):
 
     Args:
         path: The directory with ``meta/info.json``.
-        camera: Its key, or what stands behind the last dot of it.
+        options: Camera (its key, or what stands behind the last dot of it) and columns.
 
     Raises:
-        SourceError: If the description cannot be read, is of another version, or the camera has to be chosen.
+        SourceError: If the description cannot be read, is of another version, or camera or columns have to be
+            chosen.
     """
 
     format = "lerobot"
 
-    def __init__(self, path: Path, camera: str | None = None) -> None:
+    def __init__(self, path: Path, options: SourceOptions = DEFAULT_OPTIONS) -> None:
         needs("pyarrow")
+        self.refuse_options(options, ("camera", "action_columns", "state_columns", "action_from_state"))
         self.path, self.name = path, path.resolve().name
         info = read_json(path / "meta" / "info.json")
         version = info.get("codebase_version") if isinstance(info, dict) else None
@@ -86,10 +94,10 @@ class LeRobotSource(Source):
                 self.control_hz = float(info["fps"])
                 self.fps = self.control_hz
                 features = info["features"]
-                self.camera = choose_camera(
-                    [k for k, f in features.items() if f["dtype"] in ("video", "image")], camera, str(path)
-                )
+                self.camera = choose_camera(_cameras(features), options.camera, str(path))
                 self._in_video = features[self.camera]["dtype"] == "video"
+                self._action_from_state = options.action_from_state
+                self._action, self._state = self._choose_columns(features, options)
                 read: Any = self._entries_v3 if version.startswith("v3") else self._entries_v2
                 self._entries: dict[str, _Entry] = {f"episode_{e.index:06d}": e for e in read()}
         except EpisodeFault as error:
@@ -100,7 +108,55 @@ class LeRobotSource(Source):
             raise SourceError(f"{path} holds no episode.")
         self._table: tuple[str, dict[str, np.ndarray]] | None = None  # the file read last
 
+    def _choose_columns(
+        self, features: dict[str, Any], options: SourceOptions
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The columns of action and robot state: those asked for, else those found by name."""
+        numbers = [k for k, f in features.items() if str(f["dtype"]).startswith(("float", "int", "bool"))]
+        numbers = [k for k in numbers if k not in (*BOOKKEEPING, IMAGINED)]
+        known = ", ".join(numbers) or "none"
+        for option in ("action_columns", "state_columns"):
+            for name in getattr(options, option):
+                if name not in features:
+                    raise SourceError(
+                        f"{self.path} has no column {name!r} for --{option.replace('_', '-')}; its columns "
+                        f"of numbers are {known}."
+                    )
+        prefixes = ("observation.state.", "observation.states.")
+        state = options.state_columns or _found(numbers, STATES, prefixes) or STATES[:1]
+        if options.action_from_state:
+            if state[0] not in features:
+                raise SourceError(
+                    f"{self.path} has no robot state to take actions from; name it with --state-columns. Its "
+                    f"columns of numbers are {known}."
+                )
+            return (), tuple(state)
+        action = options.action_columns or _found(numbers, ACTIONS, ())
+        if not action:
+            split = _found(numbers, (), ("action.", "actions."))
+            if len(split) != 1:
+                raise SourceError(
+                    f"{self.path} has no column 'action'. Its columns of numbers are {known}; name those "
+                    "that together are the action with --action-columns, or take the next step's state as "
+                    "the action with --action-from-state."
+                )
+            action = split
+        return tuple(action), tuple(state)
+
     # -- descriptions ----------------------------------------------------------------------------------------
+    @cached_property
+    def _sentences(self) -> dict[int, str]:
+        """The sentences by ``task_index``; empty where the data set lists none."""
+        lines, table = self.path / "meta" / "tasks.jsonl", self.path / "meta" / "tasks.parquet"
+        if lines.is_file():
+            return {int(row["task_index"]): str(row["task"]) for row in _json_lines(lines)}
+        if not table.is_file():
+            return {}
+        refuse_pointer(table)
+        # pandas writes the sentences as a column, or as the index of the table.
+        rows = _read_table(table).to_pylist()
+        return {int(r[TASK_INDEX]): str(r.get("task", r.get("__index_level_0__"))) for r in rows}
+
     def _entries_v2(self) -> Iterator[_Entry]:
         for episode in _json_lines(self.path / "meta" / "episodes.jsonl"):
             index = int(episode["episode_index"])
@@ -113,37 +169,62 @@ class LeRobotSource(Source):
             yield _Entry(
                 index,
                 int(episode["length"]),
-                _first_text(episode.get("tasks")),
+                _texts(episode.get("tasks")),
                 self._info["data_path"].format(**place),
                 video,
                 0,
             )
 
     def _entries_v3(self) -> Iterator[_Entry]:
-        import pyarrow.parquet as pq
-
-        video, columns = f"videos/{self.camera}", ["episode_index", "length", "tasks"]
-        columns += ["data/chunk_index", "data/file_index"]
-        if self._in_video:
-            columns += [f"{video}/chunk_index", f"{video}/file_index", f"{video}/from_timestamp"]
+        """Where each episode lies; what ``meta/episodes`` leaves out is found in the data files."""
         files = sorted((self.path / "meta" / "episodes").glob("*/*.parquet"))
         if not files:
             raise EpisodeFault("no file meta/episodes/*/*.parquet")
-        for file in files:
-            for row in pq.read_table(file, columns=columns).to_pylist():
-                data = self._info["data_path"].format(
-                    chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]
-                )
-                first, clip = 0, None
-                if self._in_video:
-                    clip = self._info["video_path"].format(
-                        video_key=self.camera,
-                        chunk_index=row[f"{video}/chunk_index"],
-                        file_index=row[f"{video}/file_index"],
+        video = f"videos/{self.camera}"
+        wanted = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
+        wanted += [f"{video}/chunk_index", f"{video}/file_index", f"{video}/from_timestamp"]
+        rows = [row for file in files for row in _read_table(file, wanted).to_pylist()]
+        found = None if all("data/file_index" in row for row in rows) else self._find_in_files()
+        for row in rows:
+            index, first, clip = int(row["episode_index"]), 0, None
+            if found is None:
+                chunk, number, offset = row["data/chunk_index"], row["data/file_index"], 0
+            elif index in found:
+                chunk, number, offset = found[index]
+            else:
+                raise EpisodeFault(f"no data file holds episode {index}")
+            if self._in_video:
+                if f"{video}/file_index" in row:
+                    clip = self._place(
+                        "video_path", row[f"{video}/chunk_index"], row[f"{video}/file_index"], index
                     )
                     first = round(row[f"{video}/from_timestamp"] * self.fps)
-                index, length = int(row["episode_index"]), int(row["length"])
-                yield _Entry(index, length, _first_text(row["tasks"]), data, clip, first)
+                else:  # then videos are cut like the data files
+                    clip, first = self._place("video_path", chunk, number, index), offset
+            data = self._place("data_path", chunk, number, index)
+            yield _Entry(index, int(row["length"]), _texts(row.get("tasks")), data, clip, first)
+
+    def _place(self, template: str, chunk: int, number: int, episode: int) -> str:
+        """A path of ``info.json``, whatever its author called the two numbers."""
+        return str(self._info[template]).format(
+            video_key=self.camera,
+            chunk_index=chunk,
+            file_index=number,
+            episode_chunk=chunk,
+            episode_file=number,
+            episode_index=episode,
+        )
+
+    def _find_in_files(self) -> dict[int, tuple[int, int, int]]:
+        """Chunk, file and first row of every episode, from the data files themselves."""
+        found: dict[int, tuple[int, int, int]] = {}
+        for file in sorted((self.path / "data").glob("*/*.parquet")):
+            refuse_pointer(file)
+            numbers = [int("".join(filter(str.isdigit, part))) for part in (file.parent.name, file.stem)]
+            episodes = _read_table(file, ["episode_index"])["episode_index"].to_numpy()
+            for index, first in zip(*np.unique(episodes, return_index=True), strict=True):
+                found[int(index)] = (*numbers, int(first))  # type: ignore[assignment]
+        return found
 
     def _file(self, name: str) -> Path:
         """A file of the data set; one that is not inside its directory is refused."""
@@ -152,6 +233,7 @@ class LeRobotSource(Source):
         path = self.path / name
         if not path.is_file():
             raise EpisodeFault(f"{name} is missing")
+        refuse_pointer(path)
         return path
 
     # -- episodes --------------------------------------------------------------------------------------------
@@ -159,18 +241,49 @@ class LeRobotSource(Source):
         """Names of the episodes in order."""
         return list(self._entries)
 
-    def outline(self, key: str) -> Outline:
-        """See :meth:`Source.outline`."""
+    def header(self, key: str) -> EpisodeHeader:
+        """See :meth:`Source.header`."""
         entry = self._entries[key]
         with faults():
             rows = self._rows(entry)
-            actions = check_actions(rows["action"])
-            flags = zero_or_one(rows.get("next.success", rows.get("next.reward")))
-            success, steps = outcome(flags, entry.length, len(actions))
-            imagined = zero_or_one(rows.get("imagined"))
-        state = usable_states(rows[STATE], steps + 1) if STATE in rows else None
-        meta = {"imagined": True} if imagined is not None and imagined.any() else {}
-        return Outline(key, actions[:steps], success, entry.instruction, key, meta, state)
+            state = self._robot_state(rows)
+            if not self._action_from_state:
+                actions = check_actions(_joined(rows, self._action))
+            elif state is None:
+                raise EpisodeFault("its robot state, which is to be the action, is missing or not finite")
+            else:
+                actions = check_actions(state[1:])
+            flags = _flags(rows)
+            imagined = zero_or_one(rows.get(IMAGINED))
+            sentence, notes = self._sentence(entry, rows)
+        return EpisodeHeader(
+            key,
+            actions,
+            entry.length,
+            sentence,
+            key,
+            flags=None if flags is None else flags[: len(actions)],
+            meta={"imagined": True} if imagined is not None and imagined.any() else {},
+            proprio=state,
+            notes=notes,
+        )
+
+    def _robot_state(self, rows: dict[str, np.ndarray]) -> np.ndarray | None:
+        if not self._state or any(name not in rows for name in self._state):
+            return None
+        return _joined(rows, self._state)
+
+    def _sentence(self, entry: _Entry, rows: dict[str, np.ndarray]) -> tuple[str | None, list[str]]:
+        """The episode's first sentence, and a note if it has several."""
+        sentences = entry.sentences
+        if not sentences and TASK_INDEX in rows:
+            order = dict.fromkeys(int(i) for i in rows[TASK_INDEX] if i == i)
+            sentences = tuple(self._sentences[i] for i in order if self._sentences.get(i))
+        if len(sentences) > 1:
+            return sentences[0], [
+                f"some episodes have several sentences; the first is taken: {sentences[0]!r}"
+            ]
+        return (sentences[0] if sentences else None), []
 
     def _rows(self, entry: _Entry) -> dict[str, np.ndarray]:
         """The numeric columns of an episode."""
@@ -184,24 +297,23 @@ class LeRobotSource(Source):
         return {name: column[order] for name, column in columns.items()}
 
     def _read_columns(self, file: Path) -> dict[str, np.ndarray]:
-        import pyarrow.parquet as pq
-
-        wanted = ("episode_index", "frame_index", "action", STATE, "next.success", "next.reward", "imagined")
-        present = pq.read_schema(file).names
-        table = pq.read_table(file, columns=[name for name in wanted if name in present])
+        wanted = ("episode_index", "frame_index", *self._action, *self._state)
+        table = _read_table(file, [*wanted, TASK_INDEX, SUCCESS, REWARD, IMAGINED])
         columns = {}
         for name in table.column_names:
             try:
                 column = _column(table[name])
             except ValueError:
-                if name != STATE:  # an episode can do without it
+                if name not in self._state or self._action_from_state:  # an episode can do without it
                     raise
                 continue
-            if name not in ("action", STATE):
+            if name not in (*self._action, *self._state):
                 column = column.reshape(len(column))
             elif column.ndim == 1:
                 column = column[:, None]
             columns[name] = column
+        if missing := [name for name in self._action if name not in columns]:
+            raise EpisodeFault(f"{file.name} has no column {missing[0]!r}")
         return columns
 
     def frames(self, key: str, count: int, size: int) -> np.ndarray:
@@ -225,7 +337,9 @@ class LeRobotSource(Source):
         ).sort_by("frame_index")
         for cell in table[self.camera]:
             picture = cell.as_py()
-            yield decode_picture(picture["bytes"] or self._file(picture["path"]).read_bytes())
+            if isinstance(picture, dict):
+                picture = picture["bytes"] or self._file(picture["path"]).read_bytes()
+            yield decode_picture(picture)
 
 
 def _json_lines(file: Path) -> list[dict[str, Any]]:
@@ -233,8 +347,53 @@ def _json_lines(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.strip()]
 
 
-def _first_text(tasks: Any) -> str | None:
-    return str(tasks[0]) if tasks else None
+def _texts(tasks: Any) -> tuple[str, ...]:
+    """The sentences of a description, none of them empty."""
+    listed = tasks if isinstance(tasks, (list, tuple)) else [tasks]
+    return tuple(str(text) for text in listed if text is not None and str(text).strip())
+
+
+def _cameras(features: dict[str, Any]) -> list[str]:
+    """Names of the colour cameras; depth images are no pictures."""
+    names = []
+    for name, feature in features.items():
+        details = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
+        depth = details.get("video.is_depth_map") or details.get("is_depth_map") or "depth" in name.lower()
+        if feature["dtype"] in ("video", "image") and not depth:
+            names.append(name)
+    return names
+
+
+def _found(columns: list[str], names: tuple[str, ...], prefixes: tuple[str, ...]) -> list[str]:
+    """The first of ``names`` that is there, else all columns that begin with one of the prefixes."""
+    for name in names:
+        if name in columns:
+            return [name]
+    return [c for c in columns if prefixes and c.startswith(prefixes)]
+
+
+def _joined(rows: dict[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray:
+    return np.concatenate([rows[name] for name in names], axis=1)
+
+
+def _flags(rows: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Whether the task was done after each row: the success column, or rewards of 0 and 1."""
+    for name in (SUCCESS, REWARD):
+        column = rows.get(name)
+        if column is None or not np.isfinite(column.astype(np.float64)).any():
+            continue  # recorded nowhere
+        return zero_or_one(np.nan_to_num(column.astype(np.float64)))
+    return None
+
+
+def _read_table(file: Path, columns: list[str] | None = None) -> Any:
+    """A Parquet file, or those of the named columns that it has."""
+    import pyarrow.parquet as pq
+
+    if columns is not None:
+        present = pq.read_schema(file).names
+        columns = [name for name in dict.fromkeys(columns) if name in present]
+    return pq.read_table(file, columns=columns)
 
 
 def _column(column: Any) -> np.ndarray:
@@ -243,7 +402,10 @@ def _column(column: Any) -> np.ndarray:
 
     array = column.combine_chunks()
     if not (pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type)):
-        return array.to_numpy(zero_copy_only=False)
+        values = array.to_numpy(zero_copy_only=False)
+        if values.dtype == object:  # truth values or numbers with gaps
+            values = np.array([np.nan if v is None else float(v) for v in values])
+        return values
     values = array.flatten().to_numpy(zero_copy_only=False)
     if array.null_count or len(values) % max(len(array), 1):
         raise EpisodeFault("rows of unequal length")

@@ -1,15 +1,16 @@
-"""robomimic's HDF5 files, which MimicGen and LIBERO write too.
+"""robomimic's HDF5 files, which MimicGen, LIBERO, robosuite and IsaacLab write too.
 
 ::
 
-    data                    attributes: env_args (JSON), problem_info (JSON, LIBERO)
-        demo_0              attributes: model_file (MJCF), ep_meta (JSON)
+    data                    attributes: env_args (JSON), problem_info (JSON, LIBERO), env and env_info
+        demo_0              attributes: model_file (MJCF), ep_meta (JSON), success, task_description
             actions         (T, D)
             states          (T, S) simulator states, state t before action t
             rewards         (T,), 1 from the success on
             obs/NAME_image  (T, H, W, 3), picture t before action t
             obs/robot0_...  (T, n) the robot's state: joint_pos, eef_pos, gripper_qpos
             next_obs/...    the same, one step later
+    mask/NAME               names of the demos that belong to a filter key, such as "train"
 """
 
 from __future__ import annotations
@@ -24,20 +25,23 @@ import numpy as np
 from wmpo_gym.data.importers.base import (
     BLOCK,
     EpisodeFault,
-    Outline,
+    EpisodeHeader,
     Source,
     SourceError,
+    as_frames,
     check_actions,
     choose_camera,
     faults,
+    float_scale,
     needs,
-    outcome,
+    refuse_pointer,
     shrink,
-    usable_states,
     zero_or_one,
 )
 from wmpo_gym.data.importers.replay import StateRenderer, make_state_renderer
+from wmpo_gym.data.importers.settings import DEFAULT_OPTIONS, SourceOptions
 
+SUFFIXES = (".hdf5", ".h5")
 DEFAULT_CAMERA = "agentview"  # for files without pictures
 # Ends of the names of what a robot knows of itself: robosuite's names, then LIBERO's.
 STATE_NAMES = ("joint_pos", "eef_pos", "gripper_qpos", "joint_states", "ee_pos", "gripper_states")
@@ -48,8 +52,8 @@ class RobomimicSource(Source):
 
     Args:
         path: The file.
-        camera: Name of the pictures under ``obs``, with or without ``_image``; for files without pictures
-            the simulator's camera.
+        options: Camera (name of the images under ``obs``, with or without ``_image`` or ``_rgb``; for files
+            without images the simulator's camera) and filter key.
 
     Raises:
         SourceError: If it is not such a file, or the camera has to be chosen.
@@ -57,22 +61,26 @@ class RobomimicSource(Source):
 
     format = "robomimic"
 
-    def __init__(self, path: Path, camera: str | None = None) -> None:
+    def __init__(self, path: Path, options: SourceOptions = DEFAULT_OPTIONS) -> None:
         h5py = needs("h5py")
+        self.refuse_options(options, ("camera", "filter_key"))
         self.path, self.name = path, path.stem
         try:
+            refuse_pointer(path)
             self._file = h5py.File(path, "r")
-        except OSError as error:
+        except (OSError, EpisodeFault) as error:
             raise SourceError(
                 f"{path} is not a readable HDF5 file ({error}); download or copy it again."
             ) from error
         try:
             with faults():
                 self._data, self._keys = self._find_demos(h5py)
-                self.env_args = _json(self._data.attrs.get("env_args"))
+                if options.filter_key is not None:
+                    self._keys = self._filtered(options.filter_key)
+                self.env_args = _env_args(self._data.attrs)
                 self.control_hz = _control_hz(self.env_args)
-                self._sentence = _json(self._data.attrs.get("problem_info")).get("language_instruction")
-                self.camera = self._find_camera(camera)
+                self._sentence = _sentence(self._data.attrs)
+                self.camera = self._find_camera(options.camera)
         except EpisodeFault as error:
             self.close()
             raise SourceError(f"{path} is not a readable robomimic file ({error}).") from error
@@ -90,11 +98,19 @@ class RobomimicSource(Source):
             raise SourceError(f"{self.path} holds no episode.")
         return data, sorted(keys, key=lambda name: (len(name), name))  # demo_2 before demo_10
 
+    def _filtered(self, name: str) -> list[str]:
+        """The demos that the file lists under ``mask/<name>``."""
+        masks = self._file.get("mask") or {}
+        if name not in masks:
+            raise SourceError(f"{self.path} has no filter key {name!r}; it has {', '.join(masks) or 'none'}.")
+        chosen = {_text(key) for key in masks[name][()]}
+        return [key for key in self._keys if key in chosen]
+
     def _find_camera(self, wanted: str | None) -> str:
         """The pictures to read; the first episode with any decides. A bare name where there are none."""
         for key in self._keys:
             observed = self._data[key].get("obs") or {}
-            cameras = [name for name in observed if _are_pictures(observed[name])]
+            cameras = [name for name in observed if _are_images(name, observed[name])]
             if cameras:
                 return choose_camera(cameras, wanted, str(self.path))
         return wanted or DEFAULT_CAMERA
@@ -103,16 +119,24 @@ class RobomimicSource(Source):
         """Names of the episodes in order."""
         return list(self._keys)
 
-    def outline(self, key: str) -> Outline:
-        """See :meth:`Source.outline`."""
+    def header(self, key: str) -> EpisodeHeader:
+        """See :meth:`Source.header`."""
         with faults():
             demo = self._data[key]
             actions = check_actions(_read(demo, "actions"))
-            rewards = zero_or_one(_read(demo, "rewards") if "rewards" in demo else None)
-            success, steps = outcome(rewards, self._count(demo), len(actions))
-            sentence = _json(demo.attrs.get("ep_meta")).get("lang") or self._sentence
-            state = self._states(demo, steps + 1)
-        return Outline(key, actions[:steps], success, sentence, key, proprio=state)
+            flags = zero_or_one(_read(demo, "rewards").reshape(-1) if "rewards" in demo else None)
+            n_frames = self._count(demo)
+            stated = demo.attrs.get("success")
+            return EpisodeHeader(
+                key,
+                actions,
+                n_frames,
+                _sentence(demo.attrs) or self._sentence,
+                key,
+                success=None if stated is None else bool(stated),
+                flags=None if flags is None or stated is not None else flags[: len(actions)],
+                proprio=self._states(demo, min(len(actions) + 1, n_frames)),
+            )
 
     def _states(self, demo: Any, count: int) -> np.ndarray | None:
         """The robot's state in the first ``count`` pictures; None if it was not recorded."""
@@ -125,15 +149,12 @@ class RobomimicSource(Source):
             columns.append(column.reshape(len(column), -1)[:count])
         if len({len(column) for column in columns}) != 1:
             return None
-        return usable_states(np.concatenate(columns, axis=1), count)
+        return np.concatenate(columns, axis=1)
 
     def _pictures(self, demo: Any) -> list[Any]:
         """Datasets whose pictures follow each other, none in a file of states."""
         found = [(demo.get(group) or {}).get(self.camera) for group in ("obs", "next_obs")]
         pictures = [d for d in found if d is not None]
-        for d in pictures:
-            if not _are_pictures(d):
-                raise EpisodeFault(f"{d.name} is {d.dtype} {d.shape}, not pictures uint8 (T, H, W, 3)")
         return pictures if found[0] is not None else []
 
     def _count(self, demo: Any) -> int:
@@ -141,8 +162,15 @@ class RobomimicSource(Source):
         pictures = self._pictures(demo)
         if pictures:
             return len(pictures[0]) + (len(pictures) == 2 and len(pictures[1]) == len(pictures[0]))
-        if "states" not in demo:
-            raise EpisodeFault(f"it has neither pictures of {self.camera!r} nor simulator states")
+        if not hasattr(demo.get("states"), "shape"):  # a group of that name holds something else
+            held = (demo.get("obs") or {}).items()
+            there = ", ".join(
+                f"{name} {getattr(d, 'dtype', '')} {getattr(d, 'shape', '')}" for name, d in held
+            )
+            raise EpisodeFault(
+                f"it has neither images of {self.camera!r} nor simulator states; obs holds "
+                f"{there or 'nothing'}"
+            )
         return len(demo["states"])
 
     def frames(self, key: str, count: int, size: int) -> np.ndarray:
@@ -159,15 +187,18 @@ class RobomimicSource(Source):
                 self._renderer = make_state_renderer(self.env_args, self.camera, size, str(self.path))
             xml = demo.attrs.get("model_file")
             states = np.asarray(_read(demo, "states")[:count], np.float64)
-            drawn = self._renderer.render(states, None if xml is None else str(xml))
+            drawn = self._renderer.render(states, None if xml is None else _text(xml))
             return shrink(iter([drawn]), count, size)
 
     def _blocks(self, demo: Any, count: int) -> Iterator[np.ndarray]:
         first, *after = self._pictures(demo)
+        scale = max(float_scale(first[i : i + BLOCK]) for i in range(0, len(first), BLOCK))
+        if any(first[i : i + BLOCK].max() > 1 for i in range(0, len(first), BLOCK)):
+            scale = 1.0
         for i in range(0, min(count, len(first)), BLOCK):
-            yield first[i : min(i + BLOCK, count)]
+            yield as_frames(first[i : min(i + BLOCK, count)], first.name, scale=scale)
         if count > len(first):
-            yield after[0][-1:]
+            yield as_frames(after[0][-1:], after[0].name, scale=scale)
 
     def close(self) -> None:
         """Close the file and whatever drew its states."""
@@ -185,9 +216,37 @@ def _read(group: Any, name: str) -> np.ndarray:
     return group[name][()]
 
 
-def _are_pictures(dataset: Any) -> bool:
+def _are_images(name: str, dataset: Any) -> bool:
+    """Whether a dataset may be the pictures of a colour camera."""
     shape: tuple[int, ...] = getattr(dataset, "shape", ())
-    return len(shape) == 4 and shape[-1] == 3 and 0 not in shape and dataset.dtype == np.uint8
+    if len(shape) != 4 or 0 in shape or "depth" in name.lower():
+        return False
+    channels = shape[-1] in (1, 3, 4) or shape[1] in (1, 3, 4)
+    return channels and (dataset.dtype == np.uint8 or dataset.dtype.kind == "f")
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _sentence(attributes: Any) -> str | None:
+    """The sentence in the attributes of a file or a demo, whoever wrote them."""
+    found = (
+        _json(attributes.get("ep_meta")).get("lang")
+        or _json(attributes.get("problem_info")).get("language_instruction")
+        or attributes.get("task_description")
+        or attributes.get("language_instruction")
+    )
+    return _text(found) if found else None
+
+
+def _env_args(attributes: Any) -> dict[str, Any]:
+    """What robomimic calls ``env_args``, also from robosuite's own recordings."""
+    env_args = _json(attributes.get("env_args"))
+    if env_args or "env" not in attributes:
+        return env_args
+    settings = _json(attributes.get("env_info"))
+    return {"env_name": _text(attributes["env"]), "type": 1, "env_kwargs": settings}
 
 
 def _json(text: Any) -> dict[str, Any]:
@@ -199,3 +258,62 @@ def _json(text: Any) -> dict[str, Any]:
 def _control_hz(env_args: dict[str, Any]) -> float | None:
     hz = (env_args.get("env_kwargs") or {}).get("control_freq")
     return float(hz) if isinstance(hz, (int, float)) and hz > 0 else None
+
+
+class RobomimicDirectory(Source):
+    """All HDF5 files of a directory as one data set, as LIBERO's suites come: a file per sentence.
+
+    Args:
+        path: The directory.
+        options: As for one file.
+
+    Raises:
+        SourceError: If a file cannot be read, or they were recorded at different rates.
+    """
+
+    format = "robomimic"
+
+    def __init__(self, path: Path, options: SourceOptions = DEFAULT_OPTIONS) -> None:
+        self.path, self.name = path, path.resolve().name
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES)
+        self._files: dict[str, RobomimicSource] = {}
+        try:
+            for file in files:
+                self._files[file.stem] = RobomimicSource(file, options)
+        except BaseException:
+            self.close()
+            raise
+        rates = {source.control_hz for source in self._files.values()}
+        cameras = {source.camera for source in self._files.values()}
+        if len(rates) > 1 or len(cameras) > 1:
+            self.close()
+            raise SourceError(
+                f"The files in {path} were recorded at {sorted(map(str, rates))} Hz by the cameras "
+                f"{sorted(cameras)}; import them one by one."
+            )
+        self.control_hz, self.camera = rates.pop(), cameras.pop()
+
+    def _find(self, key: str) -> tuple[RobomimicSource, str]:
+        file, _, demo = key.rpartition(":")
+        return self._files[file], demo
+
+    def keys(self) -> list[str]:
+        """Names of the episodes in order, the file before the colon."""
+        return [f"{file}:{key}" for file, source in self._files.items() for key in source.keys()]
+
+    def header(self, key: str) -> EpisodeHeader:
+        """See :meth:`Source.header`."""
+        source, demo = self._find(key)
+        header = source.header(demo)
+        header.key = header.start = key
+        return header
+
+    def frames(self, key: str, count: int, size: int) -> np.ndarray:
+        """See :meth:`Source.frames`."""
+        source, demo = self._find(key)
+        return source.frames(demo, count, size)
+
+    def close(self) -> None:
+        """Close all files."""
+        for source in self._files.values():
+            source.close()

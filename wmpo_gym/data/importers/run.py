@@ -15,6 +15,7 @@ on there.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 import re
@@ -28,10 +29,16 @@ from typing import Any
 import numpy as np
 
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.data.importers.base import EpisodeFault, Outline, Source, SourceError
+from wmpo_gym.data.importers.base import EpisodeFault, EpisodeHeader, Source, SourceError
 from wmpo_gym.data.importers.lerobot import LeRobotSource
-from wmpo_gym.data.importers.robomimic import RobomimicSource
-from wmpo_gym.data.importers.settings import ImportReport, ImportSettings
+from wmpo_gym.data.importers.robomimic import SUFFIXES, RobomimicDirectory, RobomimicSource
+from wmpo_gym.data.importers.settings import (
+    DEFAULT_CHUNK,
+    DEFAULT_IMAGE_SIZE,
+    ImportReport,
+    ImportSettings,
+    SourceOptions,
+)
 from wmpo_gym.data.importers.wmpo_shards import WMPOSource
 from wmpo_gym.data.statistics import ActionStatistics, to_unit
 from wmpo_gym.data.store import EpisodeStore
@@ -52,27 +59,43 @@ HELD_OUT = "held-out"
 FIRST_RECORDED_ID = 1 << 40
 
 
-def open_source(path: str | Path, format: str | None = None, camera: str | None = None) -> Source:
+def open_source(
+    path: str | Path,
+    format: str | None = None,
+    camera: str | None = None,
+    *,
+    options: SourceOptions | None = None,
+) -> Source:
     """Open a data set.
 
     Args:
         path: A file or directory.
         format: One of :data:`FORMATS`; None looks at it.
-        camera: See :class:`ImportSettings`.
+        camera: Short for ``options=SourceOptions(camera=...)``.
+        options: How to read it.
 
     Raises:
         SourceError: If it cannot be read, or its format is not known; the message names the file.
         ImportError: If the format's library is missing.
     """
-    path = Path(path)
+    name, path = str(path), Path(path)
+    options = options or SourceOptions(camera=camera)
     if not path.exists():
-        raise SourceError(f"There is nothing at {path}.")
+        hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix
+        raise SourceError(
+            f"Path does not exist: {path}."
+            + f" If it is a data set of the Hugging Face hub, download it first: `hf download {name} "
+            f"--repo-type dataset --local-dir {path.name}`, then import {path.name}." * hub
+        )
     kind = format or _guess(path)
     if kind not in FORMATS:
         raise SourceError(
-            f"{path} is none of the formats read here: {', '.join(FORMATS)}. Name one with --format if it is."
+            f"Unsupported format: {path} is none of {', '.join(FORMATS)}. Name one with --format if it is."
         )
-    return FORMATS[kind](path, camera)
+    if kind == "robomimic" and path.is_dir():
+        return RobomimicDirectory(path, options)
+    source: Source = FORMATS[kind](path, options)
+    return source
 
 
 def _guess(path: Path) -> str | None:
@@ -80,8 +103,10 @@ def _guess(path: Path) -> str | None:
     if path.is_dir():
         if (path / "meta" / "info.json").exists():
             return "lerobot"
+        if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
+            return "robomimic"
         return "wmpo" if next(path.rglob("*.tar"), None) else None
-    by_suffix = {".hdf5": "robomimic", ".h5": "robomimic", ".tar": "wmpo"}
+    by_suffix = {**dict.fromkeys(SUFFIXES, "robomimic"), ".tar": "wmpo"}
     return by_suffix.get(path.suffix.lower())
 
 
@@ -117,21 +142,23 @@ def import_dataset(
     """
     path, out, settings = Path(path), Path(out), settings or ImportSettings()
     partial = out.parent / f".{out.name}.importing"
-    with open_source(path, format, settings.camera) as source:
+    if task:
+        _check_task_options(task, settings)
+    with open_source(path, format, options=settings) as source:
         report = ImportReport(str(path), source.format, notes=source.damage())
-        outlines = list(_scan(source, task, settings, report, progress))
-        outlines = list(_fitting(outlines, task, settings, report))
-        _check_any(outlines, report)
-        _note_states(outlines, report)
-        statistics = ActionStatistics.of([o.actions for o in outlines])
-        if task and source.control_hz not in (None, task.control_hz):
-            report.notes.append(f"recorded at {source.control_hz:g} Hz, the task has {task.control_hz:g} Hz")
-        task = task or _new_task(source, outlines, statistics, settings, report)
+        stride = _stride(source, task.control_hz if task else settings.control_hz, report)
+        headers = list(_scan(source, task, settings, report, progress))
+        headers = list(_settle_outcomes(source, headers, settings, stride, report))
+        headers = list(_fitting(headers, task, settings, report))
+        _check_any(headers, report)
+        _note_states(headers, report)
+        statistics = ActionStatistics.of([o.actions for o in headers])
+        task = task or _new_task(source, headers, statistics, settings, report)
         begun = asdict(settings) | {
             "source": f"{source.format}:{source.name}",
             "camera": getattr(source, "camera", None),
             "task": task.to_dict(),
-            "actions": _digest(outlines),
+            "actions": _digest(headers),
         }
         if (out / REPORT_FILE).exists() and read_json(out / REPORT_FILE).get("settings") == plain(begun):
             return ImportReport(**read_json(out / REPORT_FILE)["report"])
@@ -139,8 +166,8 @@ def import_dataset(
             raise ValueError(f"{out} exists and is not this import; choose another directory.")
         keep_settings(partial / BEGUN_FILE, begun)
         try:
-            _write_episodes(source, outlines, task, settings, partial, report, progress)
-            _check_any([o.key for o in outlines] if report.imported else [], report)
+            _write_episodes(source, headers, task, settings, partial, report, progress, stride)
+            _check_any([o.key for o in headers] if report.imported else [], report)
         except BaseException:
             if not any(EpisodeStore(d).directories() for d in (partial, partial / HELD_OUT)):
                 shutil.rmtree(partial)  # nothing to go on with
@@ -154,47 +181,177 @@ def import_dataset(
     return report
 
 
+def _check_task_options(task: Task, settings: ImportSettings) -> None:
+    """Refuse settings of a new task beside a task that says otherwise.
+
+    Raises:
+        ValueError: Naming the option and both values.
+    """
+    for name in ("name", "chunk", "horizon", "image_size", "control_hz"):
+        asked, has = getattr(settings, name), getattr(task, name)
+        if asked is not None and asked != has:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {asked} contradicts --task {task.name}, which has {has}; leave "
+                "one of them out."
+            )
+
+
+def _stride(source: Source, hz: float | None, report: ImportReport) -> int:
+    """Recorded steps per step of the task.
+
+    Raises:
+        ValueError: If the rate asked for is no whole fraction of the recorded one.
+    """
+    recorded = source.control_hz
+    if hz is None or recorded is None or hz == recorded:
+        return 1
+    stride = round(recorded / hz)
+    if stride < 1 or abs(recorded / hz - stride) > 1e-3 * stride:
+        rates = ", ".join(f"{recorded / k:g}" for k in range(1, 6))
+        raise ValueError(
+            f"{source.name} was recorded at {recorded:g} Hz, which {hz:g} Hz does not divide; choose one of "
+            f"{rates} ... with --control-hz, or another task."
+        )
+    report.notes.append(
+        f"thinned out from {recorded:g} to {recorded / stride:g} Hz: every {stride}th picture and its "
+        "action. Actions that are displacements per step are not added up"
+    )
+    return stride
+
+
 def _scan(
     source: Source, task: Task | None, settings: ImportSettings, report: ImportReport, progress: bool
-) -> Iterator[Outline]:
-    """Outlines of the episodes that can be used, with what settings and task say filled in."""
+) -> Iterator[EpisodeHeader]:
+    """Headers of the episodes that can be used, with what settings and task say filled in."""
     default = task.instructions[0] if task and len(task.instructions) == 1 else None
+    default = settings.missing_instruction or default
     keys = source.keys()[settings.skip :][: settings.episodes]
     for key in progress_bar(keys, desc="looking through", unit="ep", disable=not progress):
         try:
-            outline = source.outline(key)
+            header = source.header(key)
         except EpisodeFault as fault:
             report.skip(key, fault)
             continue
-        outline.instruction = settings.instruction or outline.instruction or default
-        if outline.success is None and settings.assume_success:
-            outline.success = True
+        header.instruction = settings.instruction or header.instruction or default
         if settings.imagined:
-            outline.meta["imagined"] = True
-        yield outline
+            header.meta["imagined"] = True
+        if not settings.instruction:
+            report.notes += [note for note in header.notes if note not in report.notes]
+        yield header
+
+
+def _settle_outcomes(
+    source: Source, headers: list[EpisodeHeader], settings: ImportSettings, stride: int, report: ImportReport
+) -> Iterator[EpisodeHeader]:
+    """Outcome and length of every episode, at the task's rate.
+
+    What the user says counts most, then the data, then what is to be assumed of the rest.
+    """
+    flags = [h.flags for h in headers if h.flags is not None]
+    values = set(np.unique(np.concatenate(flags)).tolist()) if flags else set()
+    if len(values) == 1:
+        # A column that never changes says nothing: simulators write zeros where nobody judged.
+        report.notes.append(
+            f"rewards or success flags are {int(values.pop())} in every step of all {len(flags)} "
+            "episodes and are taken as not recorded; give outcomes with --labels, --failed, --assume-success "
+            "or --assume-failure"
+        )
+        for header in headers:
+            header.flags = None
+    given = _given_outcomes(source, settings)
+    assumed = 0
+    for header in headers:
+        try:
+            header.thin(stride)
+            header.cut()
+        except EpisodeFault as fault:
+            report.skip(header.key, fault)
+            continue
+        if header.key in given:
+            header.success = given[header.key]
+        elif header.success is None and (settings.assume_success or settings.assume_failure):
+            header.success = settings.assume_success
+            assumed += 1
+        yield header
+    if (settings.assume_success or settings.assume_failure) and not assumed:
+        option = "--assume-success" if settings.assume_success else "--assume-failure"
+        report.notes.append(f"{option} changed nothing: the outcome of every episode is known")
+
+
+def _given_outcomes(source: Source, settings: ImportSettings) -> dict[str, bool]:
+    """Outcomes that the user states, by the episode's name.
+
+    Raises:
+        ValueError: If the file cannot be read, or names an episode that is not there.
+    """
+    keys = source.keys()
+    given: dict[str, bool] = {}
+    rows: list[tuple[str, bool]] = [(str(number), False) for number in settings.failed]
+    if settings.labels is not None:
+        rows = [*_read_labels(settings.labels), *rows]
+    for name, success in rows:
+        if name in keys:
+            given[name] = success
+        elif name.isdigit() and int(name) < len(keys):
+            given[keys[int(name)]] = success
+        else:
+            raise ValueError(
+                f"There is no episode {name!r} in {source.name}; its {len(keys)} episodes are 0 to "
+                f"{len(keys) - 1} or {keys[0]!r} to {keys[-1]!r}."
+            )
+    return given
+
+
+def _read_labels(file: Path) -> list[tuple[str, bool]]:
+    """Rows of a CSV file with the columns ``episode`` and ``success``.
+
+    Raises:
+        ValueError: If it has other columns or values; the message names the line.
+    """
+    words = {"1": True, "true": True, "success": True, "0": False, "false": False, "failure": False}
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines)
+            if not {"episode", "success"} <= set(reader.fieldnames or ()):
+                raise ValueError(f"{file} needs the columns episode and success, got {reader.fieldnames}.")
+            rows = []
+            for row in reader:
+                value = words.get(str(row["success"]).strip().lower())
+                if value is None:
+                    raise ValueError(
+                        f"{file}, line {reader.line_num}: success is {row['success']!r}; write 1 or 0."
+                    )
+                rows.append((str(row["episode"]).strip(), value))
+            return rows
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"Cannot read the labels in {file}: {error}") from error
 
 
 def _fitting(
-    outlines: list[Outline], task: Task | None, settings: ImportSettings, report: ImportReport
-) -> Iterator[Outline]:
+    headers: list[EpisodeHeader], task: Task | None, settings: ImportSettings, report: ImportReport
+) -> Iterator[EpisodeHeader]:
     """The episodes that fit the task, or each other where there is none yet; the others are reported."""
-    dims = Counter(o.actions.shape[1] for o in outlines)
+    dims = Counter(o.actions.shape[1] for o in headers)
     dim = task.action_dim if task else max(dims, key=lambda d: dims[d], default=0)
     horizon = task.horizon if task else settings.horizon
-    for outline in outlines:
-        steps = len(outline.actions)
-        if outline.actions.shape[1] != dim:
-            report.skip(outline.key, f"{outline.actions.shape[1]} numbers per action instead of {dim}")
+    for header in headers:
+        steps = len(header.actions)
+        if header.actions.shape[1] != dim:
+            report.skip(header.key, f"{header.actions.shape[1]} numbers per action instead of {dim}")
         elif horizon is not None and steps > horizon:
-            report.skip(outline.key, f"{steps} steps, the horizon is {horizon}")
-        elif task and outline.instruction not in task.instructions:
-            report.skip(outline.key, f"instruction {outline.instruction!r} is none of {task.instructions}")
+            report.skip(header.key, f"{steps} steps, the horizon is {horizon}")
+        elif task and header.instruction not in task.instructions:
+            report.skip(
+                header.key,
+                f"instruction {header.instruction!r} is none of {task.instructions}; to get one task of "
+                "several sentences, import their files together (a directory)",
+            )
         else:
-            yield outline
+            yield header
 
 
-def _check_any(outlines: Sequence[object], report: ImportReport) -> None:
-    if not outlines:
+def _check_any(headers: Sequence[object], report: ImportReport) -> None:
+    if not headers:
         reasons = [f"{s['episode']}: {s['reason']}" for s in report.skipped[:3]] + report.notes
         raise SourceError(
             f"No episode of {report.source} can be imported ({len(report.skipped)} skipped"
@@ -203,9 +360,9 @@ def _check_any(outlines: Sequence[object], report: ImportReport) -> None:
         )
 
 
-def _note_states(outlines: list[Outline], report: ImportReport) -> None:
+def _note_states(headers: list[EpisodeHeader], report: ImportReport) -> None:
     """Say where the robot's state is not what a world model needs to follow it: there, everywhere alike."""
-    sizes = Counter(0 if o.proprio is None else o.proprio.shape[1] for o in outlines)
+    sizes = Counter(0 if o.proprio is None else o.proprio.shape[1] for o in headers)
     if len(sizes) > 1:
         found = ", ".join(f"{size} in {n} episodes" for size, n in sorted(sizes.items()))
         report.notes.append(
@@ -215,7 +372,7 @@ def _note_states(outlines: list[Outline], report: ImportReport) -> None:
 
 def _new_task(
     source: Source,
-    outlines: list[Outline],
+    headers: list[EpisodeHeader],
     statistics: ActionStatistics,
     settings: ImportSettings,
     report: ImportReport,
@@ -225,8 +382,13 @@ def _new_task(
     Raises:
         ValueError: If something is missing, naming the option that gives it.
     """
-    if any(o.instruction is None for o in outlines):
-        raise ValueError(f"{source.name} holds no instructions; give the sentence with --instruction.")
+    if silent := sum(o.instruction is None for o in headers):
+        if silent == len(headers):
+            raise ValueError(f"{source.name} holds no instructions; give the sentence with --instruction.")
+        raise ValueError(
+            f"{silent} of {len(headers)} episodes of {source.name} have no instruction; give theirs with "
+            "--missing-instruction, or one for all with --instruction."
+        )
     hz = settings.control_hz or source.control_hz
     if hz is None:
         raise ValueError(f"{source.name} does not say how fast it was recorded; give --control-hz.")
@@ -235,18 +397,19 @@ def _new_task(
         raise ValueError(
             f"{name!r} is a known task; import for it with --task {name}, or give the new one another --name."
         )
-    horizon = settings.horizon or max(len(o.actions) for o in outlines)
+    horizon = settings.horizon or max(len(o.actions) for o in headers)
+    chunk = settings.chunk or DEFAULT_CHUNK
     still = np.flatnonzero(statistics.high <= statistics.low)
     if still.size:
         report.notes.append(f"action dimension(s) {still.tolist()} never move and become 0")
     return Task(
         name=name,
-        instructions=tuple(dict.fromkeys(str(o.instruction) for o in outlines)),
-        horizon=-(-horizon // settings.chunk) * settings.chunk,
-        chunk=settings.chunk,
-        action_dim=outlines[0].actions.shape[1],
+        instructions=tuple(dict.fromkeys(str(o.instruction) for o in headers)),
+        horizon=-(-horizon // chunk) * chunk,
+        chunk=chunk,
+        action_dim=headers[0].actions.shape[1],
         control_hz=hz,
-        image_size=settings.image_size,
+        image_size=settings.image_size or DEFAULT_IMAGE_SIZE,
         start_states=StartStates(0, 0, 0, seed=settings.seed),
         action_low=tuple(statistics.low.tolist()),
         action_high=tuple(statistics.high.tolist()),
@@ -254,57 +417,68 @@ def _new_task(
     )
 
 
-def _digest(outlines: list[Outline]) -> str:
+def _digest(headers: list[EpisodeHeader]) -> str:
     """What the episodes are, to notice another source under the same name."""
     digest = hashlib.sha256()
-    for outline in outlines:
-        digest.update(f"{outline.key}{outline.success}{outline.instruction}".encode())
-        for array in (outline.actions, outline.proprio):
+    for header in headers:
+        digest.update(f"{header.key}{header.success}{header.instruction}".encode())
+        for array in (header.actions, header.proprio):
             digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 
 def _write_episodes(
     source: Source,
-    outlines: list[Outline],
+    headers: list[EpisodeHeader],
     task: Task,
     settings: ImportSettings,
     root: Path,
     report: ImportReport,
     progress: bool,
+    stride: int,
 ) -> None:
     """Write what is missing; episodes that lie there from an interrupted import are kept."""
-    held = _held_out(outlines, settings)
+    held = _held_out(headers, settings)
     stores = {False: EpisodeStore(root), True: EpisodeStore(root / HELD_OUT)}
     present = {episode.meta["source_key"] for store in stores.values() for episode in store}
-    with progress_bar(total=len(outlines), desc="importing", unit="ep", disable=not progress) as bar:
-        for outline in outlines:
+    with progress_bar(total=len(headers), desc="importing", unit="ep", disable=not progress) as bar:
+        for header in headers:
             bar.update()
-            if outline.key not in present:
+            if header.key not in present:
                 try:
-                    frames = source.frames(outline.key, len(outline.actions) + 1, task.image_size)
+                    frames = source.frames(header.key, len(header.actions) * stride + 1, task.image_size)
+                    frames = _flipped(frames[::stride], settings.flip)
                 except EpisodeFault as fault:
-                    report.skip(outline.key, fault)
+                    report.skip(header.key, fault)
                     continue
-                stores[outline.key in held].append(_episode(outline, frames, task, source))
-            report.count(outline.success, len(outline.actions) + 1, outline.key in held)
+                stores[header.key in held].append(_episode(header, frames, task, source))
+            report.count(header.success, len(header.actions) + 1, header.key in held)
 
 
-def _held_out(outlines: list[Outline], settings: ImportSettings) -> set[str]:
+def _flipped(frames: np.ndarray, flip: str | None) -> np.ndarray:
+    """Mirrored pictures ``(T, H, W, 3)``."""
+    if flip in ("vertical", "both"):
+        frames = frames[:, ::-1]
+    if flip in ("horizontal", "both"):
+        frames = frames[:, :, ::-1]
+    return np.ascontiguousarray(frames)
+
+
+def _held_out(headers: list[EpisodeHeader], settings: ImportSettings) -> set[str]:
     """Keys of the episodes to hold out: all those of some start states."""
-    starts = list(dict.fromkeys(o.start for o in outlines))
+    starts = list(dict.fromkeys(o.start for o in headers))
     order = np.random.default_rng([settings.seed, 6]).permutation(len(starts))
     chosen = {starts[i] for i in order[: round(settings.holdout * len(starts))]}
-    return {o.key for o in outlines if o.start in chosen}
+    return {o.key for o in headers if o.start in chosen}
 
 
-def _episode(outline: Outline, frames: np.ndarray, task: Task, source: Source) -> Episode:
-    task_id = task.instructions.index(str(outline.instruction))
+def _episode(header: EpisodeHeader, frames: np.ndarray, task: Task, source: Source) -> Episode:
+    task_id = task.instructions.index(str(header.instruction))
     return Episode(
         frames=frames,
-        actions=to_unit(outline.actions, task.action_low, task.action_high),
-        success=outline.success,
-        finish_step=len(outline.actions),
+        actions=to_unit(header.actions, task.action_low, task.action_high),
+        success=header.success,
+        finish_step=len(header.actions),
         start_state_id=_start_state_id(frames[0], task.instructions[task_id]),
         task_id=task_id,
         instruction=task.instructions[task_id],
@@ -312,10 +486,10 @@ def _episode(outline: Outline, frames: np.ndarray, task: Task, source: Source) -
             "task": task.name,
             "control_hz": task.control_hz,
             "source": f"{source.format}:{source.name}",
-            "source_key": outline.key,
-            **outline.meta,
+            "source_key": header.key,
+            **header.meta,
         },
-        proprio=outline.proprio,
+        proprio=header.proprio,
     )
 
 

@@ -19,14 +19,15 @@ import numpy as np
 from wmpo_gym.data.importers.base import (
     BLOCK,
     EpisodeFault,
-    Outline,
+    EpisodeHeader,
     Source,
     SourceError,
     check_actions,
     faults,
-    outcome,
+    refuse_pointer,
     shrink,
 )
+from wmpo_gym.data.importers.settings import DEFAULT_OPTIONS, SourceOptions
 
 MAX_META = 1 << 20  # bytes
 
@@ -44,7 +45,7 @@ class WMPOSource(Source):
 
     Args:
         path: A ``.tar`` file, or a directory that holds some at any depth.
-        camera: Must be None: shards hold one camera.
+        options: Must be the defaults: shards leave no choice.
 
     Raises:
         SourceError: If no shard can be read.
@@ -53,9 +54,10 @@ class WMPOSource(Source):
     format = "wmpo"
     control_hz = None
 
-    def __init__(self, path: Path, camera: str | None = None) -> None:
-        if camera is not None:
+    def __init__(self, path: Path, options: SourceOptions = DEFAULT_OPTIONS) -> None:
+        if options.camera is not None:
             raise SourceError(f"{path}: shards of the WMPO release hold one camera; leave out --camera.")
+        self.refuse_options(options, ())
         self.path, self.name = path, path.stem
         shards = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
         self._members: dict[str, _Members] = {}
@@ -72,6 +74,7 @@ class WMPOSource(Source):
     def _index(self, shard: Path, name: str) -> None:
         """Note where the members lie; those before a damaged place are good."""
         try:
+            refuse_pointer(shard)
             # "r:" reads plain tars only, so that nothing is unpacked that is larger than the file.
             with tarfile.open(shard, "r:") as tar:
                 for member in tar:
@@ -86,8 +89,8 @@ class WMPOSource(Source):
         """Names of the episodes in order."""
         return list(self._members)
 
-    def outline(self, key: str) -> Outline:
-        """See :meth:`Source.outline`."""
+    def header(self, key: str) -> EpisodeHeader:
+        """See :meth:`Source.header`."""
         with faults():
             meta = json.loads(self._read(key, "meta.json", MAX_META))
             actions = check_actions(self._array(key, "action.npy"))
@@ -98,13 +101,13 @@ class WMPOSource(Source):
                 end = int(meta["finish_step"])
                 if not 0 < end <= len(actions):
                     raise EpisodeFault(f"finish_step is {end}, of {len(actions)} actions")
-            _, steps = outcome(None, len(self._array(key, "video.npy")), end)
+            n_frames = len(self._array(key, "video.npy"))
             known = "state_id.npy" in self._members[key].places
             state = int(self._array(key, "state_id.npy").reshape(-1)[0]) if known else key
         kept = {"unique_id": str(meta["unique_id"])} if "unique_id" in meta else {}
         if known:
             kept["state_id"] = str(state)
-        return Outline(key, actions[:steps], success, None, str(state), kept)
+        return EpisodeHeader(key, actions[:end], n_frames, None, str(state), success, meta=kept)
 
     def frames(self, key: str, count: int, size: int) -> np.ndarray:
         """See :meth:`Source.frames`."""
