@@ -173,6 +173,7 @@ class ResumableAlgorithm(BaseAlgorithm):
     policy: GroupPolicy
     ranks: Ranks
     group_rng: np.random.Generator
+    policy_kwargs: dict[str, Any]
     checkpoint_dir: str | Path | None
     history: list[dict[str, float]]
     budget: Ledger
@@ -199,8 +200,18 @@ class ResumableAlgorithm(BaseAlgorithm):
         """
         if self.sharded:
             raise ValueError("The weights are spread by FSDP; use save_policy() or save_checkpoint().")
-        if self.ranks.is_main:
+        if not self.ranks.is_main:
+            return
+        given = self.policy_kwargs
+        if given.get("model") is not None and not getattr(self.policy, "lora", None):
+            # The file holds all weights; with the network's configuration it loads wherever it is moved to.
+            known = self.policy._get_constructor_parameters()
+            known = {k: v for k, v in known.items() if k not in ("observation_space", "action_space")}
+            self.policy_kwargs = {**{k: v for k, v in given.items() if k not in ("model", "base")}, **known}
+        try:
             super().save(path, exclude, include)
+        finally:
+            self.policy_kwargs = given
 
     def save_policy(
         self, directory: str | Path, meta: Mapping[str, Any] | None = None, *, merged: bool = False

@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 from wmpo_gym.algorithms.distributed import Ranks
@@ -24,8 +25,9 @@ def as_vec_env(env: str | gym.Env | gym.vector.VectorEnv | VecEnv, n_envs: int) 
     """Adapt an environment for a group algorithm.
 
     Args:
-        env: An environment id, one of this package's ``VectorEnv``, or any SB3 ``VecEnv``. A single
-            ``gymnasium.Env`` is returned as it is (Stable-Baselines3 wraps it; enough for ``predict``).
+        env: The id of an environment, of this package or any other, one of this package's ``VectorEnv``, or
+            any SB3 ``VecEnv``. A single ``gymnasium.Env`` is returned as it is (Stable-Baselines3 wraps it;
+            enough for ``predict``).
         n_envs: Rows to make when ``env`` is an id.
 
     Returns:
@@ -34,7 +36,11 @@ def as_vec_env(env: str | gym.Env | gym.vector.VectorEnv | VecEnv, n_envs: int) 
     if isinstance(env, str):
         from wmpo_gym.envs.sb3 import make_sb3_env
 
-        return make_sb3_env(env, n_envs)
+        try:
+            own = "wmpo_gym" in str(gym.spec(env).entry_point)
+        except gym.error.Error as error:
+            raise ValueError(f"There is no environment {env!r}: {error}") from error
+        return make_sb3_env(env, n_envs) if own else make_vec_env(env, n_envs)
     if isinstance(env, gym.vector.VectorEnv):
         from wmpo_gym.envs.sb3 import Sb3VecEnv
 

@@ -401,7 +401,7 @@ class GroupAlgorithm(ResumableAlgorithm):
         self: SelfGroupAlgorithm,
         total_timesteps: int = NO_LIMIT,
         callback: MaybeCallback = None,
-        log_interval: int = 1,
+        log_interval: int | None = 1,
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
@@ -414,7 +414,7 @@ class GroupAlgorithm(ResumableAlgorithm):
             total_timesteps: Decisions to make; the last iteration is always finished. May be left out if
                 ``max_iterations`` is given.
             callback: Called once per ``env.step``.
-            log_interval: Iterations between log entries.
+            log_interval: Iterations between log entries; None for none.
             tb_log_name: Name of the TensorBoard run; None is the algorithm's.
             reset_num_timesteps: Count from zero. False goes on with a trained model for ``total_timesteps``
                 more.
@@ -464,7 +464,7 @@ class GroupAlgorithm(ResumableAlgorithm):
                 logger.warning("Iteration %d: no informative group, the update is skipped.", self._iteration)
             self.logger.record("time/rollout_seconds", collected - started)
             self.logger.record("time/train_seconds", time.time() - collected)
-            self.dump_logs(write=self._iteration % log_interval == 0)
+            self.dump_logs(write=log_interval is not None and self._iteration % log_interval == 0)
             if self.checkpoint_dir is not None and self._iteration % self.checkpoint_interval == 0:
                 self.save_checkpoint()
         callback.on_training_end()

@@ -62,6 +62,17 @@ def test_small_video_is_close(store, tmp_path):
         assert np.abs(ours.frames.astype(int) - theirs.frames).mean() < 6
 
 
+def test_an_episode_shorter_than_the_encoders_delay(store, tmp_path):
+    task, before = find_task(store), EpisodeStore(store).load()
+    short = dataclasses.replace(
+        before[0], frames=before[0].frames[:2], actions=before[0].actions[:1], finish_step=1, proprio=None
+    )
+    rest = [dataclasses.replace(e, proprio=None) for e in before[1:]]
+    assert export([short, *rest], tmp_path / "out", task).episodes == 5
+    import_dataset(tmp_path / "out", tmp_path / "back", task=task, progress=False)
+    assert [e.n_steps for e in EpisodeStore(tmp_path / "back")] == [1, *(e.n_steps for e in rest)]
+
+
 def test_what_lerobot_reads(store, tmp_path):
     task, before = find_task(store), EpisodeStore(store).load()
     export(before, tmp_path / "out", task, camera="front")

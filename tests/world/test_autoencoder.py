@@ -114,3 +114,34 @@ def test_wrong_frames_are_named(vae):
         LatentAutoencoder(vae).encode(some_frames(height=9))
     with pytest.raises(ValueError, match="at least 1 frame, got 0"):
         LatentAutoencoder(vae, micro_batch=0)
+
+
+def test_a_shift_of_the_latents_is_applied():
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.36,
+        shift_factor=0.5,
+    )
+    frames = torch.randint(0, 255, (1, 2, 16, 16, 3), dtype=torch.uint8)
+    shifted = LatentAutoencoder(vae).encode(frames)
+    with torch.no_grad():
+        mode = vae.encode(frames[0].movedim(-1, 1).float() / 127.5 - 1).latent_dist.mode()
+    assert torch.allclose(shifted[0].transpose(0, 1), (mode - 0.5) * 0.36, atol=1e-5)
+    autoencoder = LatentAutoencoder(vae)
+    decoded = autoencoder.decode(shifted)
+    vae.register_to_config(shift_factor=None)
+    assert torch.equal(decoded, LatentAutoencoder(vae).decode((shifted / 0.36 + 0.5) * 0.36))
+
+
+def test_statistics_of_the_latents_that_are_not_supported_are_refused():
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latents_mean=(0.0,) * 4)
+    with pytest.raises(ValueError, match="latents_mean"):
+        LatentAutoencoder(vae)

@@ -67,12 +67,13 @@ class Command:
         task = get_task(self.task)
         out = self.out or Path("runs") / f"episodes-{task.name.replace(':', '-')}"
         ids = choose_start_states(task, self.split, self.episodes, self.seed)
+        store = EpisodeStore(out)
         # A longer collection is the same one continued; all the rest decides what gets recorded.
         keep_settings(
             out / "collection.json",
             {k: v for k, v in asdict(self).items() if k not in ("out", "episodes", "video")},
+            started=bool(store.directories()),
         )
-        store = EpisodeStore(out)
         if self.policy in ("expert", "play"):
             self._script(task, ids, store)
         else:

@@ -76,7 +76,8 @@ class Command:
             tensorboard=logs,
         )
         places = ("out", "frame_cache", "compute")
-        keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k not in places})
+        settings = {k: v for k, v in asdict(self).items() if k not in places}
+        keep_settings(logs / "command.json", settings, started=(logs / "checkpoint").exists())
         history = trainer.train(description=f"distillation to {self.denoising_steps} step(s)")
         quality = self._quality(teacher, student, teacher_steps, held) if held else {}
         write_json_atomic(logs / "quality.json", quality)

@@ -94,7 +94,8 @@ class Command:
         logs = self.out.with_name(self.out.name + ".training")
         # A longer training is the same one continued.
         settings = {k: v for k, v in self._settings().items() if k != "iterations"}
-        ranks.on_main(lambda: keep_settings(logs / "command.json", settings))
+        started = (logs / "checkpoints").exists()
+        ranks.on_main(lambda: keep_settings(logs / "command.json", settings, started=started))
         env, start_state_ids = self._make_env(
             ranks.rows_per_rank(self.n_groups * self.group_size, self.group_size)
         )

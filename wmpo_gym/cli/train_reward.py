@@ -49,7 +49,8 @@ class Command:
         episodes = [e for e in found if e.success is not None]
         logs = self.out.with_name(self.out.name + ".training") / "reward"
         places = ("out", "world", "frame_cache")
-        keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k not in places})
+        settings = {k: v for k, v in asdict(self).items() if k not in places}
+        keep_settings(logs / "command.json", settings, started=(logs / "checkpoint").exists())
         classifier, figures = train_classifier(
             episodes,
             world.task,

@@ -90,7 +90,9 @@ class Command:
         world.start_frames = world.start_frames.with_episodes(episodes)
         logs = self.out.with_name(self.out.name + ".training")
         places = ("out", "frame_cache", "compute")
-        keep_settings(logs / "command.json", {k: v for k, v in asdict(self).items() if k not in places})
+        settings = {k: v for k, v in asdict(self).items() if k not in places}
+        started = any((logs / made).exists() for made in ("checkpoint", "motion"))
+        keep_settings(logs / "command.json", settings, started=started)
         kept, held = split_episodes(episodes, self.holdout, self.training.seed)
 
         def judge(network: nn.Module, step: int) -> dict[str, float]:

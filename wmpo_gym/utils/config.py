@@ -9,18 +9,20 @@ from typing import Any
 from wmpo_gym.utils.io import plain, read_json, write_json_atomic
 
 
-def keep_settings(file: str | Path, settings: dict[str, Any]) -> None:
+def keep_settings(file: str | Path, settings: dict[str, Any], *, started: bool = True) -> None:
     """Remember what a directory was begun with, and refuse to go on with other settings.
 
     Args:
         file: JSON file in that directory.
         settings: What decides its content.
+        started: Whether the directory holds anything made with the settings of before; if not, they are
+            replaced, so that a command that was refused does not stand in the way of the corrected one.
 
     Raises:
         ValueError: If the file holds other settings; the message names the first difference.
     """
     file, settings = Path(file), json.loads(json.dumps(plain(settings)))
-    if not file.exists():
+    if not file.exists() or not started:
         write_json_atomic(file, settings)
         return
     before, now = _flat(read_json(file)), _flat(settings)

@@ -365,7 +365,8 @@ def _pixels(frames: np.ndarray) -> np.ndarray:
 
 
 def _megabytes(path: Path) -> float:
-    return path.stat().st_size / 2**20
+    # An encoder that has not given its first packet yet has not made the file either.
+    return path.stat().st_size / 2**20 if path.exists() else 0.0
 
 
 def _indexed_by(index: str, column: str) -> dict[str, Any]:

@@ -115,6 +115,13 @@ class LatentAutoencoder(Autoencoder):
         self.latent_channels: int = vae.config.latent_channels
         self.downscale: int = 2 ** (len(vae.config.block_out_channels) - 1)
         self.scaling: float = vae.config.scaling_factor
+        self.shift: float = getattr(vae.config, "shift_factor", None) or 0.0
+        for name in ("latents_mean", "latents_std"):
+            if getattr(vae.config, name, None) is not None:
+                raise ValueError(
+                    f"This autoencoder normalises its latents by {name}, which is not supported; "
+                    "scaling_factor and shift_factor are."
+                )
 
     @torch.no_grad()
     def encode(self, frames: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -137,12 +144,13 @@ class LatentAutoencoder(Autoencoder):
             # Drawn at once, so that the numbers do not depend on the micro-batch.
             noise = torch.randn(latents.shape, generator=generator, device=generator.device)
             latents += torch.cat([p.std for p in posteriors]).float() * noise.to(latents.device)
-        return (latents * self.scaling).unflatten(0, frames.shape[:2]).transpose(1, 2).contiguous()
+        latents = (latents - self.shift) * self.scaling
+        return latents.unflatten(0, frames.shape[:2]).transpose(1, 2).contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See :class:`Autoencoder`; truncates to whole levels as the release does."""
-        flat = latents.transpose(1, 2).flatten(0, 1) / self.scaling
+        flat = latents.transpose(1, 2).flatten(0, 1) / self.scaling + self.shift
         pixels = [self.vae.decode(self._input(z)).sample for z in flat.split(self.micro_batch)]
         frames = torch.cat([truncate_to_uint8(x) for x in pixels]).movedim(1, -1)
         return frames.unflatten(0, (latents.shape[0], latents.shape[2])).contiguous()
