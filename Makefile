@@ -7,6 +7,8 @@ VENV ?= .venv
 JOBS ?= 2
 # `make EXTRAS=all,test` also installs robosuite, which needs a C compiler and the kernel's headers.
 EXTRAS ?= sim,vla,train,video,data,serve,test
+# An environment of their own for documentation and distributions: neither needs torch.
+TOOLS := $(VENV)-tools
 # Passed on to the command, for instance `make demo ARGS="--seed 1"`.
 ARGS ?=
 
@@ -22,7 +24,7 @@ export TOKENIZERS_PARALLELISM := false
 export MPLBACKEND := Agg
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all lint format
+.PHONY: help setup demo test test-all lint format docs dist
 
 help:
 	@echo "make demo      the whole method on the bundled task, about ten minutes on two cores"
@@ -30,6 +32,8 @@ help:
 	@echo "make test-all  the tests and the slow ones"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    ruff's formatter and its safe repairs"
+	@echo "make docs      the documentation, in build/site; a warning is an error"
+	@echo "make dist      wheel and sdist, in dist/, checked"
 	@echo "make setup     only the environment, in $(VENV)"
 
 setup: $(READY)
@@ -63,3 +67,17 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The API reference is read from the sources, so the package itself need not be installed.
+$(TOOLS)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(TOOLS) || { echo "No venv module: apt-get install python3-venv"; exit 1; }
+	$(TOOLS)/bin/python -m pip install --quiet --constraint constraints.txt --requirement docs/requirements.txt
+	@touch $@
+
+docs: $(TOOLS)/.ready
+	$(TOOLS)/bin/mkdocs build --strict --quiet
+
+dist: $(TOOLS)/.ready
+	rm -rf dist
+	$(TOOLS)/bin/python -m build --outdir dist
+	$(TOOLS)/bin/python -m twine check --strict dist/*
