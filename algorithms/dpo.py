@@ -120,7 +120,7 @@ class DPO(GroupAlgorithm):
 
     def __init__(
         self,
-        policy: str | type[GroupPolicy] = "VLAPolicy",
+        policy: str | type[GroupPolicy] | GroupPolicy = "VLAPolicy",
         env: str | gym.vector.VectorEnv | VecEnv | None = None,
         learning_rate: float | Schedule = 1e-5,
         group_size: int = 8,

@@ -8,7 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -68,7 +68,8 @@ class GroupAlgorithm(ResumableAlgorithm):
     that is no id, is of all processes together (``docs/distributed.md``).
 
     Args:
-        policy: ``"VLAPolicy"``, another alias, or a :class:`~wmpo_gym.policies.GroupPolicy` class.
+        policy: ``"VLAPolicy"``, another alias, a :class:`~wmpo_gym.policies.GroupPolicy` class, or a policy
+            of such a class to start from, which is copied.
         env: Environment id, Gymnasium ``VectorEnv`` or SB3 ``VecEnv``; its rows must fill whole groups. None
             for a loaded model that only predicts.
         learning_rate: A number, or a function of the remaining progress (1 to 0).
@@ -108,7 +109,7 @@ class GroupAlgorithm(ResumableAlgorithm):
 
     def __init__(
         self,
-        policy: str | type[GroupPolicy],
+        policy: str | type[GroupPolicy] | GroupPolicy,
         env: str | gym.vector.VectorEnv | VecEnv | None,
         learning_rate: float | Schedule,
         group_size: int = 8,
@@ -128,11 +129,16 @@ class GroupAlgorithm(ResumableAlgorithm):
     ) -> None:
         if group_size < 2:
             raise ValueError(f"group_size must be at least 2 to compare rollouts, got {group_size}.")
+        start: GroupPolicy | None = None
+        kind: Any = policy
+        if isinstance(policy, GroupPolicy):
+            start = cast(GroupPolicy, policy)
+            kind, policy_kwargs = type(start), {**_constructor_arguments(start), **(policy_kwargs or {})}
         self.ranks = Ranks.join(device)
         if isinstance(env, str):
             env = as_vec_env(env, self.ranks.rows_per_rank(group_size * (n_groups or 8), group_size))
         super().__init__(
-            policy,
+            kind,
             env,
             learning_rate,
             policy_kwargs=policy_kwargs,
@@ -160,6 +166,9 @@ class GroupAlgorithm(ResumableAlgorithm):
         self._iteration = 0
         if _init_setup_model:
             self._setup_model()
+            if start is not None:
+                weights = {k: v for k, v in start.state_dict().items() if "extra_state" not in k}
+                self.policy.load_state_dict({**self.policy.state_dict(), **weights})
 
     # ------------------------------------------------------------------ construction
 
@@ -174,12 +183,7 @@ class GroupAlgorithm(ResumableAlgorithm):
             env: What to train in.
             **kwargs: Arguments of the algorithm.
         """
-        arguments = policy._get_constructor_parameters()
-        arguments = {k: v for k, v in arguments.items() if k not in ("observation_space", "action_space")}
-        model = cls(type(policy), env, policy_kwargs=arguments, **kwargs)
-        weights = {k: v for k, v in policy.state_dict().items() if "extra_state" not in k}
-        model.policy.load_state_dict({**model.policy.state_dict(), **weights})
-        return model
+        return cls(policy, env, **kwargs)
 
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -496,3 +500,9 @@ class GroupAlgorithm(ResumableAlgorithm):
         self.history.append({name: float(value) for name, value in logged if isinstance(value, numbers)})
         if write:
             self.logger.dump(self.num_timesteps)
+
+
+def _constructor_arguments(policy: GroupPolicy) -> dict[str, Any]:
+    """Arguments that make a policy like one in memory, its spaces left out."""
+    arguments = policy._get_constructor_parameters()
+    return {k: v for k, v in arguments.items() if k not in ("observation_space", "action_space")}

@@ -234,7 +234,7 @@ class GRPO(GroupAlgorithm):
 
     def __init__(
         self,
-        policy: str | type[GroupPolicy] = "VLAPolicy",
+        policy: str | type[GroupPolicy] | GroupPolicy = "VLAPolicy",
         env: str | gym.vector.VectorEnv | VecEnv | None = None,
         learning_rate: float | Schedule = 5e-4,
         group_size: int = 8,
