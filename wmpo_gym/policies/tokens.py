@@ -2,7 +2,7 @@
 
 As in OpenVLA, bins are counted downwards from the end of the vocabulary: the highest token id is the lowest
 action value. Policies work with the *index* of a token among the action tokens (0 is the lowest id, that is
-the highest value); ``token_ids`` adds the offset.
+the highest value); adding ``first_token_id`` gives the vocabulary id.
 """
 
 from __future__ import annotations
@@ -79,10 +79,6 @@ class ActionTokenizer:
     def decode(self, indices: torch.Tensor) -> torch.Tensor:
         """Action values float32 of token indices (any shape)."""
         return self.values.to(device=indices.device, dtype=torch.float32)[indices]
-
-    def token_ids(self, indices: torch.Tensor) -> torch.Tensor:
-        """Vocabulary ids of token indices."""
-        return indices + self.first_token_id
 
 
 def unnormalise_actions(

@@ -112,8 +112,7 @@ class VLANetwork(nn.Module):
         if config.learned_placeholders:
             scale = language.initializer_range
             self.placeholders = nn.Parameter(torch.randn(config.n_tokens, language.hidden_size) * scale)
-        first = config.text_vocabulary - config.n_bins
-        self._action_ids = slice(first, config.text_vocabulary)
+        self._action_ids = slice(config.action_tokenizer().first_token_id, config.text_vocabulary)
 
     def forward(
         self, images: Sequence[torch.Tensor], text: torch.Tensor, length: torch.Tensor
@@ -173,7 +172,3 @@ class VLANetwork(nn.Module):
         if type(head) is nn.Linear:
             return F.linear(hidden, head.weight[self._action_ids])
         return head(hidden)[..., self._action_ids]
-
-    def n_parameters(self) -> int:
-        """Number of parameters."""
-        return sum(math.prod(p.shape) for p in self.parameters())

@@ -1,6 +1,6 @@
-"""The success classifier: which frames of an episode show the instruction fulfilled.
+"""The success classifier: the probability that a frame shows its instruction fulfilled.
 
-``classifier`` holds the common part and the streaming state, ``conv`` and ``videomae`` the two networks,
-``windows`` the clips to train on and the rule that turns probabilities into an outcome, ``calibration`` the
-threshold, and ``training`` puts them together.
+``classifier`` is the base class with the streaming state, ``conv`` and ``videomae`` are the two networks,
+``data`` holds the training clips and the rule from probabilities to an outcome, ``calibration`` the threshold
+and ``training`` the training.
 """

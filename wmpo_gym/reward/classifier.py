@@ -1,10 +1,11 @@
-"""What every success classifier has: preprocessing, windows, streaming, a threshold, a directory on disk."""
+"""Base class of the success classifiers: windows, streaming scores, threshold, calibration and files."""
 
 from __future__ import annotations
 
 import abc
 import importlib
-from dataclasses import dataclass, fields
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wmpo_gym.reward.calibration import Calibration
 from wmpo_gym.reward.data import check_window_fits, first_success
 from wmpo_gym.utils.io import (
     ArtifactError,
@@ -24,7 +24,7 @@ from wmpo_gym.utils.io import (
 )
 
 FORMAT_VERSION = 1
-SCORED_AT_ONCE = 32  # frames of a recorded episode; bounds the memory of large pictures
+FRAMES_PER_UPDATE = 32  # of a recorded episode; bounds the memory for large images
 KINDS = {
     "conv": ("wmpo_gym.reward.conv", "ConvSuccessClassifier"),
     "videomae": ("wmpo_gym.reward.videomae", "VideoMAESuccessClassifier"),
@@ -32,13 +32,62 @@ KINDS = {
 Index = Tensor | np.ndarray | slice | list[int]
 
 
-@dataclass
-class StreamState:
-    """The frames a classifier still needs, one row per episode.
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold and its quality on ``n`` episodes.
 
     Attributes:
-        pixels: float32 ``(B, window - 1, 3, h, w)``, the latest frames, preprocessed; zeros before the first.
-        count: int64 ``(B,)``, frames seen so far.
+        threshold: Probability from which on a window counts as success.
+        precision: Share of the claimed successes that are real; NaN if none is claimed.
+        recall: Share of the real successes that are claimed.
+        f1: Harmonic mean of the two.
+        n: Episodes it was measured on.
+        n_success: Successes among them.
+        precision_ci95: 95 % Wilson interval of the precision.
+        recall_ci95: 95 % Wilson interval of the recall.
+        plateau: Scores next to the threshold; any other between them claims the same episodes.
+        finish_error: Median of claimed minus real finish step over rightly claimed successes; NaN if none is.
+    """
+
+    threshold: float
+    precision: float
+    recall: float
+    f1: float
+    n: int
+    n_success: int
+    precision_ci95: tuple[float, float]
+    recall_ci95: tuple[float, float]
+    plateau: tuple[float, float]
+    finish_error: float = math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; numbers that are not finite become None."""
+        values = asdict(self)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Calibration:
+        """Rebuild from :meth:`to_dict`, also after a trip through JSON.
+
+        Raises:
+            TypeError: If an entry is missing or unknown.
+            ValueError: If the threshold is no probability.
+        """
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        for name in ("precision", "recall", "f1", "finish_error"):
+            values[name] = math.nan if values.get(name) is None else values[name]
+        if not 0.0 <= values.get("threshold", -1.0) <= 1.0:
+            raise ValueError(f"a threshold lies between 0 and 1, not {values.get('threshold')}")
+        return cls(**values)
+
+
+@dataclass
+class StreamState:
+    """The latest frames of each episode, which the next windows begin with; one row per episode.
+
+    Attributes:
+        pixels: float32 ``(B, window - 1, 3, h, w)``, preprocessed frames; zeros before the first one.
+        count: int64 ``(B,)``, frames so far.
     """
 
     pixels: Tensor
@@ -68,7 +117,7 @@ class StreamState:
 
     @classmethod
     def from_dict(cls, arrays: dict[str, np.ndarray]) -> StreamState:
-        """Rebuild a state from :meth:`to_dict`, on the CPU; an update takes it to the classifier.
+        """Rebuild a state from :meth:`to_dict`, on the CPU; :meth:`SuccessClassifier.update` moves it.
 
         Raises:
             ValueError: If an array is missing.
@@ -181,7 +230,7 @@ class SuccessClassifier(nn.Module, abc.ABC):
     def update(
         self, state: StreamState, frames: Tensor | np.ndarray, task_ids: Tensor | np.ndarray
     ) -> tuple[Tensor, StreamState]:
-        """Judge the K frames that follow; each frame is preprocessed once. ``state`` is left as it was.
+        """Score the next K frames; each frame is preprocessed once. ``state`` is not changed.
 
         Args:
             state: From :meth:`start` or the update before.
@@ -189,8 +238,8 @@ class SuccessClassifier(nn.Module, abc.ABC):
             task_ids: int64 ``(B,)``.
 
         Returns:
-            Success probability float32 ``(B, K)`` of the window that ends at each frame, NaN where the window
-            is not full yet; and the new state.
+            Success probability float32 ``(B, K)`` of the window that ends at each frame, NaN where there are
+            not yet enough frames for a window; and the new state.
 
         Raises:
             ValueError: If shapes, dtype or task ids are wrong.
@@ -201,16 +250,16 @@ class SuccessClassifier(nn.Module, abc.ABC):
         if len(state) != batch:
             raise ValueError(f"The state has {len(state)} rows and the frames have {batch}.")
         new = self.preprocess(frames.flatten(0, 1)).unflatten(0, (batch, chunk))
-        seen = torch.cat([state.pixels.to(new), new], dim=1)
+        pixels = torch.cat([state.pixels.to(new), new], dim=1)
         count = state.count.to(new.device)
         ready = count[:, None] + torch.arange(1, chunk + 1, device=new.device) >= self.window
-        clips = torch.stack([seen[:, k : k + chunk] for k in range(self.window)], dim=2)
+        clips = torch.stack([pixels[:, k : k + chunk] for k in range(self.window)], dim=2)
         rows, probs = task_ids[:, None].expand(-1, chunk), new.new_full((batch, chunk), torch.nan)
-        if ready.all():  # as after the first chunks always: nothing to pick out
+        if ready.all():  # the usual case, from the second or third chunk on
             probs = self.probabilities(clips.flatten(0, 1), rows.flatten()).view(batch, chunk)
         elif ready.any():
             probs[ready] = self.probabilities(clips[ready], rows[ready])
-        return probs, StreamState(seen[:, chunk:].contiguous(), count + chunk)
+        return probs, StreamState(pixels[:, chunk:].contiguous(), count + chunk)
 
     def scores(self, frames: Tensor | np.ndarray, task_id: int) -> np.ndarray:
         """Success probability at every frame of one episode.
@@ -230,7 +279,7 @@ class SuccessClassifier(nn.Module, abc.ABC):
         first = self.start(frames[:1])
         state = StreamState(torch.zeros_like(first.pixels), torch.zeros_like(first.count))  # before any frame
         probs = []
-        for part in frames[None].split(SCORED_AT_ONCE, dim=1):
+        for part in frames[None].split(FRAMES_PER_UPDATE, dim=1):
             p, state = self.update(state, part, torch.tensor([task_id]))
             probs.append(p[0])
         return torch.cat(probs).cpu().numpy()

@@ -1,7 +1,7 @@
-"""A small convolutional success classifier on the last frames: the bundled worlds' reward.
+"""A small convolutional success classifier on the latest frames: the reward of the bundled worlds.
 
-Success is a matter of a pixel or less, so the picture is never pooled: position channels, strided
-convolutions and a dense layer over all places keep where things are.
+Success can depend on a single pixel, so there is no pooling: coordinate channels, strided convolutions and a
+dense layer over all positions keep the location of objects.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class ConvSuccessClassifier(SuccessClassifier):
             last.weight[0::2] = -last.weight[1::2]
             last.bias[0::2] = -last.bias[1::2]
         self.head = nn.Sequential(nn.Flatten(), RowLinear(channels * side**2, hidden), nn.SiLU(), last)
-        place = torch.linspace(-1, 1, image_size // 2)
-        self.places: Tensor
+        axis = torch.linspace(-1, 1, image_size // 2)
+        self.coordinates: Tensor
         self.register_buffer(
-            "places", torch.stack(torch.meshgrid(place, place, indexing="ij")), persistent=False
+            "coordinates", torch.stack(torch.meshgrid(axis, axis, indexing="ij")), persistent=False
         )
 
     def arguments(self) -> dict[str, Any]:
@@ -93,8 +93,8 @@ class ConvSuccessClassifier(SuccessClassifier):
     def logits(self, clips: Tensor) -> Tensor:
         """Logits ``(B, 2 * n_instructions)`` of preprocessed clips ``(B, window, 3, h, w)``."""
         if len(clips) == 1 and not self.training:
-            # Torch convolves a single picture with another kernel, whose sums round differently.
+            # Torch uses another kernel for a batch of one, whose sums round differently.
             return self.logits(clips.expand(2, -1, -1, -1, -1))[:1]
         x = F.pixel_unshuffle(clips.flatten(1, 2), 2)
-        x = torch.cat([x, self.places.expand(len(x), -1, -1, -1)], dim=1)
+        x = torch.cat([x, self.coordinates.expand(len(x), -1, -1, -1)], dim=1)
         return self.head(self.body(x))

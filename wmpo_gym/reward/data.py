@@ -18,9 +18,6 @@ from wmpo_gym.tasks import Symmetry
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED_WINDOW = 8
-PUBLISHED_MIN_STEPS = 100
-
 
 # -- the rule ------------------------------------------------------------------------------------------------
 def check_window_fits(n_frames: int, window: int) -> None:
@@ -61,51 +58,6 @@ def first_success(probs: np.ndarray, threshold: float) -> tuple[bool, int]:
         raise ValueError("None of the windows of this episode was evaluated, so its outcome is unknown.")
     reached = probs >= threshold  # False for NaN
     return bool(reached.any()), int(reached.argmax()) if reached.any() else len(probs) - 1
-
-
-def published_decision(
-    probs: np.ndarray,
-    threshold: float,
-    *,
-    window: int = PUBLISHED_WINDOW,
-    min_steps: int = PUBLISHED_MIN_STEPS,
-) -> tuple[bool, int]:
-    """The released rule with its faults, to compare with published runs; use :func:`first_success` instead.
-
-    Windows that end before frame ``min_steps + window - 1`` are ignored, the window that ends on the last
-    frame can never succeed, and an episode without any window fails silently.
-
-    Args:
-        probs: ``(T+1,)`` as for :func:`first_success`.
-        threshold: A probability equal to it counts.
-        window: Frames per window.
-        min_steps: First frame at which a window may begin.
-
-    Returns:
-        Whether the episode succeeds, and its finish step.
-    """
-    last = len(probs) - 1
-    for frame in range(min_steps + window - 1, last):
-        if probs[frame] >= threshold:
-            return True, frame
-    return False, last
-
-
-def published_clips(
-    finish_step: int, success: bool, window: int = PUBLISHED_WINDOW
-) -> tuple[tuple[int, int, bool] | None, list[int]]:
-    """The released choice of training clips, to compare with published runs; use :class:`ClipTable` instead.
-
-    Its positive clip ends one frame before the frame that was labelled as the finish.
-
-    Returns:
-        The terminal clip as (first frame, last frame, label), None if it does not fit; and the exclusive ends
-        among which one further clip with label False is drawn (none if the list is empty).
-    """
-    if finish_step < window:
-        return None, []
-    ends = list(range(finish_step - window, window - 1, -1))
-    return (finish_step - window, finish_step - 1, bool(success)), ends
 
 
 # -- clips to train on ---------------------------------------------------------------------------------------

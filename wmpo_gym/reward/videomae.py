@@ -22,8 +22,8 @@ def rename_published_keys(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """State dict of a released ``videomae_*.pth`` under today's names.
 
     Takes the plain state dict or the one wrapped during RL (``rm_model_state_dict``, ``module.`` prefixes),
-    with the names of transformers 4 (``q_bias``, ``v_bias``) or of 5. Loaded without this, the old biases are
-    lost silently unless loading is strict.
+    with the names of transformers 4 (``q_bias``, ``v_bias``) or of 5. Without the new names, a load that is
+    not strict ignores the old biases.
 
     Args:
         state: What ``torch.load(path, weights_only=True)`` returned.
@@ -100,14 +100,6 @@ class VideoMAESuccessClassifier(SuccessClassifier):
         classifier = cls(model=fields, n_instructions=n_instructions, image_mean=mean, image_std=std)
         classifier.model.load_state_dict(model.state_dict())
         return classifier
-
-    def load_published(self, state: Mapping[str, Any]) -> None:
-        """Take over the weights of a released checkpoint; see :func:`rename_published_keys`.
-
-        Raises:
-            RuntimeError: If names or shapes do not fit this configuration.
-        """
-        self.model.load_state_dict(rename_published_keys(state), strict=True)
 
     def arguments(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build this classifier anew."""
