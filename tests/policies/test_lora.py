@@ -126,7 +126,7 @@ def test_merged_export_is_an_ordinary_policy(base, tmp_path):
 
 def test_adapters_without_a_saved_base_are_not_saved_alone(tmp_path):
     policy = make(lora=RANK_4)
-    with pytest.raises(ValueError, match="never saved.*save_merged"):
+    with pytest.raises(ValueError, match="not saved.*save_merged"):
         policy.save_pretrained(tmp_path / "adapters")
     assert same(make(), VLAPolicy.from_pretrained(policy.save_merged(tmp_path / "merged")))
 
@@ -213,6 +213,7 @@ def test_half_precision_is_for_gpus(base, monkeypatch):
         policy.sample(observe())
     with pytest.raises(ValueError, match="fp8.*bf16"):
         VLAPolicy.from_pretrained(base, precision="fp8")
+    assert VLAPolicy.from_pretrained(base, precision="float32").precision == "fp32"  # its earlier name
 
 
 def test_four_bits_are_guarded(base, monkeypatch):

@@ -41,7 +41,7 @@ def served(policy):
         yield client
 
 
-def picture(seed: int = 0, height: int = 40, width: int = 40) -> np.ndarray:
+def image(seed: int = 0, height: int = 40, width: int = 40) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -55,14 +55,14 @@ def greedy(policy, pixels: np.ndarray, task_id: int) -> np.ndarray:
 
 def test_answers_are_the_policys_in_the_robots_units(policy, served):
     for seed, (task_id, sentence) in enumerate(enumerate(TASK.instructions)):
-        pixels = picture(seed)
+        pixels = image(seed)
         actions = served.act(pixels, sentence)
         assert actions.dtype == np.float32 and np.array_equal(actions, greedy(policy, pixels, task_id))
         assert np.abs(actions[:, :2]).max() <= 0.12 + 1e-6  # metres
 
 
-def test_pictures_of_any_size_are_squashed_as_on_import(policy, served):
-    large = picture(3, 480, 640)
+def test_images_of_any_size_are_squashed_as_on_import(policy, served):
+    large = image(3, 480, 640)
     assert np.array_equal(served.act(large, BLUE), greedy(policy, resize_area(large, 40, 40), 1))
 
 
@@ -96,18 +96,18 @@ def test_a_simulated_robot_acts_as_in_the_environment(policy, served):
 @pytest.mark.parametrize(
     ("pixels", "sentence", "message"),
     [
-        (picture(), "fly away", "instruction 'fly away' is none of"),
-        (picture(), None, "instruction None is none of"),
-        (picture().astype(np.float32), RED, "got float32"),
-        (picture()[None], RED, r"got uint8 \(1, 40, 40, 3\)"),
-        (picture()[..., :2], RED, "one picture"),
-        (picture()[:0], RED, "the picture is empty"),
+        (image(), "fly away", "instruction 'fly away' is none of"),
+        (image(), None, "instruction None is none of"),
+        (image().astype(np.float32), RED, "got float32"),
+        (image()[None], RED, r"got uint8 \(1, 40, 40, 3\)"),
+        (image()[..., :2], RED, "one image"),
+        (image()[:0], RED, "the image is empty"),
     ],
 )
 def test_observations_that_make_no_sense_are_refused(served, pixels, sentence, message):
     with pytest.raises(ValueError, match=message):
         served.act(pixels, sentence)
-    assert served.act(picture(), RED).shape == (4, 3)  # the server lives on
+    assert served.act(image(), RED).shape == (4, 3)  # the server lives on
 
 
 class Trap:
@@ -123,7 +123,7 @@ class Trap:
 def test_messages_that_are_none_are_refused(served, tmp_path):
     trap = pickle.dumps(Trap(str(tmp_path / "sprung")))
     noise = np.random.default_rng(0).bytes(10_000)
-    whole = pack({"pixels": picture()}, instruction=RED)
+    whole = pack({"pixels": image()}, instruction=RED)
     for message in (noise, trap, b"", whole[:-7], whole[:20], (2**62).to_bytes(8, "little") + noise):
         with pytest.raises(ValueError, match="not a safetensors message"):
             served._call("Act", message)
@@ -131,8 +131,8 @@ def test_messages_that_are_none_are_refused(served, tmp_path):
         served._call("Act", pack({"state": np.zeros(3, np.float32)}))
     assert not (tmp_path / "sprung").exists()
     with pytest.raises(ConnectionError, match="RESOURCE_EXHAUSTED"):
-        served.act(picture(0, 2000, 2000), RED)
-    assert served.act(picture(), RED).shape == (4, 3)
+        served.act(image(0, 2000, 2000), RED)
+    assert served.act(image(), RED).shape == (4, 3)
 
 
 def test_messages_hold_arrays_and_text():
@@ -154,7 +154,7 @@ def test_addresses(policy, tmp_path):
         PolicyServer(policy, TASK, f"unix:{tmp_path / 's'}") as server,
         PolicyClient(server.address) as client,
     ):
-        assert client.act(picture(), RED).shape == (4, 3)
+        assert client.act(image(), RED).shape == (4, 3)
     with (
         PolicyClient(server.address, timeout=5) as client,
         pytest.raises(ConnectionError, match="wmpo serve"),
@@ -172,7 +172,7 @@ def test_policy_and_task_belong_together(policy):
 def test_sampling_draws(policy):
     with PolicyServer(policy, TASK, "127.0.0.1:0", deterministic=False) as server:
         with PolicyClient(server.address) as client:
-            drawn = [client.act(picture(), RED) for _ in range(4)]
+            drawn = [client.act(image(), RED) for _ in range(4)]
     assert any(not np.array_equal(drawn[0], other) for other in drawn[1:])
 
 

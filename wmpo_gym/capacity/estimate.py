@@ -52,7 +52,7 @@ class Option:
         memory = self.memory
         parts = [
             f"--lora-rank {memory.lora_rank}" if memory.lora_rank else "",
-            f"--precision {memory.precision}" if memory.precision != "float32" else "",
+            f"--precision {memory.precision}" if memory.precision != "fp32" else "",
             "--four-bit" if memory.four_bit else "",
             "--gradient-checkpointing" if memory.gradient_checkpointing else "",
             "--offload" if self.offload else "",
@@ -325,7 +325,7 @@ class Estimator:
 
 def options(workload: Workload, ranks: int, gpu: bool) -> Iterator[Option]:
     """Ways of keeping the loop in memory: first those that train all weights, cheapest computation first."""
-    plain = PolicyMemory(precision="bf16" if gpu else "float32")
+    plain = PolicyMemory(precision="bf16" if gpu else "fp32")
     checkpointing = replace(plain, gradient_checkpointing=True)
     lora = replace(plain, lora_rank=LORA_RANK)
     imagined = workload.world is not None and gpu

@@ -151,7 +151,7 @@ def require_room(workload: Workload, option: Option, device: str, ranks: int = 1
     machine, estimator = Machine.here(device), Estimator(workload)
     machine = replace(machine, ranks=ranks, memory=machine.memory // (1 if machine.gpu else ranks))
     if not machine.gpu:  # where half precision is not offered
-        option = replace(option, memory=replace(option.memory, precision="float32", four_bit=False))
+        option = replace(option, memory=replace(option.memory, precision="fp32", four_bit=False))
     try:
         footprint = estimator.footprint(option, ranks, machine.usable)
     except RuntimeError as error:  # a part that torch cannot run without numbers

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wmpo_gym.convert.released import released_task
-from wmpo_gym.policies.card import read_policy_card
 from wmpo_gym.policies.processor import InstructionTable
 from wmpo_gym.policies.vla_config import VLAConfig
+from wmpo_gym.policies.weights import read_policy_card
 from wmpo_gym.tasks import Task
 from wmpo_gym.utils.io import ArtifactError, read_json
 from wmpo_gym.world.networks.autoencoder import SDXL_AUTOENCODER, LatentAutoencoder

@@ -57,7 +57,7 @@ class Command:
 
 def _trained_for(policy: str) -> Task:
     """The task that a policy's card names."""
-    from wmpo_gym.policies.card import read_policy_card
+    from wmpo_gym.policies.weights import read_policy_card
     from wmpo_gym.world.world import find_pretrained
 
     if policy in TASKS:

@@ -13,9 +13,9 @@ from torch import Tensor
 from wmpo_gym.convert.checkpoints import check_disk, check_layout, copy_safetensors, read_weights, size_of
 from wmpo_gym.convert.released import Converted, ReleasedTask, check_path_names_task
 from wmpo_gym.convert.statistics import read_statistics
-from wmpo_gym.policies.card import read_policy_card, write_policy_card
 from wmpo_gym.policies.processor import InstructionTable
 from wmpo_gym.policies.vla import VLAConfig, VLANetwork
+from wmpo_gym.policies.weights import read_policy_card, write_policy_card
 from wmpo_gym.utils.io import ArtifactError, read_json, write_dir_atomic
 
 TIMM_MODELS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")

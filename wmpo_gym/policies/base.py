@@ -1,8 +1,8 @@
-"""The one interface that group-based algorithms (GRPO, DPO) ask of a policy.
+"""The policy interface of the group-based algorithms (GRPO, DPO).
 
-A Stable-Baselines3 policy answers ``predict``; policy optimisation over action *tokens* needs two things
-more: to sample a chunk together with the log-probability of each of its tokens, and to evaluate those
-log-probabilities again under changed weights.
+It extends the ``predict`` of a Stable-Baselines3 policy by two methods for optimisation over action *tokens*:
+sample a chunk together with the log-probability of each of its tokens, and evaluate these log-probabilities
+again under changed weights.
 """
 
 from __future__ import annotations
@@ -47,13 +47,12 @@ class GroupPolicy(BasePolicy):
 
         Returns:
             ``actions`` float32 (B,K,D) in the action space, ``log_prob`` float32 (B,L) of the chosen tokens,
-            and ``trace`` int64 (B,L), the tokens themselves: what :meth:`log_prob` needs to find the same
-            decision again.
+            and ``trace`` int64 (B,L), these action tokens, which :meth:`log_prob` evaluates again.
         """
 
     @abstractmethod
     def log_prob(self, obs: Observation, trace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of earlier decisions under the current weights, with gradients.
+        """Log-probability of sampled action tokens under the current weights, with gradients.
 
         Args:
             obs: The observations the decisions were made on (see :meth:`sample`).
@@ -64,22 +63,22 @@ class GroupPolicy(BasePolicy):
         """
 
     def kept_elsewhere(self) -> tuple[set[str], str]:
-        """Parameters that a checkpoint of a training need not hold, because they never change.
+        """Frozen parameters of a saved base policy, which checkpoints of a training leave out.
 
         Returns:
-            Their names, and what tells their values from others, for a resumed training to compare.
+            Their names, and a digest of their values that a resumed training compares.
         """
         return set(), ""
 
     def draw(self, numbers: Callable[[int], torch.Tensor], n_rows: int) -> torch.Tensor:
-        """Random numbers for the rows of a batch, to be used by :meth:`sample`.
+        """Random numbers for the rows of a batch; :meth:`sample` draws all of its own with it.
 
         Args:
-            numbers: Draws from the policy's generator, for as many rows (leading dimension) as it is told.
+            numbers: Draws from the policy's generator for a given number of rows (leading dimension).
             n_rows: Rows given to :meth:`sample`.
 
         Returns:
-            ``numbers(n_rows)``; within :meth:`sample_part` the rows' own of all that are drawn.
+            ``numbers(n_rows)``; within :meth:`sample_part` those of these rows out of the whole batch's.
         """
         if self._part is None:
             return numbers(n_rows)
@@ -118,7 +117,7 @@ class GroupPolicy(BasePolicy):
 
 
 def changing_weights(state: Mapping[str, torch.Tensor], kept: Collection[str]) -> dict[str, torch.Tensor]:
-    """A state dict without the parameters ``kept`` elsewhere and what quantised ones store beside them."""
+    """A state dict without the frozen parameters ``kept`` elsewhere and their quantisation states."""
     beside = tuple(f"{name}." for name in kept)
     return {k: v for k, v in state.items() if k not in kept and not k.startswith(beside)}
 

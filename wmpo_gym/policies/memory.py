@@ -1,28 +1,30 @@
-"""What keeps a large policy within the memory of a card."""
+"""Settings that fit a large policy into the memory of a GPU."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
+
+from wmpo_gym.utils.device import Precision
 
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class PolicyMemory:
-    """How a policy is kept and trained.
+    """Precision, adapters and batching of a policy in training, which decide how much memory it needs.
 
     Attributes:
         lora_rank: Train low-rank adapters of this rank on the language model instead of all weights.
-        precision: bf16 computes in bfloat16 and keeps frozen weights in it (GPU only).
-        four_bit: Keep the language model's frozen weights in 4 bits (GPU only; needs bitsandbytes and
+        precision: fp32, or bf16: compute in bfloat16 and keep frozen weights in it (GPU only).
+        four_bit: Quantise the language model's frozen weights to 4 bits (GPU only; needs bitsandbytes and
             --lora-rank).
-        gradient_checkpointing: Compute the inside of transformer layers twice instead of keeping it.
+        gradient_checkpointing: Recompute the activations inside transformer layers in the backward pass.
         micro_batch: Examples per forward and backward pass; the gradient is the same up to rounding.
     """
 
     lora_rank: int | None = None
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Precision = "fp32"
     four_bit: bool = False
     gradient_checkpointing: bool = False
     micro_batch: int | None = None

@@ -1,4 +1,4 @@
-"""What stands between an observation and the network: image preparation and the tokenised instructions."""
+"""Preprocessing of a policy's observations: images and tokenised instructions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A policy behind a socket: pictures in, action chunks in the robot's units out.
+"""Policy server and client over gRPC: images in, action chunks in the robot's units out.
 
-gRPC carries the messages; a message is a safetensors file in memory, which can hold numbers and text and
-nothing that runs. The client needs neither torch nor the policy's libraries.
+gRPC carries the messages; a message is a safetensors file in memory, which can hold numbers and text but
+no code. The client needs neither torch nor the policy's libraries.
 
 =============================  ==========================================================================
 ``/wmpo.v1.Policy/Describe``   empty request; answers JSON: task, instructions, chunk, limits, rate
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 SERVICE, PROTOCOL = "wmpo.v1.Policy", 1
 DEFAULT_ADDRESS = "127.0.0.1:8765"
-MAX_MESSAGE = 1 << 23  # bytes; a picture of 1600 x 1600
-MAX_WAITING = 8  # requests; more are refused at once, because a late action is worth nothing
+MAX_MESSAGE = 1 << 23  # bytes; a image of 1600 x 1600
+MAX_WAITING = 8  # requests; more are refused at once, because a late action is useless
 
 
 def pack(tensors: dict[str, np.ndarray], **texts: str) -> bytes:
@@ -166,17 +166,17 @@ class PolicyServer:
         pixels = tensors.get("pixels")
         if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
             found = "missing" if pixels is None else f"{pixels.dtype} {pixels.shape}"
-            raise ValueError(f"pixels must be one picture uint8 (H, W, 3), got {found}")
+            raise ValueError(f"pixels must be one image uint8 (H, W, 3), got {found}")
         if 0 in pixels.shape:
-            raise ValueError("the picture is empty")
+            raise ValueError("the image is empty")
         instruction = texts.get(
             "instruction", self.task.instructions[0] if len(self.task.instructions) == 1 else None
         )
         if instruction not in self.task.instructions:
             raise ValueError(f"instruction {instruction!r} is none of {list(self.task.instructions)}")
-        picture = resize_area(pixels, self.image_size, self.image_size)
+        image = resize_area(pixels, self.image_size, self.image_size)
         observation = {
-            "pixels": torch.from_numpy(picture[None]),
+            "pixels": torch.from_numpy(image[None]),
             "task_id": torch.tensor([self.task.instructions.index(instruction)]),
         }
         chunk = self.policy.sample(observation, self.deterministic)[0][0].cpu().numpy()

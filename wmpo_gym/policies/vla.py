@@ -129,11 +129,11 @@ class VLANetwork(nn.Module):
             Float32 logits (B,L,n_bins). Token j is read one position before its placeholder, where a causal
             language model predicts it.
         """
-        seen = torch.cat([tower(x) for tower, x in zip(self.towers, images, strict=True)], dim=-1)
+        features = torch.cat([tower(x) for tower, x in zip(self.towers, images, strict=True)], dim=-1)
         words = self._embed(text)
         if self.film is not None:
-            seen = self._modulated(seen, words, length)
-        patches = self.projector(merge_patches(seen, self.config.patch_merge))
+            features = self._modulated(features, words, length)
+        patches = self.projector(merge_patches(features, self.config.patch_merge))
         sequence = torch.cat([words[:, :1], patches.to(words.dtype), words[:, 1:]], dim=1)
         n_patches = patches.shape[1]
         total = n_patches + length + self.config.n_tokens + 1
@@ -149,13 +149,13 @@ class VLANetwork(nn.Module):
         rows = torch.arange(len(text), device=text.device)[:, None]
         return self._head(hidden[rows, read]).float()
 
-    def _modulated(self, seen: torch.Tensor, words: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    def _modulated(self, features: torch.Tensor, words: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """Tower features (B,P,C) scaled and shifted by the sum of the prompt's word embeddings."""
         prompt = torch.arange(words.shape[1], device=words.device) < length[:, None]
         sentence = (words * prompt[..., None]).sum(dim=1)
         assert self.film is not None
         scale, shift = self.film(sentence)[:, None].chunk(2, dim=-1)
-        return seen * (1 + scale) + shift
+        return features * (1 + scale) + shift
 
     def _embed(self, text: torch.Tensor) -> torch.Tensor:
         """Word embeddings (B,S,C) with the placeholders' own embeddings, or zeros, in place."""

@@ -16,7 +16,6 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from wmpo_gym.policies.base import GroupPolicy, Observation
-from wmpo_gym.policies.card import read_policy_card, write_policy_card
 from wmpo_gym.policies.processor import InstructionTable, prepare_images
 from wmpo_gym.policies.tokens import token_statistics
 from wmpo_gym.policies.vla import VLAConfig
@@ -31,8 +30,10 @@ from wmpo_gym.policies.weights import (
     load_network,
     merged_state,
     possible_precision,
+    read_policy_card,
     save_adapters,
     store_weights,
+    write_policy_card,
 )
 from wmpo_gym.utils.io import plain, save_safetensors, write_dir_atomic
 
@@ -42,7 +43,7 @@ _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm
 
 
 class VLAPolicy(GroupPolicy):
-    """Discrete-token vision-language-action policy (OpenVLA-OFT) with a sampling temperature.
+    """Vision-language-action policy with discrete action tokens (OpenVLA-OFT) and a sampling temperature.
 
     Args:
         observation_space: ``Dict(pixels=Box uint8 (H,W,3) or (3,H,W), task_id=Discrete)``.
@@ -58,11 +59,11 @@ class VLAPolicy(GroupPolicy):
             then trained and everything else is frozen. Saved adapters bring their own.
         quantization: Keyword arguments of ``transformers.BitsAndBytesConfig`` with ``load_in_4bit=True``, for
             the language model's frozen weights.
-        precision: ``"bf16"`` computes in bfloat16 on a GPU, where it is several times faster, and keeps
-            frozen weights in it; trained weights stay in float32. On a CPU it would be about a hundred times
-            slower: without a GPU it warns and computes in float32.
-        gradient_checkpointing: In training, compute the inside of every transformer layer twice instead of
-            keeping it: a third more computation, a fraction of the memory, the same gradient.
+        precision: ``"fp32"``, or ``"bf16"``: compute in bfloat16 on a GPU and keep frozen weights in it,
+            trained weights in float32. Without a GPU, where bfloat16 is very slow, it warns and computes in
+            fp32. ``"float32"``, the name in earlier releases, means fp32.
+        gradient_checkpointing: In training, recompute the activations inside every transformer layer in the
+            backward pass: a third more computation, a fraction of the memory, the same gradient.
         optimizer_class: Optimizer of the trainable parameters.
         optimizer_kwargs: Its further keyword arguments.
         seed: Seeds the initial weights and the sampling generator.
@@ -86,7 +87,7 @@ class VLAPolicy(GroupPolicy):
         temperature: float | None = None,
         lora: Mapping[str, Any] | None = None,
         quantization: Mapping[str, Any] | None = None,
-        precision: str = "float32",
+        precision: str = "fp32",
         gradient_checkpointing: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
@@ -229,19 +230,19 @@ class VLAPolicy(GroupPolicy):
 
         Args:
             directory: Where to.
-            meta: Anything JSON-able worth remembering (task, training, results).
+            meta: JSON-able provenance (task, training, results).
             state_dict: The network's weights, if they do not lie in it whole (FSDP); None takes its own.
 
         Returns:
             The directory.
 
         Raises:
-            ValueError: If there are adapters on a base that was never saved, or weights in 4 bits.
+            ValueError: If there are adapters on a base that was not saved, or weights in 4 bits.
         """
         if self.lora and self._base is None:
             raise ValueError(
-                "The base of these adapters was never saved, and without it they are worth nothing: export "
-                "the whole policy with save_merged, or train adapters on a saved policy (`model`)."
+                "The base policy of these adapters was not saved, and adapters cannot be loaded without it: "
+                "export the whole policy with save_merged, or train adapters on a saved policy (`model`)."
             )
         if self._quantised and not self.lora:
             raise ValueError("Weights in 4 bits are not saved; the policy is the one they were loaded from.")
@@ -362,5 +363,5 @@ def _check_spaces(config: VLAConfig, observation_space: spaces.Space, action_spa
     if not isinstance(action_space, spaces.Box) or action_space.shape != (config.chunk, config.action_dim):
         raise ValueError(
             f"The policy acts in chunks of shape ({config.chunk}, {config.action_dim}), the environment "
-            f"wants {action_space}; build the policy for this task or choose another one."
+            f"expects {action_space}; build the policy for this task or choose another one."
         )

@@ -1,25 +1,99 @@
-"""The weights of a VLA network: read from files, kept in four bits, and changed by low-rank adapters."""
+"""The files of a saved policy (card, weights, adapters), 4-bit weights and low-rank adapters."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from wmpo_gym.policies.processor import LOCAL_TOKENIZER, copy_tokenizer
 from wmpo_gym.policies.vla import VLAConfig, VLANetwork
-from wmpo_gym.utils.io import ArtifactError, load_safetensors, plain, save_safetensors, sha256
+from wmpo_gym.utils.device import PRECISIONS, Precision
+from wmpo_gym.utils.io import (
+    ArtifactError,
+    load_safetensors,
+    plain,
+    read_json,
+    save_safetensors,
+    sha256,
+    write_json_atomic,
+)
 
-PRECISIONS = ("float32", "bf16")
+FORMAT_VERSION = 1
 WEIGHTS, ADAPTERS = "model.safetensors", "adapters.safetensors"
 # The vision towers have layers of these names too; their features are left as they are.
 LORA_TARGETS = r"language_model\..*\.(q|k|v|o|gate|up|down)_proj"
+
+
+# -- card ----------------------------------------------------------------------------------------------------
+def write_policy_card(
+    directory: Path,
+    config: VLAConfig,
+    *,
+    instructions: Sequence[str],
+    temperature: float,
+    pixels: Sequence[int],
+    lora: Mapping[str, Any] | None = None,
+    base: Mapping[str, str] | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the files of a saved policy except its weights.
+
+    Args:
+        directory: An existing directory.
+        config: The network. A tokenizer from a directory is copied, so that the policy can be moved.
+        instructions: The task's sentences.
+        temperature: Divides the logits.
+        pixels: Shape of the observed image.
+        lora: Keyword arguments of ``peft.LoraConfig`` if the weights are adapters, else None.
+        base: The policy that the adapters belong to (:meth:`Base.to_dict`), else None.
+        meta: JSON-able provenance (task, training, results).
+    """
+    if config.tokenizer != "bytes" and Path(config.tokenizer).is_dir():
+        copy_tokenizer(config.tokenizer, directory / LOCAL_TOKENIZER)
+        config = replace(config, tokenizer=LOCAL_TOKENIZER)
+    card = {
+        "format_version": FORMAT_VERSION,
+        "instructions": list(instructions),
+        "temperature": temperature,
+        "pixels": list(pixels),
+        "lora": lora,
+        "base": base,
+        "meta": dict(meta or {}),
+    }
+    write_json_atomic(directory / "config.json", config.to_dict())
+    write_json_atomic(directory / "policy.json", card)
+
+
+def read_policy_card(directory: str | Path) -> dict[str, Any]:
+    """``policy.json`` of a saved policy, with its :class:`VLAConfig` under ``"config"``.
+
+    Raises:
+        ArtifactError: If the directory holds no readable policy.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ArtifactError(f"No policy directory {directory}; give one that save_pretrained wrote.")
+    card, config = read_json(directory / "policy.json"), read_json(directory / "config.json")
+    if not isinstance(card, dict) or card.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{directory / 'policy.json'} is not a policy card of format {FORMAT_VERSION}; "
+            "it was edited or written by another version. Save the policy again."
+        )
+    try:
+        card["config"] = VLAConfig.from_dict(config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{directory / 'config.json'} does not describe a VLA: {error}") from error
+    if card["config"].tokenizer == LOCAL_TOKENIZER:
+        card["config"] = replace(card["config"], tokenizer=str(directory / LOCAL_TOKENIZER))
+    return card
 
 
 @dataclass(frozen=True)
@@ -47,23 +121,23 @@ class Base:
         return {"directory": str(self.directory), "digest": self.digest}
 
 
-def find_base(card: Mapping[str, Any], adapters: Path, elsewhere: str | Path | None) -> Base:
+def find_base(card: Mapping[str, Any], adapters: Path, moved_to: str | Path | None) -> Base:
     """The base that saved adapters were trained on.
 
     Args:
         card: The adapters' ``policy.json``.
         adapters: Their directory.
-        elsewhere: Where the base is now; None for where it was.
+        moved_to: Where the base is now; None for the directory in the card.
 
     Raises:
-        ArtifactError: If it is not there, or is not the one the adapters were trained on.
+        ArtifactError: If there is no policy, or it is not the one the adapters were trained on.
     """
-    directory = Path(elsewhere or card["base"]["directory"])
+    directory = Path(moved_to or card["base"]["directory"])
     if not any(directory.glob("model*.safetensors")):
         raise ArtifactError(
-            f"{adapters} holds adapters for a base policy, and {directory} does not hold one (any more); say "
-            "where it is with VLAPolicy.from_pretrained(adapters, base=…), or export a whole policy with "
-            "save_merged where both are at hand."
+            f"{adapters} holds adapters for a base policy, and there is no policy in {directory}; say where "
+            "it is with VLAPolicy.from_pretrained(adapters, base=…), or export a whole policy with "
+            "save_merged on a machine that has both."
         )
     base = Base.of(directory)
     if base.digest != card["base"]["digest"]:
@@ -82,7 +156,7 @@ def load_network(
 
     Args:
         config: The network.
-        directory: Holds its weights; no others are made before.
+        directory: Holds its weights; None initialises them at random.
         quantization: Keyword arguments of ``transformers.BitsAndBytesConfig`` for the language model's linear
             layers, which become quantised when the network is moved to the GPU; None keeps them as they are.
 
@@ -124,7 +198,7 @@ def _quantise(network: VLANetwork, state: dict[str, torch.Tensor], settings: Map
     """Put quantised layers into the language model and their weights into ``state``."""
     if not has_gpu():
         raise ValueError(
-            "4-bit weights need a CUDA GPU, and none is to be seen here: bitsandbytes' kernels for the CPU "
+            "4-bit weights need a CUDA GPU, and this machine has none: bitsandbytes' kernels for the CPU "
             "have no gradient. Leave out the quantization."
         )
     try:
@@ -134,10 +208,10 @@ def _quantise(network: VLANetwork, state: dict[str, torch.Tensor], settings: Map
     from transformers import BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
 
-    wanted = BitsAndBytesConfig(**settings)
-    if not wanted.load_in_4bit:
+    requested = BitsAndBytesConfig(**settings)
+    if not requested.load_in_4bit:
         raise ValueError(f"quantization takes load_in_4bit=True and its options, got {dict(settings)}.")
-    replace_with_bnb_linear(network.language_model.model, quantization_config=wanted)
+    replace_with_bnb_linear(network.language_model.model, quantization_config=requested)
     for name, layer in network.named_modules():
         key = f"{name}.weight"
         if isinstance(layer, bitsandbytes.nn.Linear4bit) and key in state:
@@ -151,55 +225,62 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def possible_precision(precision: str) -> str:
-    """The precision asked for, or ``"float32"`` with a warning where there is no GPU.
+def possible_precision(precision: str) -> Precision:
+    """The requested precision, or ``"fp32"`` with a warning where there is no GPU.
+
+    Args:
+        precision: ``"fp32"`` (also ``"float32"``, its name in earlier releases) or ``"bf16"``.
 
     Raises:
         ValueError: If it is unknown.
     """
+    if precision == "float32":
+        precision = "fp32"
     if precision not in PRECISIONS:
         raise ValueError(f"Unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     if precision == "bf16" and not has_gpu():
         warnings.warn(
-            "bf16 needs a CUDA GPU, and none is to be seen here; on a CPU it is about 100 times slower than "
-            "float32. Computing in float32.",
+            "bf16 needs a CUDA GPU, and this machine has none; on a CPU it is about 100 times slower than "
+            "fp32. Computing in fp32.",
             stacklevel=3,
         )
-        return "float32"
-    return precision
+        return "fp32"
+    return "bf16" if precision == "bf16" else "fp32"
 
 
 def store_weights(network: nn.Module, frozen: torch.dtype) -> None:
-    """Keep trained weights in float32 and frozen ones in another type; quantised ones stay as they are."""
+    """Convert trained weights to float32 and frozen ones to ``frozen``; quantised weights are left alone."""
     for parameter in network.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
 
 
 def checkpoint_activations(network: VLANetwork) -> None:
-    """In training keep the input of every transformer layer only, and compute the rest again going back."""
+    """Recompute the activations inside every transformer layer in the backward pass."""
     for model in (network.language_model, *(tower.model for tower in network.towers)):
         if model.supports_gradient_checkpointing:
-            # The older name is on its way out.
+            # transformers renames the method; the older name is deprecated.
             name = "activation_checkpointing_enable"
             enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-            # Re-entrant ones lose the gradient where a layer's input has none, as above a frozen table.
+            # Re-entrant checkpoints lose the gradient where a layer's input has none (frozen embeddings).
             enable({"use_reentrant": False})
 
 
 # -- adapters ------------------------------------------------------------------------------------------------
-def agreed_lora(wanted: Mapping[str, Any] | None, saved: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Settings of the adapters: those saved with the policy, else those asked for.
+def agreed_lora(
+    requested: Mapping[str, Any] | None, saved: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """Settings of the adapters: those saved with the policy, else the requested ones.
 
     Raises:
         ValueError: If the two differ.
     """
-    if wanted and saved and plain(wanted) != plain(saved):
+    if requested and saved and plain(requested) != plain(saved):
         raise ValueError(
-            f"The policy has adapters with lora={dict(saved)} already, got {dict(wanted)}; leave `lora` out "
-            "to go on with them, or export it with save_merged and put new ones on that."
+            f"The policy has adapters with lora={dict(saved)} already, got {dict(requested)}; leave `lora` "
+            "out to go on with them, or export it with save_merged and put new ones on that."
         )
-    return dict(saved or wanted or {}) or None
+    return dict(saved or requested or {}) or None
 
 
 def add_lora(network: nn.Module, settings: Mapping[str, Any]) -> None:
@@ -259,12 +340,12 @@ def merged_state(network: VLANetwork) -> dict[str, torch.Tensor]:
                     "Adapters are not merged into 4-bit weights, which would lose most of what was trained; "
                     "load the adapters without `quantization` and merge then."
                 )
-            twin = copy.deepcopy(layer)  # the network itself goes on unmerged, without a rounding error
-            twin.merge()
+            merged = copy.deepcopy(layer)  # unmerging the network's own layer would leave a rounding error
+            merged.merge()
             state = {k: v for k, v in state.items() if not k.startswith(f"{name}.")}
-            state |= {f"{name}.{k}": v for k, v in twin.get_base_layer().state_dict().items()}
+            state |= {f"{name}.{k}": v for k, v in merged.get_base_layer().state_dict().items()}
     with torch.device("meta"):
-        plain = VLANetwork(network.config).state_dict().keys()
-    if extra := sorted(state.keys() ^ plain):
-        raise ValueError(f"These adapters cannot be merged: {extra[0]} has no place in the plain network.")
-    return {name: state[name] for name in plain}
+        names = VLANetwork(network.config).state_dict().keys()
+    if extra := sorted(state.keys() ^ names):
+        raise ValueError(f"These adapters cannot be merged: a network without adapters has no {extra[0]}.")
+    return {name: state[name] for name in names}
