@@ -9,13 +9,13 @@ import torch
 from kills import disk_states
 from square_toys import square_episode
 
-from wmpo_gym.reward import training
 from wmpo_gym.reward.calibration import assess, split_episodes
 from wmpo_gym.reward.training import (
     ClassifierTraining,
     make_classifier,
     train_classifier,
 )
+from wmpo_gym.training.trainer import Trainer
 
 QUICK = ClassifierTraining(steps=120, min_holdout=10, checkpoint_every=25)
 FEW = dataclasses.replace(QUICK, steps=30)
@@ -57,19 +57,19 @@ def test_same_seed_same_result_and_global_generators_untouched(episodes, task):
 def test_interrupted_training_resumes_to_the_same_numbers(episodes, task, tmp_path, monkeypatch):
     config = dataclasses.replace(QUICK, steps=60)
     whole, _ = train_classifier(episodes, task, seed=5, config=config, progress=False)
-    step = training._Trainer._train_step
+    step = Trainer.train_step
 
     def interrupted(self):
         if self.step == 40:
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr(training._Trainer, "_train_step", interrupted)
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
     arguments = {"seed": 5, "config": config, "checkpoint_dir": tmp_path / "c", "progress": False}
     with pytest.raises(KeyboardInterrupt):
         train_classifier(episodes, task, **arguments)
     steps = []
-    monkeypatch.setattr(training._Trainer, "_train_step", lambda self: steps.append(self.step) or step(self))
+    monkeypatch.setattr(Trainer, "train_step", lambda self: steps.append(self.step) or step(self))
     resumed, _ = train_classifier(episodes, task, **arguments)
     assert steps[0] == 25 and weights_equal(whole, resumed) and whole.threshold == resumed.threshold
     with pytest.raises(ValueError, match="other settings"):
@@ -79,8 +79,8 @@ def test_interrupted_training_resumes_to_the_same_numbers(episodes, task, tmp_pa
 def test_killed_between_any_two_writes(episodes, task, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda handle: None)
     config = dataclasses.replace(QUICK, steps=4, checkpoint_every=2)
-    step, steps, begun_at = training._Trainer._train_step, [], []
-    monkeypatch.setattr(training._Trainer, "_train_step", lambda self: steps.append(self.step) or step(self))
+    step, steps, begun_at = Trainer.train_step, [], []
+    monkeypatch.setattr(Trainer, "train_step", lambda self: steps.append(self.step) or step(self))
 
     def run(directory):
         steps.clear()
@@ -172,3 +172,33 @@ def test_videomae_trains(episodes, task):
         )
     assert results[0].window == 4 and weights_equal(*results)  # dropout has a seed as well
     assert not weights_equal(results[0], make_classifier("videomae", task, seed=0, model=model))
+
+
+def test_training_goes_on_from_a_saved_classifier(episodes, task, tmp_path):
+    first, _ = train_classifier(episodes, task, seed=1, config=FEW, progress=False)
+    first.threshold = 0.9  # by hand; it does not outlive the weights it was chosen for
+    first.save_pretrained(tmp_path)
+    start = make_classifier("conv", task, pretrained=tmp_path)
+    assert weights_equal(first, start) and start.calibration is None
+    second, metrics = train_classifier(episodes, task, seed=2, config=FEW, classifier=start, progress=False)
+    assert second is start and not weights_equal(first, second)
+    assert second.threshold == metrics["calibration"]["threshold"] != 0.9
+    with pytest.raises(ValueError, match="a 'conv' classifier for 2 instructions; .* a 'videomae'"):
+        make_classifier("videomae", task, pretrained=tmp_path)
+    with pytest.raises(ValueError, match="not the directory of a saved 'conv' classifier"):
+        make_classifier("conv", task, pretrained="MCG-NJU/videomae-base")
+
+
+def test_micro_batches_change_rounding_only(episodes, task):
+    config = dataclasses.replace(FEW, steps=3)
+    whole, _ = train_classifier(episodes, task, config=config, progress=False)
+    parts, _ = train_classifier(episodes, task, config=config, micro_batch=7, progress=False)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-4)  # a tenth of the learning rate of these steps
+
+
+def test_a_device_or_precision_that_is_not_there_is_refused_first(task):
+    with pytest.raises(ValueError, match="no device 'cuda:7'"):
+        train_classifier([], task, device="cuda:7")
+    with pytest.raises(ValueError, match="bf16 on a CPU"):
+        train_classifier([], task, precision="bf16")

@@ -207,6 +207,10 @@ class SuccessClassifier(nn.Module, abc.ABC):
             raise ValueError(f"A threshold is a probability between 0 and 1, got {value}.")
         self._threshold = float(value)
 
+    def reset_threshold(self) -> None:
+        """Forget a threshold set by hand and the calibration, as before a new training."""
+        self._threshold = self.calibration = None
+
     @property
     def device(self) -> torch.device:
         """Where the network is."""
@@ -358,6 +362,13 @@ class SuccessClassifier(nn.Module, abc.ABC):
                 "them was edited or comes from another classifier; restore both, or train it again."
             ) from error
         return classifier.eval()
+
+
+def is_saved_classifier(directory: str | Path) -> bool:
+    """Whether a directory was written by :meth:`SuccessClassifier.save_pretrained`."""
+    file = Path(directory) / "config.json"
+    config = read_json(file) if file.is_file() else None
+    return isinstance(config, dict) and "kind" in config
 
 
 def _index(index: Index) -> Any:

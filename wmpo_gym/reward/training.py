@@ -1,61 +1,54 @@
-"""Training of the success classifier: balanced clips, held-out calibration, one result per seed."""
+"""Training of the success classifier on balanced clips, and its calibration on held-out episodes."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import importlib
 import logging
 import math
-import time
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.data.optimizer_state import pack_slots, unpack_slots
 from wmpo_gym.reward.calibration import assess, calibrate, split_episodes
-from wmpo_gym.reward.classifier import KINDS, SuccessClassifier
+from wmpo_gym.reward.classifier import KINDS, SuccessClassifier, is_saved_classifier
 from wmpo_gym.reward.data import ClipTable, augment, check_window_fits
-from wmpo_gym.tasks import Task, get_task
-from wmpo_gym.utils.io import (
-    load_safetensors,
-    mend_dir,
-    read_json,
-    save_safetensors,
-    write_dir_atomic,
-    write_json_atomic,
-)
-from wmpo_gym.utils.progress import progress_bar
+from wmpo_gym.tasks import Symmetry, Task, get_task
+from wmpo_gym.training.checkpoint import TrainingState
+from wmpo_gym.training.runtime import ComputeSettings
+from wmpo_gym.training.trainer import Loss, Trainer, TrainingSettings, TrainingTask, warmup_until_cosine
+from wmpo_gym.utils.device import Precision
 
 logger = logging.getLogger(__name__)
-
-LOG_EVERY = 20  # steps between TensorBoard points
 
 
 @dataclass(frozen=True)
 class ClassifierTraining:
-    """Settings of a training.
+    """Settings of a training of the success classifier.
 
     Attributes:
         steps: Optimiser steps.
-        learning_rate: Peak; linear warm-up over a tenth of the steps, then cosine to zero.
-        weight_decay: AdamW's.
-        grad_clip: Bound of the gradient norm.
+        learning_rate: Peak of the learning rate; linear warm-up over a tenth of the steps, cosine to zero.
+        weight_decay: Decoupled weight decay (AdamW).
+        grad_clip: Gradients are scaled down to this norm.
         positives: Clips per step that end at the finish of a success.
-        negatives: Any other clips per step.
-        late_negatives: Clips per step from the end of an episode that are no success.
-        other_instruction: Successes of another instruction per step, shown as negatives (0 without them).
-        late_steps: How far from the end a clip counts as late.
-        noise: Standard deviation of the noise put on the preprocessed pixels.
-        holdout_fraction: Share of the episodes kept for calibration.
-        min_holdout: Episodes kept at least, if that leaves half of them for training; a threshold from 30
-            episodes is off.
+        negatives: Clips per step with any other end.
+        late_negatives: Clips per step near the end of an episode that are no success.
+        other_instruction: Clips per step of a success of another instruction, as negatives; the task decides
+            whether there are any.
+        late_steps: Largest distance of a late clip from the end of its episode, in frames.
+        noise: Standard deviation of the noise added to the preprocessed pixels.
+        holdout_fraction: Share of the episodes held out for calibration.
+        min_holdout: Smallest number of held-out episodes, as long as half of all are left for training; a
+            threshold chosen on fewer varies much.
         checkpoint_every: Steps between checkpoints.
     """
 
@@ -75,13 +68,26 @@ class ClassifierTraining:
 
     @classmethod
     def for_kind(cls, kind: str) -> ClassifierTraining:
-        """Defaults of a kind; for VideoMAE the published optimiser, which fine-tunes."""
-        if kind == "videomae":
-            return cls(
-                steps=2000, learning_rate=1e-4, weight_decay=1e-4, positives=4, negatives=2, late_negatives=2,
-                other_instruction=1, noise=0.0,
-            )  # fmt: skip
-        return cls()
+        """Defaults of a kind of classifier; those of VideoMAE are the published ones for fine-tuning."""
+        if kind != "videomae":
+            return cls()
+        return cls(
+            steps=2000,
+            learning_rate=1e-4,
+            weight_decay=1e-4,
+            positives=4,
+            negatives=2,
+            late_negatives=2,
+            other_instruction=1,
+            noise=0.0,
+        )
+
+    def clip_counts(self, table: ClipTable) -> dict[str, int]:
+        """Clips per step from each pool of a table; see :meth:`ClipTable.draw`."""
+        counts = {"positive": self.positives, "negative": self.negatives, "late": self.late_negatives}
+        if len(table.pools["other"]):
+            counts["other"] = self.other_instruction
+        return counts
 
 
 def train_classifier(
@@ -96,19 +102,21 @@ def train_classifier(
     config: ClassifierTraining | None = None,
     classifier: SuccessClassifier | None = None,
     device: str | torch.device = "cpu",
+    precision: Precision = "fp32",
+    micro_batch: int | None = None,
     checkpoint_dir: str | Path | None = None,
     tensorboard: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[SuccessClassifier, dict[str, Any]]:
-    """Train a classifier on recorded episodes and calibrate it on those it did not see.
+    """Train a classifier on recorded episodes and calibrate it on held-out ones.
 
-    The global random generators are left alone, and one seed gives one result.
+    The same seed gives the same result; the global random generators are not changed.
 
     Args:
         episodes: Recorded episodes; those without an outcome or shorter than a window are left out, counted.
         task: The task, for its instructions and symmetries. Where its instructions are exclusive, a success
-            of one serves as a negative of the others; without such clips a classifier that never saw the
-            wrong object delivered rewards it.
+            of one is a negative of the others: a classifier that never saw the wrong object delivered
+            rewards it.
         kind: ``"conv"`` or ``"videomae"``.
         steps: Optimiser steps; None is the config's.
         seed: Seed of weights, hold-out, clips and noise.
@@ -118,25 +126,31 @@ def train_classifier(
         holdout: Start-state ids to calibrate on; None draws them. All episodes of one start state stay on one
             side.
         config: Settings; None is the kind's defaults.
-        classifier: Train on from this one (a pre-trained VideoMAE) instead of a new one.
-        device: Where to train.
+        classifier: The classifier to train, in place, for instance a pre-trained VideoMAE; None makes a new
+            one.
+        device: Where to train and calibrate, see :func:`~wmpo_gym.utils.device.resolve_device`.
+        precision: ``"fp32"``, or ``"bf16"`` for bfloat16 autocast with float32 weights.
+        micro_batch: Clips per forward and backward pass, a bound on memory; None for the whole batch.
         checkpoint_dir: Where to keep checkpoints; a complete one of the same settings is resumed from and
             gives the same result as an uninterrupted training.
         tensorboard: Directory for the loss as TensorBoard scalars, or None.
         progress: Show a progress bar.
 
     Returns:
-        The calibrated classifier in evaluation mode, on the CPU, and figures: the calibration, loss, counts,
-        held-out start states, seconds, and quality on held-out imagined episodes (None without them).
+        The calibrated classifier in evaluation mode, on the CPU, and metrics: the calibration, the mean loss
+        of the steps since the second-last checkpoint, counts, held-out start states, seconds, and quality on
+        held-out imagined episodes (None without them).
 
     Raises:
         ValueError: If there are fewer than two successes or two failures (one to train on, one to calibrate
-            on), an unknown kind, or a window longer than the task's episodes.
+            on), an unknown kind, a window longer than the task's episodes, a device or precision that this
+            machine does not have, or a checkpoint of another training.
     """
     task = get_task(task)
     config = config or ClassifierTraining.for_kind(kind)
     if steps is not None:
         config = dataclasses.replace(config, steps=steps)
+    compute = ComputeSettings(str(device), precision, micro_batch).checked()
     classifier = classifier or make_classifier(kind, task, seed=seed)
     if classifier.n_instructions != len(task.instructions):
         raise ValueError(
@@ -144,15 +158,23 @@ def train_classifier(
             f"{len(task.instructions)}; make one with make_classifier({kind!r}, task)."
         )
     data = _prepare(episodes, imagined, task, classifier.window, config, seed, holdout)
-    trainer = _Trainer(classifier.to(device), data.table, task, config, seed, checkpoint_dir, tensorboard)
-    trainer.run(progress)
-    classifier.to("cpu").eval()
-    replays = data.held_replays
+    clip_classification = ClipClassification(
+        classifier.to(compute.device), data.table, task.symmetries, config, seed
+    )
+    trainer = Trainer(
+        clip_classification,
+        clip_classification.training_settings(),
+        compute=compute,
+        checkpoint_dir=checkpoint_dir,
+        tensorboard=tensorboard,
+    )
+    history = trainer.train(progress=progress)
+    replays = data.held_out_replays
     classifier.calibration = calibrate(classifier, data.held_out, replays)
-    figures = {
+    metrics = {
         "calibration": classifier.calibration.to_dict(),
         "imagined": assess(classifier, replays).to_dict() if replays else None,
-        "loss": trainer.loss,
+        "loss": history[-1]["loss"] if history else math.nan,
         "n_train": len(data.training),
         "n_train_success": sum(bool(e.success) for e in data.training),
         "n_imagined": data.n_imagined,
@@ -161,18 +183,119 @@ def train_classifier(
         "seed": seed,
         "config": asdict(config),
     }
-    return classifier, figures
+    return classifier.to("cpu").eval(), metrics
+
+
+class ClipClassification(TrainingTask):
+    """Balanced batches of clips and the cross-entropy of their labels.
+
+    Args:
+        classifier: The network.
+        table: The clips of the training episodes.
+        symmetries: Symmetries of the task; each is applied to a random half of a batch.
+        config: Settings.
+        seed: Seed of clips and noise.
+    """
+
+    component = "success classifier"
+
+    def __init__(
+        self,
+        classifier: SuccessClassifier,
+        table: ClipTable,
+        symmetries: Sequence[Symmetry],
+        config: ClassifierTraining,
+        seed: int,
+    ) -> None:
+        self.network: SuccessClassifier = classifier
+        self.table, self.symmetries, self.config, self.seed = table, symmetries, config, seed
+        self.counts = config.clip_counts(table)
+        self.batch_size = sum(self.counts.values())
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def training_settings(self) -> TrainingSettings:
+        """Settings for the trainer."""
+        return TrainingSettings(
+            steps=self.config.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+            max_grad_norm=self.config.grad_clip,
+            seed=self.seed,
+            checkpoint_every=self.config.checkpoint_every,
+        )
+
+    def optimizers(self) -> dict[str, tuple[Optimizer, LRScheduler]]:
+        """AdamW, its rate rising over a tenth of the steps and then falling on a cosine to zero."""
+        config = self.config
+        optimizer = AdamW(
+            self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        return {"network": (optimizer, warmup_until_cosine(optimizer, config.steps, 0.1))}
+
+    def draw(self, step: int) -> dict[str, Tensor]:
+        """Preprocessed, noisy ``clips`` float32 ``(B, window, 3, h, w)`` with ``task_ids`` and ``labels``."""
+        rows = self.table.draw(self.counts, self.generator)
+        clips, task_ids = augment(
+            self.table.clips(rows), self.table.task_id[rows].long(), self.symmetries, self.generator
+        )
+        batch = {"clips": clips, "task_ids": task_ids, "labels": self.table.label[rows].long()}
+        batch = self.runtime.to_device(self.runtime.local(batch))
+        frames = batch["clips"]
+        pixels = self.network.preprocess(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        if self.config.noise > 0:
+            noise = torch.randn((len(rows), *pixels.shape[1:]), generator=self.generator)
+            pixels = pixels + self.config.noise * self.runtime.to_device(self.runtime.local(noise))
+        # The next clips are drawn with a copy of the generator, to read them while the network computes.
+        following = torch.Generator().set_state(self.generator.get_state())
+        self.table.prefetch(self.table.draw(self.counts, following))
+        return batch | {"clips": pixels}
+
+    def compute_loss(self, batch: Mapping[str, Tensor]) -> Loss:
+        """Cross-entropy of the labels, as the clips' share of the mean over the whole batch."""
+        logits = self.network(batch["clips"], batch["task_ids"])
+        loss = F.cross_entropy(logits, batch["labels"]) * (len(logits) / self.batch_size)
+        return Loss(loss, {"loss": float(loss.detach())})
+
+    def settings(self) -> dict[str, Any]:
+        """The network, the clips and how they are drawn."""
+        return {
+            "noise": self.config.noise,
+            "late_steps": self.config.late_steps,
+            "clips_per_step": self.counts,
+            "clips": {name: len(rows) for name, rows in self.table.pools.items()},
+            "arguments": self.network.arguments(),
+        }
+
+    def state(self) -> TrainingState:
+        """Weights and the generator of clips and noise."""
+        state = super().state()
+        state.add("random", {"generator": self.generator.get_state()})
+        return state
+
+    def load_state(self, state: TrainingState) -> None:
+        """Restore :meth:`state`."""
+        super().load_state(state)
+        self.generator.set_state(state.part("random")["generator"])
 
 
 @dataclass(frozen=True)
 class _Data:
-    """What a training works on: clips of the training episodes, and what is kept from them."""
+    """Data of a training.
+
+    Attributes:
+        table: Clips to train on, recorded and imagined.
+        training: The recorded episodes among their sources.
+        n_imagined: The number of imagined ones.
+        held_out: Recorded episodes to calibrate on.
+        held_out_replays: Imagined episodes from the start states of ``held_out``.
+    """
 
     table: ClipTable
     training: list[Episode]
     n_imagined: int
     held_out: list[Episode]
-    held_replays: list[Episode]
+    held_out_replays: list[Episode]
 
 
 def _prepare(
@@ -202,35 +325,64 @@ def _prepare(
         gradual_steps=task.gradual_steps,
         other_instructions=range(len(task.instructions)) if task.exclusive_instructions else (),
     )
-    held_replays = [e for e in replays if e.start_state_id in held_ids]
-    return _Data(table, training, len(trained_on), held_out, held_replays)
+    held_out_replays = [e for e in replays if e.start_state_id in held_ids]
+    return _Data(table, training, len(trained_on), held_out, held_out_replays)
 
 
-def make_classifier(kind: str, task: str | Task, *, seed: int = 0, **arguments: Any) -> SuccessClassifier:
-    """A new classifier for a task, with weights drawn from ``seed``.
+def make_classifier(
+    kind: str, task: str | Task, *, seed: int = 0, pretrained: str | Path | None = None, **arguments: Any
+) -> SuccessClassifier:
+    """A classifier for a task, to be trained.
 
     Args:
         kind: ``"conv"`` or ``"videomae"``.
         task: Gives the number of instructions and, for ``"conv"``, the image size.
-        seed: Seed of the weights; the global generator is left alone.
-        arguments: Passed to the class.
+        seed: Seed of the new weights; the global generator is not changed.
+        pretrained: Where to take weights from: the directory of a saved classifier of this kind, or for
+            ``"videomae"`` a VideoMAE of transformers (directory or hub id, ``"MCG-NJU/videomae-base"`` as
+            published), which gets a new head. None draws all weights.
+        arguments: Passed to the class, or for a VideoMAE of transformers to its ``from_transformers``.
 
     Raises:
-        ValueError: If the kind is unknown.
+        ValueError: If the kind is unknown, or the pre-trained classifier is of another kind or for another
+            number of instructions.
+        ArtifactError: If the files of a saved classifier are damaged.
+        OSError: If there is no such pre-trained model.
     """
-    import importlib
-
     task = get_task(task)
     if kind not in KINDS:
         raise ValueError(f"Unknown classifier kind {kind!r}; choose one of {', '.join(KINDS)}.")
     module, name = KINDS[kind]
+    network = getattr(importlib.import_module(module), name)
+    if pretrained is not None and is_saved_classifier(pretrained):
+        return _saved_classifier(Path(pretrained), kind, task)
+    if pretrained is not None and kind != "videomae":
+        raise ValueError(
+            f"{pretrained} is not the directory of a saved {kind!r} classifier; give one (of a world it is "
+            "the folder `reward`), or train from new weights."
+        )
+    arguments["n_instructions"] = len(task.instructions)
     if kind == "conv":
         arguments.setdefault("image_size", task.image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return getattr(importlib.import_module(module), name)(
-            n_instructions=len(task.instructions), **arguments
+        if pretrained is not None:
+            return network.from_transformers(pretrained, **arguments)
+        return network(**arguments)
+
+
+def _saved_classifier(directory: Path, kind: str, task: Task) -> SuccessClassifier:
+    """A classifier to train on, without its threshold; see :func:`make_classifier`."""
+    classifier = SuccessClassifier.from_pretrained(directory)
+    n = len(task.instructions)
+    if (classifier.kind, classifier.n_instructions) != (kind, n):
+        raise ValueError(
+            f"{directory} holds a {classifier.kind!r} classifier for {classifier.n_instructions} "
+            f"instructions; this training is of a {kind!r} classifier for the {n} of {task.name!r}. Give "
+            "another one, or train from new weights."
         )
+    classifier.reset_threshold()
+    return classifier
 
 
 def _usable(episodes: Iterable[Episode], window: int, what: str) -> list[Episode]:
@@ -255,139 +407,5 @@ def _check_outcomes(episodes: Sequence[Episode]) -> None:
             f"The data holds {good} successes and {len(episodes) - good} failures; a classifier needs "
             "at least two of each (one to learn from, one to calibrate on), and a few dozen to be good. "
             "Collect more episodes, with a policy that succeeds now and then if successes are missing, or "
-            "with more noise if failures are. What was collected stays where it is and counts next time."
+            "with more noise if failures are. Episodes already collected are kept and used next time."
         )
-
-
-class _Trainer:
-    """The optimisation, resumable to the same numbers."""
-
-    def __init__(
-        self,
-        classifier: SuccessClassifier,
-        table: ClipTable,
-        task: Task,
-        config: ClassifierTraining,
-        seed: int,
-        checkpoint_dir: str | Path | None,
-        tensorboard: str | Path | None,
-    ) -> None:
-        self.classifier, self.table, self.task, self.config, self.seed = classifier, table, task, config, seed
-        self.checkpoint_dir = Path(checkpoint_dir) if checkpoint_dir else None
-        self.tensorboard = Path(tensorboard) if tensorboard else None
-        self.generator = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.AdamW(
-            classifier.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        self.counts = {
-            "positive": config.positives,
-            "negative": config.negatives,
-            "late": config.late_negatives,
-        }
-        if len(table.pools["other"]):
-            self.counts["other"] = config.other_instruction
-        self.step, self.loss, self.seconds = 0, math.nan, 0.0
-
-    def run(self, progress: bool) -> None:
-        """Train to ``config.steps``, from the last checkpoint if there is one."""
-        self._resume()
-        started = time.perf_counter() - self.seconds
-        self.classifier.train()
-        total = self.config.steps
-        cuda = [self.classifier.device] if self.classifier.device.type == "cuda" else []
-        with (
-            self._writer() as writer,
-            torch.random.fork_rng(devices=cuda),
-            progress_bar(
-                total=total, initial=self.step, desc="success classifier", disable=not progress
-            ) as bar,
-        ):
-            while self.step < total:
-                torch.manual_seed(self.seed * 1_000_003 + self.step)  # for dropout, if the network has any
-                loss = self._train_step()
-                self.loss = loss if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * loss
-                self.seconds = time.perf_counter() - started
-                bar.update(1)
-                if writer is not None and self.step % LOG_EVERY == 0:
-                    writer.add_scalar("classifier/loss", self.loss, self.step)
-                if self.step % self.config.checkpoint_every == 0 or self.step == total:
-                    bar.set_postfix(loss=f"{self.loss:.4f}")
-                    self._checkpoint()
-
-    def _writer(self) -> AbstractContextManager[Any]:
-        if self.tensorboard is None:
-            return nullcontext()
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.tensorboard), purge_step=self.step)
-
-    def _train_step(self) -> float:
-        config = self.config
-        warmup = max(1.0, 0.1 * config.steps)
-        factor = min((self.step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * self.step / config.steps)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        clips, task_ids, labels = self._batch()
-        loss = F.cross_entropy(self.classifier(clips, task_ids), labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.classifier.parameters(), config.grad_clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"The gradient is not finite at step {self.step}; lower the learning rate, "
-                f"{config.learning_rate}."
-            )
-        self.optimizer.step()
-        self.step += 1
-        return float(loss.detach())
-
-    def _batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy clips ``(B, window, 3, h, w)``, task ids and labels, on the classifier's device."""
-        rows = self.table.draw(self.counts, self.generator)
-        clips, task_ids = augment(
-            self.table.clips(rows), self.table.task_id[rows].long(), self.task.symmetries, self.generator
-        )
-        device = self.classifier.device
-        pixels = self.classifier.preprocess(clips.flatten(0, 1).to(device)).unflatten(0, clips.shape[:2])
-        if self.config.noise > 0:
-            pixels = pixels + self.config.noise * torch.randn(pixels.shape, generator=self.generator).to(
-                device
-            )
-        # The next clips are drawn with a copy of the generator, to read them while the network computes.
-        following = torch.Generator().set_state(self.generator.get_state())
-        self.table.prefetch(self.table.draw(self.counts, following))
-        return pixels, task_ids.to(device), self.table.label[rows].long().to(device)
-
-    def _meta(self) -> dict[str, Any]:
-        clips = {name: len(rows) for name, rows in self.table.pools.items()}
-        settings = {"config": asdict(self.config), "seed": self.seed, "clips": clips}
-        return json.loads(json.dumps({**settings, "arguments": self.classifier.arguments()}))
-
-    def _checkpoint(self) -> None:
-        if self.checkpoint_dir is None:
-            return
-        tensors = {f"model.{k}": v for k, v in self.classifier.state_dict().items()}
-        tensors |= pack_slots(self.optimizer, "optimizer.")
-        tensors["generator"] = self.generator.get_state()
-        with write_dir_atomic(self.checkpoint_dir) as tmp:
-            save_safetensors(tmp / "state.safetensors", tensors)
-            progress = {"step": self.step, "loss": self.loss, "seconds": self.seconds}
-            write_json_atomic(tmp / "state.json", {**progress, "settings": self._meta()})
-
-    def _resume(self) -> None:
-        if self.checkpoint_dir is None or not (mend_dir(self.checkpoint_dir) / "state.json").exists():
-            return
-        meta = read_json(self.checkpoint_dir / "state.json")
-        if meta.get("settings") != self._meta():
-            raise ValueError(
-                f"{self.checkpoint_dir} holds a training with other settings or episodes; finish it with the "
-                "same ones or choose another directory."
-            )
-        tensors = load_safetensors(self.checkpoint_dir / "state.safetensors")
-        self.classifier.load_state_dict(
-            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        )
-        unpack_slots(self.optimizer, tensors, "optimizer.")
-        self.generator.set_state(tensors["generator"])
-        self.step, self.loss, self.seconds = meta["step"], meta["loss"], meta["seconds"]
-        logger.info("Resumed the classifier's training at step %d.", self.step)

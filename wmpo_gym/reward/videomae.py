@@ -77,19 +77,24 @@ class VideoMAESuccessClassifier(SuccessClassifier):
     def from_transformers(
         cls, name_or_dir: str | Path, *, window: int = 8, n_instructions: int = 1
     ) -> VideoMAESuccessClassifier:
-        """Start from a VideoMAE checkpoint, e.g. ``"MCG-NJU/videomae-base"`` as published; the head is new.
+        """A classifier with the weights of a VideoMAE checkpoint, as published, and a new head.
 
         Mean and standard deviation are those of the checkpoint's image processor.
 
         Args:
-            name_or_dir: Hub id or directory of a transformers model.
+            name_or_dir: Hub id (published: ``"MCG-NJU/videomae-base"``) or directory of a transformers model
+                with safetensors weights.
             window: Frames per window; the position table is a fixed sinusoid, so any even number goes.
             n_instructions: Instructions of the task.
         """
         from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessor
 
         model = VideoMAEForVideoClassification.from_pretrained(
-            name_or_dir, num_frames=window, num_labels=2 * n_instructions, ignore_mismatched_sizes=True
+            name_or_dir,
+            num_frames=window,
+            num_labels=2 * n_instructions,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,  # the other format can hold code
         )
         try:
             processor = VideoMAEImageProcessor.from_pretrained(name_or_dir)
