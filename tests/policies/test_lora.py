@@ -13,11 +13,12 @@ from wmpo_gym.data.episode import Episode
 from wmpo_gym.policies import SFTSettings, VLAConfig, VLANetwork, VLAPolicy, train_sft, weights
 from wmpo_gym.policies.memory import FOUR_BIT, PolicyMemory
 from wmpo_gym.policies.processor import prepare_images
-from wmpo_gym.policies.sft import accumulate_gradient
+from wmpo_gym.policies.sft import FineTuning
 from wmpo_gym.policies.vla_policy import make_spaces
 from wmpo_gym.policies.weights import add_lora
 from wmpo_gym.policies.windows import WindowDataset
 from wmpo_gym.tasks import MOVE_BLOCK
+from wmpo_gym.training.runtime import ComputeSettings, Runtime
 from wmpo_gym.utils.io import ArtifactError
 
 pytest.importorskip("peft")
@@ -167,7 +168,10 @@ def test_a_checkpoint_of_adapters_leaves_the_base_out(base, tmp_path, monkeypatc
 def gradient(policy: VLAPolicy, micro_batch: int | None = None) -> dict[str, torch.Tensor]:
     policy.set_training_mode(True)
     windows = WindowDataset([episode()], chunk=4)
-    accumulate_gradient(policy, windows.rows(np.arange(len(windows))), micro_batch)
+    training = FineTuning(policy, windows, (), SFTSettings(), seed=0)
+    runtime = Runtime(ComputeSettings(device="cpu", micro_batch_size=micro_batch))
+    for part in runtime.micro_batches(training.tensors(windows.rows(np.arange(len(windows))))):
+        training.compute_loss(part).loss.backward()
     return {n: p.grad for n, p in policy.network.named_parameters() if p.grad is not None}
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.frames import prefetched
@@ -19,16 +21,9 @@ from wmpo_gym.policies.vla import VLAConfig
 from wmpo_gym.policies.vla_policy import VLAPolicy, make_spaces
 from wmpo_gym.policies.windows import WindowDataset, Windows, draws
 from wmpo_gym.tasks import Symmetry, Task, get_task
-from wmpo_gym.training.checkpoint import pack_optimizer, unpack_optimizer
-from wmpo_gym.utils.io import (
-    load_safetensors,
-    mend_dir,
-    plain,
-    read_json,
-    save_safetensors,
-    write_dir_atomic,
-    write_json_atomic,
-)
+from wmpo_gym.training.checkpoint import TrainingState
+from wmpo_gym.training.runtime import ComputeSettings
+from wmpo_gym.training.trainer import Loss, Trainer, TrainingSettings, TrainingTask
 
 Progress = Callable[[int, int, dict[str, float]], None]
 CHECKPOINT_EVERY = 100  # steps
@@ -74,21 +69,107 @@ def token_loss(policy: VLAPolicy, batch: Windows) -> tuple[torch.Tensor, float]:
     return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean().item()
 
 
-def _parts(windows: Windows, size: int | None) -> Iterator[tuple[Windows, torch.Tensor]]:
-    """Some windows at a time, None for all, each with its share of the recorded actions."""
-    total = windows.mask.sum()
-    for part in map(windows.rows, torch.arange(len(windows)).split(size or len(windows))):
-        yield part, part.mask.sum() / total
+class FineTuning(TrainingTask):
+    """Batches of recorded decisions and the cross-entropy of their action tokens.
 
+    Args:
+        policy: The policy; frozen weights stay as they are.
+        windows: The training examples.
+        symmetries: Each is applied to a random half of a batch.
+        settings: How to fine-tune.
+        seed: Seed of the order of the examples and of the augmentation.
+    """
 
-def accumulate_gradient(policy: VLAPolicy, batch: Windows, micro_batch: int | None) -> tuple[float, float]:
-    """Add the gradient of :func:`token_loss` to ``.grad``, micro-batch by micro-batch; its two values."""
-    loss = accuracy = 0.0
-    for part, share in _parts(batch, micro_batch):
-        part_loss, part_accuracy = token_loss(policy, part)
-        (part_loss * share).backward()
-        loss, accuracy = loss + part_loss.item() * share.item(), accuracy + part_accuracy * share.item()
-    return loss, accuracy
+    component = "fine-tuning"
+
+    def __init__(
+        self,
+        policy: VLAPolicy,
+        windows: WindowDataset,
+        symmetries: Sequence[Symmetry],
+        settings: SFTSettings,
+        seed: int,
+    ) -> None:
+        self.policy, self.network = policy, policy.network
+        self.windows, self.symmetries, self.sft, self.seed = windows, symmetries, settings, seed
+        self._batches: Iterator[Windows] | None = None
+
+    def training_settings(self) -> TrainingSettings:
+        """Settings for the trainer."""
+        return TrainingSettings(
+            steps=self.sft.steps,
+            batch_size=self.sft.batch,
+            learning_rate=self.sft.lr,
+            weight_decay=self.sft.weight_decay,
+            max_grad_norm=self.sft.max_grad_norm,
+            seed=self.seed,
+            checkpoint_every=CHECKPOINT_EVERY,
+        )
+
+    def optimizers(self) -> dict[str, tuple[Optimizer, LRScheduler]]:
+        """AdamW on one cycle of the learning rate."""
+        trainable = [p for p in self.network.parameters() if p.requires_grad]
+        optimizer = AdamW(trainable, lr=self.sft.lr, weight_decay=self.sft.weight_decay)
+        steps, warmup = self.sft.steps, self.sft.warmup
+        return {
+            "network": (optimizer, OneCycleLR(optimizer, self.sft.lr, total_steps=steps, pct_start=warmup))
+        }
+
+    def draw(self, step: int) -> dict[str, torch.Tensor]:
+        """This process's examples of a batch, see :meth:`tensors`."""
+        if self._batches is None:
+            self._batches = self._read_from(step)
+        return self.runtime.to_device(self.runtime.local(self.tensors(next(self._batches))))
+
+    @staticmethod
+    def tensors(batch: Windows) -> dict[str, torch.Tensor]:
+        """The fields of a batch, and in every row ``n_actions``, the recorded actions of the whole of it."""
+        return {**vars(batch), "n_actions": batch.mask.sum().expand(len(batch))}
+
+    def _read_from(self, step: int) -> Iterator[Windows]:
+        """Batches from a step on; those before are drawn, but not read."""
+        rng = np.random.default_rng([self.seed, 3])
+        drawn = draws(
+            len(self.windows),
+            self.sft.batch,
+            n_symmetries=len(self.symmetries),
+            shift=self.sft.shift,
+            rng=rng,
+        )
+        remaining = islice(drawn, step, self.sft.steps)
+        return iter(prefetched(self.windows.draw(draw, self.symmetries) for draw in remaining))
+
+    def compute_loss(self, batch: Mapping[str, torch.Tensor]) -> Loss:
+        """Cross-entropy of the tokens, as these examples' share of the mean over the whole batch."""
+        windows = Windows(*(batch[name] for name in ("pixels", "task_id", "actions", "mask")))
+        loss, accuracy = token_loss(self.policy, windows)
+        share = windows.mask.sum() / batch["n_actions"][0]
+        metrics = {"loss": loss.item() * share.item(), "accuracy": accuracy * share.item()}
+        return Loss(loss * share, metrics)
+
+    def settings(self) -> dict[str, Any]:
+        """The examples, how they are varied, and the weights that stay as they are."""
+        same = {
+            "warmup": self.sft.warmup,
+            "shift": self.sft.shift,
+            "symmetries": list(self.sft.symmetries),
+            "windows": len(self.windows),
+        }
+        frozen = self.policy.kept_elsewhere()[1]
+        return {**same, "frozen weights": frozen} if frozen else same
+
+    def state(self) -> TrainingState:
+        """The weights that change."""
+        weights = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        changing = changing_weights(weights, self.policy.kept_elsewhere()[0])
+        state = TrainingState()
+        state.add("network", {k.removeprefix("network."): v for k, v in changing.items()})
+        return state
+
+    def load_state(self, state: TrainingState) -> None:
+        """Restore :meth:`state`."""
+        kept = {name.removeprefix("network.") for name in self.policy.kept_elsewhere()[0]}
+        load_changing_weights(self.network, state.part("network"), kept)
 
 
 def _find_symmetries(task: Task, names: Sequence[str]) -> list[Symmetry]:
@@ -153,38 +234,23 @@ def train_sft(
         )
     if device is not None:
         policy.to(device)
-    rng = np.random.default_rng([seed, 3])
-    trainable = [p for p in policy.network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.lr, total_steps=settings.steps, pct_start=settings.warmup
-    )
-    same = {**settings.to_dict(), "seed": seed, "windows": len(windows)}
-    if digest := policy.kept_elsewhere()[1]:
-        same["frozen weights"] = digest
-    kept = Checkpoint(checkpoint_dir, same)
-    done = kept.restore(policy, optimizer, schedule)
-    writer = _writer(log_dir, done)
-    policy.set_training_mode(True)
-    drawn = draws(len(windows), settings.batch, n_symmetries=len(symmetries), shift=settings.shift, rng=rng)
-    remaining = islice(drawn, done, settings.steps)  # those of the steps done are drawn, but not read
-    batches = prefetched(windows.draw(draw, symmetries) for draw in remaining)
-    for step, batch in enumerate(batches, done):
-        optimizer.zero_grad(set_to_none=True)
-        loss, accuracy = accumulate_gradient(policy, batch, micro_batch)
-        torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
-        optimizer.step()
-        metrics = {"loss": loss, "accuracy": accuracy, "lr": optimizer.param_groups[0]["lr"]}
-        schedule.step()
-        if writer is not None:
-            for key, value in metrics.items():
-                writer.add_scalar(f"sft/{key}", value, step)
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == settings.steps:
-            kept.save(step + 1, policy, optimizer, schedule)
+    training = FineTuning(policy, windows, symmetries, settings, seed)
+
+    def show(step: int, metrics: Mapping[str, float]) -> None:
         if progress is not None:
-            progress(step + 1, settings.steps, metrics)
-    if writer is not None:
-        writer.close()
+            shown = {"loss": metrics["loss"], "accuracy": metrics["accuracy"], "lr": metrics["learning_rate"]}
+            progress(step, settings.steps, shown)
+
+    trainer = Trainer(
+        training,
+        training.training_settings(),
+        compute=ComputeSettings(device=str(policy.device), micro_batch_size=micro_batch),
+        checkpoint_dir=checkpoint_dir,
+        tensorboard=log_dir,
+        on_step=show,
+    )
+    policy.set_training_mode(True)
+    trainer.train(progress=False)
     policy.set_training_mode(False)
     return policy
 
@@ -240,68 +306,3 @@ def _check_fit(windows: WindowDataset, task: Task) -> None:
         raise ValueError(
             f"Task {task.name!r} has {n} instructions; an episode has task_id {windows.task_ids.max()}."
         )
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where a fine-tuning stands, on disk.
-
-    Attributes:
-        directory: Holds the one checkpoint there is; None keeps none.
-        settings: What must be equal on going on, JSON-able.
-    """
-
-    directory: str | Path | None
-    settings: dict[str, Any]
-
-    def save(self, step: int, policy: VLAPolicy, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-        """Write the state after ``step`` steps; the one before stays until this one is complete."""
-        if self.directory is None:
-            return
-        tensors, numbers = pack_optimizer(optimizer)
-        tensors = {f"optimizer.{k}": v for k, v in tensors.items()}
-        weights = {f"network.{k}": v for k, v in policy.network.state_dict().items()}
-        tensors |= changing_weights(weights, policy.kept_elsewhere()[0])
-        # What a schedule keeps beside numbers are functions and its own settings, which are made anew.
-        numbers["schedule"] = {"last_epoch": schedule.last_epoch, "_last_lr": schedule.get_last_lr()}
-        with write_dir_atomic(self.directory) as temporary:
-            save_safetensors(temporary / "state.safetensors", tensors)
-            write_json_atomic(
-                temporary / "state.json", {"step": step, "settings": self.settings, "optimizer": numbers}
-            )
-
-    def restore(self, policy: VLAPolicy, optimizer: torch.optim.Optimizer, schedule: Any) -> int:
-        """Put everything back, in place.
-
-        Returns:
-            The steps done; 0 without a checkpoint.
-
-        Raises:
-            ValueError: If the checkpoint belongs to other settings or episodes.
-            ArtifactError: If it is damaged.
-        """
-        if self.directory is None or not (mend_dir(self.directory) / "state.json").exists():
-            return 0
-        state = read_json(Path(self.directory) / "state.json")
-        if state["settings"] != plain(self.settings):
-            raise ValueError(
-                f"{self.directory} holds a fine-tuning with other settings or episodes; finish it with the "
-                "same ones or choose another directory."
-            )
-        parts: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "network": {}}
-        for key, value in load_safetensors(Path(self.directory) / "state.safetensors").items():
-            part, _, name = key.partition(".")
-            parts[part][name] = value
-        kept = {name.removeprefix("network.") for name in policy.kept_elsewhere()[0]}
-        load_changing_weights(policy.network, parts["network"], kept)
-        unpack_optimizer(optimizer, parts["optimizer"], state["optimizer"])
-        schedule.load_state_dict(state["optimizer"]["schedule"])
-        return int(state["step"])
-
-
-def _writer(log_dir: str | Path | None, step: int) -> Any:
-    if log_dir is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(log_dir), purge_step=step)
