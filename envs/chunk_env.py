@@ -17,7 +17,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 
 from wmpo_gym.envs.base import TaskVectorEnv
-from wmpo_gym.envs.rows import Chunk, Starts, add_info, object_array, resize, take_prefixed
+from wmpo_gym.envs.rows import Chunk, EpisodeRows, Starts, add_info, object_array, resize, take_prefixed
 from wmpo_gym.envs.single import ChunkEnv
 from wmpo_gym.envs.validation import ResetOptions, check_actions, parse_seeds
 
@@ -267,7 +267,7 @@ class ChunkVectorEnv(TaskVectorEnv):
         if not self.started:
             raise ResetNeeded("Call reset() before get_state().")
         index = np.arange(self.num_envs) if rows is None else np.asarray(list(rows))
-        state = self._episode.to_dict(index)
+        state = self._episode.rows(index).to_dict()
         state["rng"] = self._generators.pack(index)
         return state | {f"dynamics.{key}": value for key, value in self._dump_rows(index).items()}
 
@@ -288,7 +288,7 @@ class ChunkVectorEnv(TaskVectorEnv):
                 f"{missing or 'nothing'}."
             )
         self._load_rows(index, take_prefixed(state, "dynamics."))
-        self._episode.assign(index, state)
+        self._episode.assign(index, EpisodeRows.from_dict(state))
         self._stepped[index] = False
         self._clips[index, 0], self._clip_lengths[index] = state["pixels"], 1
         self._generators.unpack(index, state["rng"])

@@ -11,9 +11,17 @@ from gymnasium.utils import EzPickle
 from wmpo_gym.envs.chunk_env import Chunk, ChunkEnv, ChunkVectorEnv, Starts, State
 from wmpo_gym.envs.heap import keep_freed_memory
 from wmpo_gym.envs.rows import take_prefixed
-from wmpo_gym.envs.success_filter import SoFar, in_a_row
+from wmpo_gym.envs.success_filter import EpisodeHistory, in_a_row
 from wmpo_gym.tasks import Task, get_task
 from wmpo_gym.utils.io import read_json
+from wmpo_gym.world.rollout import (
+    ImaginedChunk,
+    RolloutState,
+    imagine_chunk,
+    imagine_rollouts,
+    noise_per_row,
+    start,
+)
 from wmpo_gym.world.world import World, find_pretrained
 
 if TYPE_CHECKING:
@@ -139,14 +147,13 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         self._threshold = threshold
         self._consecutive, self._dual_noise = consecutive_windows, dual_noise
         self._streak = np.zeros(num_envs, np.int64)
-        self._so_far = SoFar.empty(
+        self._history = EpisodeHistory.empty(
             num_envs if dual_noise else 0,
             self._episode.pixels.shape[1:],
             (self.max_episode_steps, self.task_spec.chunk, self.task_spec.action_dim),
         )
         self._noise: list[torch.Generator] = []
-        self._dream: Any = None  # ImaginationState of all rows
-        self._judge: Any = None  # StreamState of all rows
+        self._state: RolloutState | None = None  # of all rows
 
     # -- the world -------------------------------------------------------------------------------------------
     @property
@@ -253,51 +260,57 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             return
         for network in self._networks():
             network.to(place)
-        if self._dream is not None:
-            self._dream, self._judge = self._dream.to(place), self._judge.to(place)
+        if self._state is not None:
+            self._state = self._state.to(place)
         if self._place is not None and self._place.startswith("cuda"):
             torch.cuda.empty_cache()  # others cannot use what this process merely keeps
         self._place = place
 
     # -- episodes --------------------------------------------------------------------------------------------
     def _begin(self, starts: Starts) -> tuple[np.ndarray, np.ndarray]:
-        import torch
-
         self._move_to(self._device)
         frames, task_ids = starts.frames, starts.task_ids
         if frames is None or task_ids is None:
             known = self.world.start_frames
             index = [self._index_of_id[int(start_id)] for start_id in starts.start_state_ids]
             frames, task_ids = known.frames[index], known.task_ids[index]
-        pictures = torch.tensor(frames, device=self._device)
-        with torch.no_grad():
-            dream = self._imagination.start(pictures)
-            judge = self.classifier.start(pictures)
+        state = start(self._imagination, self.classifier, frames)
         if len(starts.rows) == self.num_envs:
-            self._dream, self._judge = dream, judge
+            self._state = state
         else:
-            self._dream.assign(starts.rows, dream)
-            self._judge.assign(starts.rows, judge)
+            assert self._state is not None, "the first reset begins every row"
+            self._state.assign(starts.rows, state)
         for row, seed in zip(starts.rows, starts.noise_seeds, strict=True):
             self._noise[row].manual_seed(int(seed))
         self._streak[starts.rows] = 0
         if self._dual_noise:
-            self._so_far.begin(starts.rows, frames, starts.noise_seeds)
+            self._history.begin(starts.rows, frames, starts.noise_seeds)
         return frames, task_ids
 
     def _advance(self, rows: np.ndarray, actions: np.ndarray) -> Chunk:
         self._move_to(self._device)
-        noise = [self._noise[row] for row in rows]
-        states, task_ids = (self._dream, self._judge), self._episode.task_id[rows]
-        frames, probs = self._imagine(states, rows, task_ids, actions, noise)
+        assert self._state is not None, "begun by the reset"
+        chunk = imagine_chunk(
+            self._imagination,
+            self.classifier,
+            self._state,
+            rows,
+            self._episode.task_id[rows],
+            actions,
+            noise_per_row(self._imagination, self._noise)(rows),
+            max_batch=self._max_batch,
+        )
+        self._count(chunk)
+        frames, probs = chunk.frames, chunk.probs
+        assert probs is not None, "there is a classifier"
         nfe = np.full(len(rows), self._imagination.nfe_per_chunk)
         # NaN, where the window is not full, compares as not reached.
         reached, self._streak[rows] = in_a_row(probs >= self.threshold, self._streak[rows], self._consecutive)
         if self._dual_noise:
-            self._so_far.add(rows, actions)
+            self._history.add(rows, actions)
             claimed = np.flatnonzero(reached.any(axis=1))
             reached[claimed] &= self._claimed_again(rows[claimed])[:, None]
-            nfe[claimed] *= 1 + self._so_far.age[rows[claimed]]
+            nfe[claimed] *= 1 + self._history.age[rows[claimed]]
         success = np.any(reached, axis=1)
         last = np.where(success, reached.argmax(axis=1), frames.shape[1] - 1)
         each = np.arange(len(rows))
@@ -317,72 +330,47 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         """Whether success is claimed under other noise too, bool (n,); counted in the ledger."""
         import torch
 
-        claimed = np.zeros(len(rows), np.bool_)
-        for age in np.unique(self._so_far.age[rows]):
-            some = np.flatnonzero(self._so_far.age[rows] == age)
-            chosen = rows[some]
-            pictures = torch.tensor(self._so_far.first[chosen], device=self._device)
-            states = self._imagination.start(pictures), self.classifier.start(pictures)
-            noise = [
-                torch.Generator("cpu").manual_seed(OTHER_NOISE ^ int(s)) for s in self._so_far.seed[chosen]
-            ]
-            streak, task_ids = np.zeros(len(chosen), np.int64), self._episode.task_id[chosen]
-            for chunk in range(age):
-                actions = self._so_far.actions[chosen, chunk]
-                _, probs = self._imagine(states, np.arange(len(chosen)), task_ids, actions, noise)
-                reached, streak = in_a_row(probs >= self.threshold, streak, self._consecutive)
-                claimed[some] |= reached.any(axis=1)
+        history = self._history.rows(rows)
+        generators = [torch.Generator("cpu").manual_seed(OTHER_NOISE ^ int(seed)) for seed in history.seed]
+        claimed, streak = np.zeros(len(rows), np.bool_), np.zeros(len(rows), np.int64)
+        chunks = imagine_rollouts(
+            self._imagination,
+            self.classifier,
+            history.first,
+            self._episode.task_id[rows],
+            lambda obs, some, chunk: history.actions[some, chunk],
+            noise_per_row(self._imagination, generators),
+            int(history.age.max(initial=0)),
+            finished=lambda some, steps, probs: history.age[some] * self.task_spec.chunk <= steps,
+            max_batch=self._max_batch,
+        )
+        for chunk in chunks:
+            self._count(chunk)
+            assert chunk.probs is not None
+            reached, streak[chunk.rows] = in_a_row(
+                chunk.probs >= self.threshold, streak[chunk.rows], self._consecutive
+            )
+            claimed[chunk.rows] |= reached.any(axis=1)
         return claimed
 
-    def _imagine(
-        self,
-        states: tuple[Any, Any],
-        rows: np.ndarray,
-        task_ids: np.ndarray,
-        actions: np.ndarray,
-        generators: list[torch.Generator],
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Frames uint8 (n, K, H, W, 3) and success probabilities (n, K) of the next chunk.
-
-        Args:
-            states: Of the imagination and of the classifier; go on in place.
-            rows: Which rows of the states (n,).
-            task_ids: Their instructions (n,).
-            actions: Float (n, K, D).
-            generators: Of their noise.
-        """
-        import torch
-
-        (dream, judge), shape, made = states, self._imagination.noise_shape, []
-        for i in range(0, len(rows), self._max_batch):
-            part = slice(i, i + self._max_batch)
-            some, ids, chosen = rows[part], task_ids[part], actions[part]
-            n = len(some)
-            noise: Any = torch.empty(n, *shape)
-            for own, generator in zip(noise, generators[part], strict=True):
-                torch.randn(shape, generator=generator, out=own)
-            if n == 1 and self._device == "cpu":
-                # PyTorch has other kernels for a batch of one, whose sums differ in the last bit.
-                some, ids, chosen, noise = (x[[0, 0]] for x in (some, ids, chosen, noise))
-            with torch.no_grad():
-                frames, dreamt = self._imagination.step(dream.rows(some), chosen, noise)
-                probs, judged = self.classifier.update(judge.rows(some), frames, torch.as_tensor(ids))
-            dream.assign(some, dreamt)
-            judge.assign(some, judged)
-            made.append((frames[:n].cpu().numpy(), probs[:n].cpu().numpy()))
-        self.ledger.imagined_frames += len(rows) * actions.shape[1]
-        self.ledger.nfe += len(rows) * self._imagination.nfe_per_chunk
-        all_frames, all_probs = (np.concatenate(pieces) for pieces in zip(*made, strict=True))
-        return all_frames, all_probs
+    def _count(self, chunk: ImaginedChunk) -> None:
+        """Enter an imagined chunk into the ledger."""
+        self.ledger.imagined_frames += chunk.frames.shape[0] * chunk.frames.shape[1]
+        self.ledger.nfe += len(chunk.rows) * self._imagination.nfe_per_chunk
 
     # -- state -----------------------------------------------------------------------------------------------
+    def _states(self) -> dict[str, Any]:
+        """The parts of the rows' state, under the names they have in a dumped state."""
+        assert self._state is not None, "begun by the reset"
+        return {"dream": self._state.imagination, "judge": self._state.classifier}
+
     def _dump_rows(self, rows: np.ndarray) -> State:
         state = {"noise": np.stack([self._noise[row].get_state().numpy() for row in rows])}
-        for name, held in (("dream", self._dream), ("judge", self._judge)):
+        for name, held in self._states().items():
             state |= {f"{name}.{key}": value for key, value in held.rows(rows).to_dict().items()}
         state["streak"] = self._streak[rows].copy()
         if self._dual_noise:
-            state |= {f"so_far.{key}": value for key, value in self._so_far.to_dict(rows).items()}
+            state |= {f"so_far.{key}": value for key, value in self._history.rows(rows).to_dict().items()}
         return state
 
     def _load_rows(self, rows: np.ndarray, state: State) -> None:
@@ -390,11 +378,11 @@ class ImaginedVectorEnv(ChunkVectorEnv):
 
         for row, packed in zip(rows, state["noise"], strict=True):
             self._noise[row].set_state(torch.from_numpy(packed.copy()))
-        for name, held in (("dream", self._dream), ("judge", self._judge)):
+        for name, held in self._states().items():
             held.assign(rows, type(held).from_dict(take_prefixed(state, f"{name}.")))
         self._streak[rows] = state["streak"]
         if self._dual_noise:
-            self._so_far.load(rows, take_prefixed(state, "so_far."))
+            self._history.assign(rows, EpisodeHistory.from_dict(take_prefixed(state, "so_far.")))
 
 
 def _task_of(task: str | Task | None, world: World | str | Path | None) -> Task:

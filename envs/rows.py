@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium.utils import seeding
 
 from wmpo_gym.data.images import resize_area
+from wmpo_gym.utils.rows import Rows
 
 _MASK_64 = (1 << 64) - 1
 
@@ -39,7 +40,7 @@ class Chunk:
 
 
 @dataclass
-class EpisodeRows:
+class EpisodeRows(Rows):
     """The running episode of every row.
 
     Attributes:
@@ -89,15 +90,6 @@ class EpisodeRows:
         self.nfe[rows] = chunk.nfe
         self.is_success[rows] = chunk.is_success
         self.success_prob[rows] = chunk.success_prob
-
-    def to_dict(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Copies of the columns at ``rows``."""
-        return {f.name: getattr(self, f.name)[rows] for f in fields(self)}
-
-    def assign(self, rows: np.ndarray, data: Mapping[str, np.ndarray]) -> None:
-        """Write what :meth:`to_dict` returned into ``rows``, in place."""
-        for f in fields(self):
-            getattr(self, f.name)[rows] = data[f.name]
 
 
 def pack_generator(generator: np.random.Generator) -> np.ndarray:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from wmpo_gym.utils.rows import Rows
 
-def in_a_row(reached: np.ndarray, streak: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+
+def in_a_row(reached: np.ndarray, streak: np.ndarray, needed: int) -> tuple[np.ndarray, np.ndarray]:
     """Frames that end a run of enough frames above the threshold.
 
     Args:
         reached: bool (n, K), frames of a chunk above the threshold.
         streak: int64 (n,), length of the run that the chunk before ended with.
-        wanted: Frames in a row that count; 1 is any frame.
+        needed: Frames in a row that count; 1 is any frame.
 
     Returns:
         bool (n, K), and the runs (n,) this chunk ends with.
@@ -22,13 +24,13 @@ def in_a_row(reached: np.ndarray, streak: np.ndarray, wanted: int) -> tuple[np.n
     counted = np.zeros_like(reached)
     for k in range(reached.shape[1]):
         streak = np.where(reached[:, k], streak + 1, 0)
-        counted[:, k] = streak >= wanted
+        counted[:, k] = streak >= needed
     return counted, streak
 
 
 @dataclass
-class SoFar:
-    """What episodes have been up to now, so that they can be imagined again under other noise.
+class EpisodeHistory(Rows):
+    """First frames, actions and noise seeds of running episodes, to imagine them again under other noise.
 
     Attributes:
         first: uint8 (rows, H, W, 3), first frames.
@@ -43,10 +45,10 @@ class SoFar:
     seed: np.ndarray
 
     @classmethod
-    def empty(cls, rows: int, picture: tuple[int, ...], actions: tuple[int, ...]) -> SoFar:
-        """Nothing yet; shapes of a picture and of an episode's actions (chunks, K, D)."""
+    def empty(cls, rows: int, frame: tuple[int, ...], actions: tuple[int, ...]) -> EpisodeHistory:
+        """Zeros; shapes of a frame and of an episode's actions (chunks, K, D)."""
         return cls(
-            np.zeros((rows, *picture), np.uint8),
+            np.zeros((rows, *frame), np.uint8),
             np.zeros((rows, *actions), np.float32),
             np.zeros(rows, np.int64),
             np.zeros(rows, np.int64),
@@ -60,12 +62,3 @@ class SoFar:
         """Note a chunk (n, K, D) per row."""
         self.actions[rows, self.age[rows]] = actions
         self.age[rows] += 1
-
-    def to_dict(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Copies of some rows."""
-        return {f.name: getattr(self, f.name)[rows].copy() for f in fields(self)}
-
-    def load(self, rows: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
-        """Restore what :meth:`to_dict` returned."""
-        for f in fields(self):
-            getattr(self, f.name)[rows] = arrays[f.name]

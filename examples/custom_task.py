@@ -17,8 +17,8 @@ from gymnasium import spaces
 from wmpo_gym.algorithms import GRPO
 from wmpo_gym.data import Episode
 from wmpo_gym.envs import make_sb3_env
-from wmpo_gym.evaluation.world_quality import imagined_replays
 from wmpo_gym.reward.training import train_classifier
+from wmpo_gym.rollouts.imagined import imagined_replays
 from wmpo_gym.statistics import success_rate
 from wmpo_gym.tasks import StartStates, Task
 from wmpo_gym.world.networks.autoencoder import PixelAutoencoder

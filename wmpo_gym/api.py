@@ -229,8 +229,8 @@ def train_reward(
     """
     from dataclasses import replace
 
-    from wmpo_gym.evaluation.world_quality import imagined_replays
     from wmpo_gym.reward.training import train_classifier
+    from wmpo_gym.rollouts.imagined import imagined_replays
 
     labelled = [e for e in _opened(episodes) if e.success is not None]
     classifier, metrics = train_classifier(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from wmpo_gym.tasks import get_task
+from wmpo_gym.utils.rows import TensorRows
 
 TASK = get_task("move-block")
 SIDE = TASK.image_size
@@ -71,10 +72,17 @@ def _centroid(mass: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class TwinState:
-    """States of the simulators that a batch of dreams stands for."""
+class TwinState(TensorRows):
+    """States of the simulators that a batch of imagined episodes stands for."""
 
-    states: np.ndarray
+    states: torch.Tensor
+
+
+@dataclass
+class NothingKept(TensorRows):
+    """The state of a classifier that looks at single frames."""
+
+    unused: torch.Tensor
 
 
 class TwinImagination:
@@ -82,6 +90,7 @@ class TwinImagination:
 
     noise_shape = (1, TASK.chunk, 1, 1)
     nfe_per_chunk = 1
+    chunk, device, network = TASK.chunk, torch.device("cpu"), torch.nn.Identity()
 
     def __init__(self, start_state_ids: list[int], blur: float = 0.0) -> None:
         from wmpo_gym.envs.simulated import make_simulator
@@ -93,13 +102,15 @@ class TwinImagination:
             self.known[self.simulator.render().tobytes()] = self.simulator.get_state()
 
     def start(self, frames: np.ndarray) -> TwinState:
-        return TwinState(np.stack([self.known[np.asarray(f).tobytes()] for f in frames]))
+        return TwinState(torch.tensor(np.stack([self.known[np.asarray(f).tobytes()] for f in frames])))
 
     def step(
         self, state: TwinState, actions: np.ndarray, noise: torch.Tensor
     ) -> tuple[torch.Tensor, TwinState]:
         frames, states = [], []
-        for packed, chunk, shake in zip(state.states, np.asarray(actions), np.asarray(noise), strict=True):
+        for packed, chunk, shake in zip(
+            state.states.numpy(), np.asarray(actions), np.asarray(noise), strict=True
+        ):
             self.simulator.set_state(packed)
             clip = []
             for action in chunk:
@@ -107,7 +118,7 @@ class TwinImagination:
                 clip.append(self.simulator.render())
             frames.append(np.clip(np.stack(clip) + self.blur * shake.mean(), 0, 255).astype(np.uint8))
             states.append(self.simulator.get_state())
-        return torch.from_numpy(np.stack(frames)), TwinState(np.stack(states))
+        return torch.from_numpy(np.stack(frames)), TwinState(torch.tensor(np.stack(states)))
 
 
 class RuleClassifier:
@@ -118,13 +129,15 @@ class RuleClassifier:
     def __init__(self, radius: float = 16.0) -> None:
         self.radius = radius
 
-    def start(self, frames: np.ndarray) -> None:
-        return None
+    def start(self, frames: np.ndarray) -> NothingKept:
+        return NothingKept(torch.zeros(len(frames)))
 
-    def update(self, state: None, frames: np.ndarray, task_ids: np.ndarray) -> tuple[torch.Tensor, None]:
+    def update(
+        self, state: NothingKept, frames: np.ndarray, task_ids: np.ndarray
+    ) -> tuple[torch.Tensor, NothingKept]:
         images = np.asarray(frames).astype(float)
         probs = [[self._prob(f, 2 * int(t)) for f in clip] for clip, t in zip(images, task_ids, strict=True)]
-        return torch.tensor(probs, dtype=torch.float32), None
+        return torch.tensor(probs, dtype=torch.float32), state
 
     def _prob(self, frame: np.ndarray, channel: int) -> float:
         others = np.delete(frame, channel, axis=-1).max(axis=-1)

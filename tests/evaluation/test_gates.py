@@ -19,8 +19,9 @@ from wmpo_gym.evaluation.gates import (
     learnable_gate,
     physics_gate,
 )
+from wmpo_gym.evaluation.metrics import action_sensitivity
 from wmpo_gym.evaluation.twin import Replay, replay, simulate_full_horizon, start_frames
-from wmpo_gym.evaluation.validation import action_sensitivity, measure_learnable, validate
+from wmpo_gym.evaluation.validation import measure_learnable, validate
 from wmpo_gym.rollouts.rollout import make_rollout_env, rollout
 from wmpo_gym.statistics import precision_recall
 from wmpo_gym.tasks import GATES, get_task
@@ -158,15 +159,15 @@ def test_replay_is_deterministic(fetch):
 
 def test_objects_that_a_recording_moved_are_looked_for_where_it_left_them(monkeypatch):
     from wmpo_gym.envs.simulated.scripted import ExpertConfig, record_expert
-    from wmpo_gym.evaluation import world_quality
+    from wmpo_gym.evaluation import metrics
 
     episodes = list(record_expert(range(4), seed=0, config=ExpertConfig(), task=TASK))
     still = [replace(e, frames=np.repeat(e.frames[:1], len(e.frames), 0)) for e in episodes]
     world = SimpleNamespace(task=TASK)
 
     def error(imagined, recorded):
-        monkeypatch.setattr(world_quality, "imagined_replays", lambda *a, **k: imagined)
-        return world_quality.moved_object_error(world, recorded)
+        monkeypatch.setattr(metrics, "imagined_replays", lambda *a, **k: imagined)
+        return metrics.moved_object_error(world, recorded)
 
     assert any(e.success for e in episodes) and error(episodes, episodes) == 0.0
     assert error(still, episodes) > TASK.success_tolerance_px

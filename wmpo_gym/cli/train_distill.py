@@ -116,7 +116,7 @@ class Command:
 
 def _figures(world: World, many: World, held: list[Episode]) -> dict[str, float]:
     """How near a sampler is to the one with many steps, to the recordings and to their outcomes."""
-    from wmpo_gym.evaluation.world_quality import sampler_distance, world_quality
+    from wmpo_gym.evaluation.metrics import sampler_distance, world_quality
     from wmpo_gym.rollouts.imagined import imagine_episodes
 
     figures = {"grey levels from many steps": sampler_distance(world, many, held)}

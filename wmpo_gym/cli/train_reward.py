@@ -42,7 +42,7 @@ class Command:
 
     def run(self) -> None:
         """Train, calibrate, save."""
-        from wmpo_gym.evaluation.world_quality import imagined_replays
+        from wmpo_gym.rollouts.imagined import imagined_replays
 
         world = load_world(self.world)
         found = load_episodes(self.episodes, world.task, self.frame_cache)

@@ -183,7 +183,7 @@ class Command:
 
 def _judge(world: World, held: list[Episode], logs: Path, step: int) -> dict[str, float]:
     """Figures at a checkpoint; the whole table goes to quality.json and the pictures to samples/."""
-    from wmpo_gym.evaluation.world_quality import sample_video, world_quality
+    from wmpo_gym.evaluation.metrics import sample_video, world_quality
     from wmpo_gym.report.video import save_video
 
     quality = world_quality(world, held)

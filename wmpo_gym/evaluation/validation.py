@@ -20,8 +20,9 @@ from wmpo_gym.evaluation.gates import (
     physics_gate,
 )
 from wmpo_gym.evaluation.locate import object_error
+from wmpo_gym.evaluation.metrics import action_sensitivity, psnr_of_clips
 from wmpo_gym.evaluation.twin import TwinComparison, compare_with_twin, simulate_full_horizon
-from wmpo_gym.rollouts.imagined import NEVER, Imagined, imagine_actions, imagine_episodes
+from wmpo_gym.rollouts.imagined import NEVER, Imagined, imagine_episodes
 from wmpo_gym.statistics import paired_difference, precision_recall
 from wmpo_gym.tasks import GATES, Task
 from wmpo_gym.world.world import World
@@ -125,7 +126,10 @@ def _validate_on_recordings(
         errors,
         sensitivity,
         explained_change=_explained_change(imagined, episodes),
-        psnr_db=_psnr(imagined, episodes),
+        psnr_db=psnr_of_clips(
+            [clip[1 : e.n_steps + 1] for clip, e in zip(imagined.frames, episodes, strict=True)],
+            [np.asarray(e.frames)[1:] for e in episodes],
+        ),
     )
     honest = honest_gate(precision_recall(imagined.claimed, truth), "the recorded outcomes")
     reason = "There is no simulator to perturb or to train in; only real episodes were available."
@@ -160,15 +164,6 @@ def _explained_change(imagined: Imagined, episodes: Sequence[Episode]) -> float:
         missed = np.square(imagined.frames[i, 1 : episode.n_steps + 1] - real[1:]).sum()
         shares.append(1 - missed / max(np.square(real[1:] - real[0]).sum(), 1.0))
     return float(np.median(shares))
-
-
-def _psnr(imagined: Imagined, episodes: Sequence[Episode]) -> float:
-    """Mean peak signal-to-noise ratio of the imagined frames in dB, where there is a recording."""
-    squared = [
-        np.square(imagined.frames[i, 1 : e.n_steps + 1].astype(float) - e.frames[1:]).mean()
-        for i, e in enumerate(episodes)
-    ]
-    return float(np.mean([10 * np.log10(255.0**2 / max(s, 1e-12)) for s in squared]))
 
 
 def measure_learnable(
@@ -222,38 +217,6 @@ def measure_learnable(
             break
     env.close()
     return learnable_gate(before, after, iterations)
-
-
-def action_sensitivity(
-    world: World, actions: np.ndarray, frames: np.ndarray, task_ids: np.ndarray, *, seed: int = 0
-) -> dict[str, float]:
-    """How much the picture depends on the actions, compared with the noise.
-
-    Args:
-        world: The world.
-        actions: float (N, T, D); an episode's different actions are those of its neighbour in the list.
-        frames: uint8 (N, H, W, 3) start frames.
-        task_ids: int64 (N,).
-        seed: Seed of the noise.
-
-    Returns:
-        Mean absolute difference in grey levels (0 to 255) over all imagined frames under
-        ``different_actions`` and under ``different_noise``, and their ratio ``action_sensitivity`` (infinite
-        if noise changes nothing).
-    """
-
-    def imagine(chosen: np.ndarray, noise_seed: int) -> np.ndarray:
-        made = imagine_actions(world, chosen, frames, task_ids, seed=noise_seed)
-        return made.frames[:, 1:].astype(np.int16)
-
-    base = imagine(actions, seed)
-    by_actions = float(np.abs(imagine(np.roll(actions, 1, axis=0), seed) - base).mean())
-    by_noise = float(np.abs(imagine(actions, seed + 1) - base).mean())
-    return {
-        "different_actions": by_actions,
-        "different_noise": by_noise,
-        "action_sensitivity": by_actions / by_noise if by_noise else float("inf"),
-    }
 
 
 def has_simulator(task: Task) -> bool:

@@ -30,10 +30,10 @@ from wmpo_gym.envs.ledger import Ledger
 from wmpo_gym.envs.simulated.scripted import record_expert, record_play
 from wmpo_gym.evaluation.gates import gates_text
 from wmpo_gym.evaluation.learning import grpo_from_policy
+from wmpo_gym.evaluation.metrics import moved_object_error
 from wmpo_gym.evaluation.twin import TwinComparison, compare_with_twin
 from wmpo_gym.evaluation.validation import measure_learnable
 from wmpo_gym.evaluation.validation import validate as measure_gates
-from wmpo_gym.evaluation.world_quality import imagined_replays, moved_object_error
 from wmpo_gym.pipeline.callbacks import EvalCallback, ShuffledGRPO
 from wmpo_gym.pipeline.components import (
     check_components,
@@ -54,6 +54,7 @@ from wmpo_gym.report.report import Report, choose_clips, write_report
 from wmpo_gym.report.results import build_results, print_table
 from wmpo_gym.reward.classifier import SuccessClassifier
 from wmpo_gym.reward.training import train_classifier
+from wmpo_gym.rollouts.imagined import imagined_replays
 from wmpo_gym.rollouts.protocol import EvalProtocol, save_result
 from wmpo_gym.rollouts.rollout import collect_episodes, evaluate_policy_on, make_rollout_env
 from wmpo_gym.tasks import get_task

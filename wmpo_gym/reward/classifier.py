@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import importlib
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from wmpo_gym.utils.io import (
     write_dir_atomic,
     write_json_atomic,
 )
+from wmpo_gym.utils.rows import TensorRows
 
 FORMAT_VERSION = 1
 FRAMES_PER_UPDATE = 32  # of a recorded episode; bounds the memory for large images
@@ -29,7 +30,6 @@ KINDS = {
     "conv": ("wmpo_gym.reward.conv", "ConvSuccessClassifier"),
     "videomae": ("wmpo_gym.reward.videomae", "VideoMAESuccessClassifier"),
 }
-Index = Tensor | np.ndarray | slice | list[int]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Calibration:
 
 
 @dataclass
-class StreamState:
+class StreamState(TensorRows):
     """The latest frames of each episode, which the next windows begin with; one row per episode.
 
     Attributes:
@@ -92,40 +92,6 @@ class StreamState:
 
     pixels: Tensor
     count: Tensor
-
-    def __len__(self) -> int:
-        return len(self.count)
-
-    def rows(self, index: Index) -> StreamState:
-        """A copy of some rows; ``index`` as for a tensor: integers, a bool mask or a slice."""
-        index = _index(index)
-        return StreamState(self.pixels[index].clone(), self.count[index].clone())
-
-    def assign(self, index: Index, other: StreamState) -> None:
-        """Overwrite some rows in place with those of ``other``, in order."""
-        index = _index(index)
-        self.pixels[index] = other.pixels.to(self.pixels)
-        self.count[index] = other.count.to(self.count)
-
-    def to(self, device: torch.device | str) -> StreamState:
-        """The same state on a device."""
-        return StreamState(self.pixels.to(device), self.count.to(device))
-
-    def to_dict(self) -> dict[str, np.ndarray]:
-        """Copies as numpy arrays, to be stored; :meth:`from_dict` restores the same numbers."""
-        return {f.name: getattr(self, f.name).cpu().numpy().copy() for f in fields(self)}
-
-    @classmethod
-    def from_dict(cls, arrays: dict[str, np.ndarray]) -> StreamState:
-        """Rebuild a state from :meth:`to_dict`, on the CPU; :meth:`SuccessClassifier.update` moves it.
-
-        Raises:
-            ValueError: If an array is missing.
-        """
-        names = [f.name for f in fields(cls)]
-        if missing := [name for name in names if name not in arrays]:
-            raise ValueError(f"A stream state needs {' and '.join(names)}; it lacks {missing}.")
-        return cls(*(torch.from_numpy(np.array(arrays[name])) for name in names))
 
 
 class SuccessClassifier(nn.Module, abc.ABC):
@@ -369,7 +335,3 @@ def is_saved_classifier(directory: str | Path) -> bool:
     file = Path(directory) / "config.json"
     config = read_json(file) if file.is_file() else None
     return isinstance(config, dict) and "kind" in config
-
-
-def _index(index: Index) -> Any:
-    return torch.as_tensor(index) if isinstance(index, (np.ndarray, list)) else index

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,13 @@ from wmpo_gym.data.episode import Episode
 from wmpo_gym.rollouts.policy_runner import Observation, acting, episode_seeds
 from wmpo_gym.tasks import Task
 from wmpo_gym.utils.progress import progress_bar
+from wmpo_gym.world.rollout import Choose, imagine_rollouts, noise_per_row
 from wmpo_gym.world.world import World
 
 if TYPE_CHECKING:
     import torch
 
 NEVER = -1  # as a step: it did not happen
-Choose = Callable[[Observation, slice, int], np.ndarray]
 
 
 @dataclass
@@ -73,7 +74,7 @@ def imagine_full_horizon(
     seeds = episode_seeds(seed, np.arange(len(frames)) if start_state_ids is None else start_state_ids)
     with acting(policy, deterministic=deterministic, seed=seed) as act:
 
-        def choose(obs: Observation, rows: slice, chunk: int) -> np.ndarray:
+        def choose(obs: Observation, rows: np.ndarray, chunk: int) -> np.ndarray:
             return act(obs)
 
         return _imagine(world, choose, frames, task_ids, seeds, batch_size, progress)
@@ -93,7 +94,7 @@ def imagine_actions(
     check_full_horizon(task, actions, len(frames))
     chunks = np.asarray(actions, np.float32).reshape(len(frames), task.n_chunks, task.chunk, task.action_dim)
 
-    def choose(obs: Observation, rows: slice, chunk: int) -> np.ndarray:
+    def choose(obs: Observation, rows: np.ndarray, chunk: int) -> np.ndarray:
         return chunks[rows, chunk]
 
     return _imagine(
@@ -132,6 +133,55 @@ def imagine_episodes(
     return imagined, np.array([bool(e.success) for e in episodes])
 
 
+def imagine_frames(world: World, frames: np.ndarray, actions: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Imagine what given actions lead to, without a success classifier.
+
+    Args:
+        world: The world; its classifier is not used.
+        frames: uint8 (N, H, W, 3), first frames.
+        actions: float32 (N, T, D), whole chunks.
+        seed: Seed of the noise.
+
+    Returns:
+        uint8 (N, T+1, H, W, 3), the first frames included.
+    """
+    import torch
+
+    imagination, generator = world.imagination(), torch.Generator().manual_seed(seed)
+    chunks = np.split(actions, actions.shape[1] // world.task.chunk, axis=1)
+    rollouts = imagine_rollouts(
+        imagination,
+        None,
+        frames,
+        np.zeros(len(frames), np.int64),
+        lambda obs, rows, chunk: chunks[chunk][rows],
+        lambda rows: torch.randn((len(rows), *imagination.noise_shape), generator=generator),
+        len(chunks),
+    )
+    return np.concatenate([frames[:, None], *(chunk.frames for chunk in rollouts)], axis=1)
+
+
+def imagined_replays(world: World, episodes: Sequence[Episode], *, seed: int = 0) -> list[Episode]:
+    """Labelled episodes as the world imagines them: same start, actions, length and outcome, imagined frames.
+
+    A success classifier that is trained on them beside the recordings learns what imagined frames look like.
+    """
+    if not episodes:
+        return []
+    horizon = world.task.horizon
+    actions = np.stack([to_horizon(e.actions, horizon) for e in episodes])
+    imagined = imagine_frames(world, np.stack([e.frames[0] for e in episodes]), actions, seed=seed)
+    return [
+        dataclasses.replace(e, frames=clip[: e.n_steps + 1], meta={**e.meta, "imagined": True})
+        for e, clip in zip(episodes, imagined, strict=True)
+    ]
+
+
+def to_horizon(values: np.ndarray, length: int) -> np.ndarray:
+    """Repeat the last entry up to a length."""
+    return values[np.minimum(np.arange(length), len(values) - 1)]
+
+
 def _imagine(
     world: World,
     choose: Choose,
@@ -143,48 +193,32 @@ def _imagine(
 ) -> Imagined:
     import torch
 
-    task = world.task
-    if world.classifier is None:
+    task, classifier, imagination = world.task, world.classifier, world.imagination()
+    if classifier is None:
         raise ValueError("This world has no success classifier; train one with `wmpo train reward`.")
-    parts = []
-    with (
-        torch.no_grad(),
-        progress_bar(total=len(frames), desc="imagined episodes", disable=not progress) as bar,
-    ):
-        for i in range(0, len(frames), batch_size):
-            rows = slice(i, min(i + batch_size, len(frames)))
-            parts.append(_imagine_batch(world, choose, frames[rows], task_ids[rows], seeds[rows], rows))
-            bar.update(rows.stop - rows.start)
+    task_ids, parts = np.asarray(task_ids), []
+    with progress_bar(total=len(frames), desc="imagined episodes", disable=not progress) as bar:
+        for first in range(0, len(frames), batch_size):
+            batch = slice(first, min(first + batch_size, len(frames)))
+            rollouts = imagine_rollouts(
+                imagination,
+                classifier,
+                frames[batch],
+                task_ids[batch],
+                lambda obs, rows, chunk, first=first: choose(obs, first + rows, chunk),  # type: ignore[misc]
+                noise_per_row(imagination, [torch.Generator().manual_seed(s) for s in seeds[batch]]),
+                task.n_chunks,
+            )
+            columns = zip(*((c.actions, c.frames, c.probs) for c in rollouts), strict=True)
+            parts.append([np.concatenate(column, axis=1) for column in columns])
+            bar.update(batch.stop - batch.start)
     actions, clips, probs = (np.concatenate(column) for column in zip(*parts, strict=True))
+    clips = np.concatenate([frames[:, None], clips], axis=1)
+    probs = np.concatenate([np.full((len(frames), 1), np.nan, np.float32), probs], axis=1)
     # NaN compares as not reached: the window is not full yet.
-    reached = probs >= world.classifier.threshold
+    reached = probs >= classifier.threshold
     claimed = np.where(reached.any(axis=1), reached.argmax(axis=1), NEVER)
-    return Imagined(
-        np.asarray(task_ids), actions.reshape(len(frames), task.horizon, -1), clips, probs, claimed
-    )
-
-
-def _imagine_batch(
-    world: World, choose: Choose, frames: np.ndarray, task_ids: np.ndarray, seeds: Sequence[int], rows: slice
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Actions (n, chunks, K, D), frames (n, T+1, H, W, 3) and probabilities (n, T+1) of one batch."""
-    import torch
-
-    imagination: Any = world.imagination()
-    classifier: Any = world.classifier
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    first = torch.as_tensor(frames, device=device_of(world))
-    dream, judge = imagination.start(first), classifier.start(first)
-    clips, probs = [frames[:, None]], [np.full((len(frames), 1), np.nan, np.float32)]
-    actions = []
-    for chunk in range(world.task.n_chunks):
-        actions.append(choose({"pixels": clips[-1][:, -1], "task_id": np.asarray(task_ids)}, rows, chunk))
-        noise = torch.stack([torch.randn(imagination.noise_shape, generator=g) for g in generators])
-        made, dream = imagination.step(dream, actions[-1], noise)
-        scores, judge = classifier.update(judge, made, task_ids)
-        clips.append(made.cpu().numpy())
-        probs.append(scores.cpu().numpy())
-    return np.stack(actions, axis=1), np.concatenate(clips, axis=1), np.concatenate(probs, axis=1)
+    return Imagined(task_ids, actions, clips, probs, claimed)
 
 
 def device_of(world: World) -> torch.device:

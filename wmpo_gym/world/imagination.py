@@ -1,4 +1,4 @@
-"""Imagination: a world model rolled out chunk by chunk, each chunk on what the previous one made.
+"""Imagination: sample a world model chunk by chunk, each conditioned on the frames of the one before.
 
 It knows frames, actions and noise, and nothing of episodes, rewards or seeds; those belong to the
 environment. All randomness comes in through the ``noise`` argument, so a row depends on its own inputs only.
@@ -6,25 +6,22 @@ environment. All randomness comes in through the ``noise`` argument, so a row de
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wmpo_gym.utils.rows import TensorRows, pad_rows
 from wmpo_gym.world.flow import RectifiedFlow, WorldNetwork
 
 if TYPE_CHECKING:
     from wmpo_gym.world.networks.autoencoder import Autoencoder
-    from wmpo_gym.world.world import World
-
-Index = Tensor | np.ndarray | slice | list[int]
 
 
 @dataclass
-class ImaginationState:
+class ImaginationState(TensorRows):
     """What the next chunk depends on, one row per trajectory.
 
     Attributes:
@@ -35,41 +32,6 @@ class ImaginationState:
 
     context: Tensor
     prev_action: Tensor
-
-    def __len__(self) -> int:
-        return self.context.shape[0]
-
-    def rows(self, index: Index) -> ImaginationState:
-        """A copy of some rows; ``index`` as for a tensor: integers, a bool mask or a slice."""
-        return ImaginationState(**{name: _take(value, index) for name, value in self._items()})
-
-    def assign(self, index: Index, other: ImaginationState) -> None:
-        """Overwrite some rows in place with those of ``other``, in order."""
-        for name, value in self._items():
-            value[_index(index)] = getattr(other, name).to(value)
-
-    def to(self, device: torch.device | str) -> ImaginationState:
-        """The same state on a device."""
-        return ImaginationState(**{name: value.to(device) for name, value in self._items()})
-
-    def to_dict(self) -> dict[str, np.ndarray]:
-        """Copies as numpy arrays, to be stored; :meth:`from_dict` restores the same numbers."""
-        return {name: value.cpu().numpy().copy() for name, value in self._items()}
-
-    @classmethod
-    def from_dict(cls, arrays: dict[str, np.ndarray]) -> ImaginationState:
-        """Rebuild a state from :meth:`to_dict`, on the CPU; a step takes it to the network.
-
-        Raises:
-            ValueError: If an array is missing.
-        """
-        names = [f.name for f in fields(cls)]
-        if missing := [name for name in names if name not in arrays]:
-            raise ValueError(f"An imagination state needs {' and '.join(names)}; it lacks {missing}.")
-        return cls(**{name: torch.from_numpy(np.array(arrays[name], dtype=np.float32)) for name in names})
-
-    def _items(self) -> list[tuple[str, Tensor]]:
-        return [(f.name, getattr(self, f.name)) for f in fields(self)]
 
 
 class Imagination:
@@ -109,40 +71,6 @@ class Imagination:
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         height, width = (side // autoencoder.downscale for side in self.image_size)
         self.noise_shape = (autoencoder.latent_channels, chunk, height, width)
-
-    @classmethod
-    def from_world(cls, world: World, *, dtype: str = "float32", compile: bool = False) -> Imagination:
-        """The imagination of a :class:`~wmpo_gym.world.world.World`, with its sampling settings.
-
-        Args:
-            world: The world, which is left as it is.
-            dtype: ``"float32"``, or ``"bfloat16"`` for copies of network and autoencoder that compute in it.
-            compile: Compile the network with ``torch.compile``.
-
-        Raises:
-            ValueError: If the dtype is unknown or the network does not compute in it.
-        """
-        network, autoencoder = world.network, world.autoencoder
-        if dtype not in ("float32", *getattr(network, "other_dtypes", ())):
-            raise ValueError(
-                f"{type(network).__name__} does not compute in {dtype!r}; it does in "
-                f"{' and '.join(['float32', *getattr(network, 'other_dtypes', ())])}."
-            )
-        if dtype != "float32":
-            wanted = getattr(torch, dtype)
-            network, autoencoder = copy.deepcopy(network).to(wanted), autoencoder.in_dtype(wanted)
-        return cls(
-            CompiledNetwork(network) if compile else network,
-            autoencoder,
-            chunk=world.task.chunk,
-            context_frames=world.config.context_frames,
-            denoising_steps=world.config.denoising_steps,
-            image_size=world.task.image_size,
-            action_dim=world.task.action_dim,
-            flow=RectifiedFlow(
-                context_noise=world.config.context_noise, round_timesteps=world.config.round_timesteps
-            ),
-        )
 
     @property
     def motion(self) -> Any:
@@ -210,8 +138,8 @@ class Imagination:
         known = [state.context[:, :, self.chunk :], latents]
         prev_action = actions[:, -1].clone()
         if self.motion is not None:
-            way = self.motion.rollout(state.prev_action[:, self.action_dim :], actions)
-            prev_action = torch.cat([prev_action, way[:, -1]], dim=1)
+            states = self.motion.rollout(state.prev_action[:, self.action_dim :], actions)
+            prev_action = torch.cat([prev_action, states[:, -1]], dim=1)
         return frames, ImaginationState(torch.cat(known, dim=2), prev_action)
 
     def _sample(self, noise: Tensor, context: Tensor, actions: Tensor, prev_action: Tensor) -> Tensor:
@@ -223,12 +151,8 @@ class Imagination:
         return sampled[:n]
 
     def _enough_rows(self, x: Tensor) -> Tensor:
-        """With the last row repeated if there are so few that the CPU's kernels would round them otherwise.
-
-        A row would depend on its batch.
-        """
-        wanted = getattr(self.network, "min_rows", 1)
-        return x if len(x) >= wanted else x[torch.arange(wanted).clamp(max=len(x) - 1)]
+        """Padded to the network's ``min_rows``: fewer would be rounded differently on a CPU."""
+        return pad_rows(x, getattr(self.network, "min_rows", 1))
 
     @staticmethod
     def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
@@ -250,12 +174,3 @@ class CompiledNetwork:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the network itself, not compiled."""
         return self.forward(*args, **kwargs)
-
-
-def _index(index: Index) -> Any:
-    return torch.as_tensor(index) if isinstance(index, (np.ndarray, list)) else index
-
-
-def _take(value: Tensor, index: Index) -> Tensor:
-    taken = value[_index(index)]
-    return taken.clone() if isinstance(index, slice) else taken  # a slice would share its memory

@@ -11,6 +11,7 @@ The directory follows diffusers' habit of a folder per component::
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import importlib.resources
@@ -143,11 +144,42 @@ class World:
     config: WorldConfig = field(default_factory=WorldConfig)
     card: dict[str, Any] = field(default_factory=dict)
 
-    def imagination(self, **options: Any) -> Imagination:
-        """The sampler of this world's network; options as :meth:`Imagination.from_world` takes them."""
-        from wmpo_gym.world.imagination import Imagination
+    def imagination(self, *, dtype: str = "float32", compile: bool = False) -> Imagination:
+        """The sampler of this world's network, with the world's sampling settings.
 
-        return Imagination.from_world(self, **options)
+        Args:
+            dtype: ``"float32"``, or ``"bfloat16"`` for copies of network and autoencoder that compute in it.
+            compile: Compile the network with ``torch.compile``.
+
+        Raises:
+            ValueError: If the dtype is unknown or the network does not compute in it.
+        """
+        import torch
+
+        from wmpo_gym.world.flow import RectifiedFlow
+        from wmpo_gym.world.imagination import CompiledNetwork, Imagination
+
+        network, autoencoder = self.network, self.autoencoder
+        allowed = ["float32", *getattr(network, "other_dtypes", ())]
+        if dtype not in allowed:
+            raise ValueError(
+                f"{type(network).__name__} does not compute in {dtype!r}; it does in {' and '.join(allowed)}."
+            )
+        if dtype != "float32":
+            network = copy.deepcopy(network).to(getattr(torch, dtype))
+            autoencoder = autoencoder.in_dtype(getattr(torch, dtype))
+        return Imagination(
+            CompiledNetwork(network) if compile else network,
+            autoencoder,
+            chunk=self.task.chunk,
+            context_frames=self.config.context_frames,
+            denoising_steps=self.config.denoising_steps,
+            image_size=self.task.image_size,
+            action_dim=self.task.action_dim,
+            flow=RectifiedFlow(
+                context_noise=self.config.context_noise, round_timesteps=self.config.round_timesteps
+            ),
+        )
 
     def with_keyframes(self, episodes: list, share: float, *, seed: int = 0) -> World:
         """The same world, some of whose start frames are pictures from the middle of recorded episodes.

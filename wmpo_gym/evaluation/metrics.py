@@ -1,4 +1,4 @@
-"""How good a world model's pictures are, step by step, and whether it obeys the actions.
+"""Metrics of imagined frames against recorded ones: PSNR, SSIM, object error, action sensitivity.
 
 Recorded episodes are imagined again from their first frame with their own actions, over their whole length,
 and compared with the recording. No success classifier is needed, so that a world that is only pre-trained can
@@ -7,8 +7,6 @@ be judged too.
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,39 +14,10 @@ import numpy as np
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.evaluation.locate import object_error
+from wmpo_gym.rollouts.imagined import imagine_actions, imagine_frames, imagined_replays, to_horizon
 from wmpo_gym.world.world import World
 
-ROWS_AT_ONCE = 128  # episodes that the network imagines side by side; more would fill the memory
 LEAST_SQUARED_ERROR = 1e-3  # of grey levels; keeps the PSNR of a perfect frame finite (78 dB)
-
-
-def dream(world: World, frames: np.ndarray, actions: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Imagine what actions lead to.
-
-    Args:
-        world: The world; its classifier is not used.
-        frames: uint8 (N, H, W, 3), where to start.
-        actions: float32 (N, T, D), whole chunks.
-        seed: Seed of the noise.
-
-    Returns:
-        uint8 (N, T+1, H, W, 3), the start frames first.
-    """
-    import torch
-
-    imagination, n = world.imagination(), len(frames)
-    generator = torch.Generator().manual_seed(seed)
-    # Never a batch of one: rows do not depend on their batch from two rows on.
-    parts = [slice(i, j) for i, j in itertools.pairwise([*range(0, max(n - 1, 1), ROWS_AT_ONCE), n])]
-    states, clips = [imagination.start(frames[part]) for part in parts], [frames[:, None]]
-    for chunk in np.split(actions, actions.shape[1] // world.task.chunk, axis=1):
-        noise = torch.randn((n, *imagination.noise_shape), generator=generator)
-        made = []
-        for i, part in enumerate(parts):
-            pictures, states[i] = imagination.step(states[i], chunk[part], noise[part])
-            made.append(pictures.cpu().numpy())
-        clips.append(np.concatenate(made))
-    return np.concatenate(clips, axis=1)
 
 
 def world_quality(world: World, episodes: Sequence[Episode], *, seed: int = 0) -> dict[str, Any]:
@@ -72,51 +41,35 @@ def world_quality(world: World, episodes: Sequence[Episode], *, seed: int = 0) -
         raise ValueError(
             f"Judging a world needs episodes of at most {task.horizon} steps; got {len(episodes)}."
         )
-    actions = np.stack([_to_horizon(e.actions, task.horizon) for e in episodes])
-    real = np.stack([_to_horizon(np.asarray(e.frames), task.horizon + 1) for e in episodes])
-    made = dream(world, real[:, 0], actions, seed=seed)
+    actions = np.stack([to_horizon(e.actions, task.horizon) for e in episodes])
+    recorded = np.stack([to_horizon(np.asarray(e.frames), task.horizon + 1) for e in episodes])
+    imagined = imagine_frames(world, recorded[:, 0], actions, seed=seed)
     lasts = np.array([e.n_steps for e in episodes])[:, None] >= np.arange(1, task.horizon + 1)
     by_step = {
-        "psnr_db": _psnr(made[:, 1:], real[:, 1:]),
-        "ssim": _ssim(made[:, 1:], real[:, 1:]),
+        "psnr_db": psnr(imagined[:, 1:], recorded[:, 1:]),
+        "ssim": _ssim(imagined[:, 1:], recorded[:, 1:]),
     }
     quality: dict[str, Any] = {"episodes": len(episodes)}
     for name, values in by_step.items():
         quality[name] = [
             float(v[m].mean()) if m.any() else None for v, m in zip(values.T, lasts.T, strict=True)
         ]
-    errors = object_error(task, made, real, np.array([e.task_id for e in episodes]))
+    errors = object_error(task, imagined, recorded, np.array([e.task_id for e in episodes]))
     if errors is not None:
         errors = np.where(lasts, errors[:, 1:], np.nan)
         quality["object_error_px"] = [
             float(np.nanmedian(column)) if np.isfinite(column).any() else None for column in errors.T
         ]
-    return quality | _sensitivity(world, made, actions, seed)
+    return quality | _sensitivity(world, imagined, actions, seed)
 
 
 def sampler_distance(world: World, other: World, episodes: Sequence[Episode], *, seed: int = 0) -> float:
-    """How far two worlds' pictures of the same actions and the same noise are apart, in grey levels."""
+    """How far two worlds' clips of the same actions and the same noise are apart, in grey levels."""
     horizon = world.task.horizon
     first = np.stack([e.frames[0] for e in episodes])
-    actions = np.stack([_to_horizon(e.actions, horizon) for e in episodes])
-    ours, theirs = (dream(w, first, actions, seed=seed)[:, 1:].astype(np.int16) for w in (world, other))
-    return float(np.abs(ours - theirs).mean())
-
-
-def imagined_replays(world: World, episodes: Sequence[Episode], *, seed: int = 0) -> list[Episode]:
-    """Labelled episodes as the world imagines them: same start, actions, length and outcome, imagined frames.
-
-    A success classifier trained on them beside the recordings knows what imagination looks like.
-    """
-    if not episodes:
-        return []
-    horizon = world.task.horizon
-    actions = np.stack([_to_horizon(e.actions, horizon) for e in episodes])
-    made = dream(world, np.stack([e.frames[0] for e in episodes]), actions, seed=seed)
-    return [
-        dataclasses.replace(e, frames=clip[: e.n_steps + 1], meta={**e.meta, "imagined": True})
-        for e, clip in zip(episodes, made, strict=True)
-    ]
+    actions = np.stack([to_horizon(e.actions, horizon) for e in episodes])
+    ours, theirs = (imagine_frames(w, first, actions, seed=seed)[:, 1:] for w in (world, other))
+    return change_of_frames(ours, theirs)
 
 
 def moved_object_error(world: World, episodes: Sequence[Episode], *, seed: int = 0) -> float | None:
@@ -137,10 +90,10 @@ def moved_object_error(world: World, episodes: Sequence[Episode], *, seed: int =
             recorded.frames[None, -1:],
             np.array([recorded.task_id]),
         )
-        way = object_error(world.task, first, last, task_id)
-        if way is None or tolerance is None:
+        moved = object_error(world.task, first, last, task_id)
+        if moved is None or tolerance is None:
             return None
-        if way[0, 0] > tolerance:
+        if moved[0, 0] > tolerance:
             error = object_error(world.task, imagined.frames[None, -1:], last, task_id)
             assert error is not None  # the same task as above
             errors.append(error[0, 0])
@@ -157,27 +110,25 @@ def sample_video(world: World, episodes: Sequence[Episode], *, n: int = 6, seed:
 
     horizon = world.task.horizon
     chosen = episodes[:n]
-    real = np.stack([_to_horizon(np.asarray(e.frames), horizon + 1) for e in chosen])
-    actions = np.stack([_to_horizon(e.actions, horizon) for e in chosen])
-    made = dream(world, real[:, 0], actions, seed=seed)
+    recorded = np.stack([to_horizon(np.asarray(e.frames), horizon + 1) for e in chosen])
+    actions = np.stack([to_horizon(e.actions, horizon) for e in chosen])
+    imagined = imagine_frames(world, recorded[:, 0], actions, seed=seed)
     rows = [
         np.pad(side_by_side(a, b), ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=255)
-        for a, b in zip(real, made, strict=True)
+        for a, b in zip(recorded, imagined, strict=True)
     ]
     return np.concatenate(rows, axis=1)
 
 
-def _to_horizon(values: np.ndarray, length: int) -> np.ndarray:
-    """Repeat the last entry up to a length."""
-    return values[np.minimum(np.arange(length), len(values) - 1)]
+def change_of_frames(imagined: np.ndarray, other: np.ndarray) -> float:
+    """Mean absolute difference in grey levels (0 to 255) of two uint8 arrays of one shape."""
+    return float(np.abs(imagined.astype(np.int16) - other).mean())
 
 
-def _sensitivity(world: World, made: np.ndarray, actions: np.ndarray, seed: int) -> dict[str, float]:
-    base = made.astype(np.int16)
-
+def _sensitivity(world: World, imagined: np.ndarray, actions: np.ndarray, seed: int) -> dict[str, float]:
     def change(other_actions: np.ndarray, other_seed: int) -> float:
-        return float(
-            np.abs(dream(world, made[:, 0], other_actions, seed=other_seed).astype(np.int16) - base).mean()
+        return change_of_frames(
+            imagine_frames(world, imagined[:, 0], other_actions, seed=other_seed), imagined
         )
 
     # Another episode's actions; a single episode is mirrored in action space instead.
@@ -185,19 +136,57 @@ def _sensitivity(world: World, made: np.ndarray, actions: np.ndarray, seed: int)
     return {"different_actions": change(others, seed), "different_noise": change(actions, seed + 1)}
 
 
-def _psnr(made: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB (N, T) of uint8 (N, T, H, W, 3)."""
-    squared = np.square(made.astype(np.float32) - real).mean(axis=(2, 3, 4))
+def action_sensitivity(
+    world: World, actions: np.ndarray, frames: np.ndarray, task_ids: np.ndarray, *, seed: int = 0
+) -> dict[str, float]:
+    """How much the frames depend on the actions, compared with the noise.
+
+    Args:
+        world: The world.
+        actions: float (N, T, D); an episode's different actions are those of its neighbour in the list.
+        frames: uint8 (N, H, W, 3) start frames.
+        task_ids: int64 (N,).
+        seed: Seed of the noise.
+
+    Returns:
+        Mean absolute difference in grey levels (0 to 255) over all imagined frames under
+        ``different_actions`` and under ``different_noise``, and their ratio ``action_sensitivity`` (infinite
+        if noise changes nothing).
+    """
+
+    def imagine(chosen: np.ndarray, noise_seed: int) -> np.ndarray:
+        return imagine_actions(world, chosen, frames, task_ids, seed=noise_seed).frames[:, 1:]
+
+    base = imagine(actions, seed)
+    by_actions = change_of_frames(imagine(np.roll(actions, 1, axis=0), seed), base)
+    by_noise = change_of_frames(imagine(actions, seed + 1), base)
+    return {
+        "different_actions": by_actions,
+        "different_noise": by_noise,
+        "action_sensitivity": by_actions / by_noise if by_noise else float("inf"),
+    }
+
+
+def psnr(imagined: np.ndarray, recorded: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB per frame, shape (...), of uint8 (..., H, W, 3)."""
+    squared = np.square(imagined.astype(np.float32) - recorded).mean(axis=(-3, -2, -1))
     return 10 * np.log10(255.0**2 / np.maximum(squared, LEAST_SQUARED_ERROR))
 
 
-def _ssim(made: np.ndarray, real: np.ndarray) -> np.ndarray:
+def psnr_of_clips(imagined: Sequence[np.ndarray], recorded: Sequence[np.ndarray]) -> float:
+    """Mean over clips of the PSNR in dB of a clip's mean squared error; uint8 (T, H, W, 3) each."""
+    squared = [np.square(a.astype(float) - b).mean() for a, b in zip(imagined, recorded, strict=True)]
+    return float(np.mean(10 * np.log10(255.0**2 / np.maximum(squared, LEAST_SQUARED_ERROR))))
+
+
+def _ssim(imagined: np.ndarray, recorded: np.ndarray) -> np.ndarray:
     """Structural similarity (N, T) of uint8 (N, T, H, W, 3)."""
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    pictures = [
-        torch.from_numpy(x.reshape(-1, *x.shape[2:])).movedim(-1, 1).float() / 255 for x in (made, real)
+    clips = [
+        torch.from_numpy(x.reshape(-1, *x.shape[2:])).movedim(-1, 1).float() / 255
+        for x in (imagined, recorded)
     ]
-    values = structural_similarity_index_measure(*pictures, data_range=1.0, reduction="none")
-    return values.reshape(made.shape[:2]).numpy()
+    values = structural_similarity_index_measure(*clips, data_range=1.0, reduction="none")
+    return values.reshape(imagined.shape[:2]).numpy()
