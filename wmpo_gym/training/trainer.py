@@ -233,6 +233,8 @@ class Trainer:
                     self.on_step(self.step, metrics)
         if self.ema is not None:
             self.ema.copy_to(self.task.network)
+        for module in self.task.modules().values():
+            module.zero_grad(set_to_none=True)  # frees their memory; only weights are moved
         for module, device in self._original_devices:
             module.to(device)
         for module in self.task.modules().values():
