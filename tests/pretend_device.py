@@ -159,6 +159,14 @@ def _register() -> None:
                 return compute(func, args, kwargs)
             return func(*args, **kwargs)
 
+    # Saving looks for weights that share memory by their address, which belongs to the CPU tensor here.
+    import safetensors.torch
+    from huggingface_hub.serialization import _torch as huggingface
+
+    address = safetensors.torch.storage_ptr
+    for library in (safetensors.torch, huggingface):
+        library.storage_ptr = lambda t: address(t.inner if isinstance(t, PretendTensor) else t)
+
     torch.set_num_threads(1)
     # torch.tensor(data, device=...) is made on the CPU and moved.
     torch._C._set_only_lift_cpu_tensors(True)

@@ -156,7 +156,11 @@ def test_resuming_on_the_device(pretend_device, tmp_path: Path, kind: str) -> No
 def train_resumable(device: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
     return trained(
         WorldModelTrainer(
-            tiny_network(kind), PixelAutoencoder(), TASK, episodes(), replace(SETTINGS, **options),
+            tiny_network(kind),
+            PixelAutoencoder(),
+            TASK,
+            episodes(),
+            replace(SETTINGS, **options),
             compute=ComputeSettings(device),
         )  # fmt: skip
     )
@@ -225,7 +229,11 @@ def train_reward(device: str, kind: str) -> dict[str, Any]:
         episodes(12), TASK, kind=kind, classifier=make_classifier(kind, TASK, seed=0, **sizes),
         config=config, device=device, progress=False,
     )  # fmt: skip
-    return {"weights": on_cpu(classifier.state_dict()), "loss": metrics["loss"], "holdout": metrics["holdout"]}
+    return {
+        "weights": on_cpu(classifier.state_dict()),
+        "loss": metrics["loss"],
+        "holdout": metrics["holdout"],
+    }
 
 
 @pytest.mark.parametrize("kind", ["conv", "videomae"])

@@ -1,14 +1,18 @@
 """The robot's own state, followed in imagination."""
 
-from functools import partial
+from functools import partialmethod
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from kills import disk_states
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import get_task
+from wmpo_gym.training.trainer import Trainer
 from wmpo_gym.world import proprio as motion_module
+from wmpo_gym.world.fit import FitSettings
 from wmpo_gym.world.imagination import ImaginationState
 from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
 from wmpo_gym.world.networks.conv import ConvWorldModel
@@ -142,16 +146,43 @@ def test_imagination_carries_it(taught, tmp_path):
     assert not torch.equal(*made)
 
 
-def test_what_was_learned_is_not_learned_again(tmp_path, monkeypatch):
-    short = partial(ProprioTraining, steps=3, reader_steps=3, points_steps=3)
-    monkeypatch.setattr(motion_module, "ProprioTraining", short)
-    episodes, (first, second) = [cart(seed) for seed in range(3)], (network(), network())
-    errors = learn_proprio(first, PixelAutoencoder(), episodes, seed=0, directory=tmp_path / "motion")
-    monkeypatch.setattr(motion_module, "train_proprio", lambda *_, **__: pytest.fail("learned again"))
-    again = learn_proprio(second, PixelAutoencoder(), episodes, seed=0, directory=tmp_path / "motion")
-    assert again == errors
-    learned, taken = first.motion.state_dict(), second.motion.state_dict()
-    assert all(torch.equal(learned[name], taken[name]) for name in learned)
+SHORT = ProprioTraining(steps=3, reader_steps=2, points_steps=2, batch_size=8, frames=4)
+
+
+def train_short(directory: Path | None) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    world_model = network()
+    errors = learn_proprio(
+        world_model, PixelAutoencoder(), [cart(seed) for seed in range(3)], SHORT, checkpoint_dir=directory
+    )
+    return dict(world_model.motion.state_dict()), errors
+
+
+def test_a_training_killed_at_any_write_gives_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(FitSettings, "__init__", partialmethod(FitSettings.__init__, checkpoint_every=2))
+    whole, errors = train_short(None)
+    states = disk_states(lambda directory: train_short(directory / "motion"), tmp_path)
+    assert len(states) > 10
+    for state in states:
+        weights, again = train_short(state / "motion")
+        assert again == errors and all(torch.equal(weights[name], value) for name, value in whole.items())
+
+
+def test_what_was_learned_is_not_learned_again(tmp_path, monkeypatch, capsys):
+    weights, errors = train_short(tmp_path / "motion")
+    monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("trained again"))
+    taken, again = train_short(tmp_path / "motion")
+    assert again == errors and all(torch.equal(weights[name], value) for name, value in taken.items())
+
+
+def test_it_is_said_before_it_is_trained(monkeypatch, capsys):
+    monkeypatch.setattr(motion_module, "train_proprio", lambda *_, **__: {})
+    settings = ProprioTraining.of_steps(120_000)
+    learn_proprio(network(), PixelAutoencoder(), [cart(0)], settings, progress=True)
+    assert "4,000 steps for keypoints, 20,000 for the encoder, 120,000" in capsys.readouterr().out
+    assert ProprioTraining.of_steps(12_000) == ProprioTraining()
+    assert ProprioTraining.of_steps(1, seed=3) == ProprioTraining(1, reader_steps=1, points_steps=1, seed=3)
+    with pytest.raises(ValueError, match="at least 1 step of each part, got 0 of the dynamics"):
+        ProprioTraining(steps=0)
 
 
 def test_what_decides_whether_it_is_followed():
@@ -161,7 +192,7 @@ def test_what_decides_whether_it_is_followed():
     assert proprio_size(TASK, []) == 0
     assert proprio_size(get_task("move-block"), [with_state]) == 0
     plain = network(0)
-    assert learn_proprio(plain, PixelAutoencoder(), [with_state], seed=0) == {} and plain.motion is None
+    assert learn_proprio(plain, PixelAutoencoder(), [with_state], SHORT) == {} and plain.motion is None
     with pytest.raises(ValueError, match="2 numbers of proprio"):
         train_proprio(
             ProprioModel(32, 3, 7, 2), [without], PixelAutoencoder().encode, ProprioTraining(steps=1)

@@ -16,7 +16,7 @@ from wmpo_gym.tasks import Task
 from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.utils.config import keep_settings
 from wmpo_gym.utils.io import read_json, write_json_atomic
-from wmpo_gym.world.proprio import learn_proprio, proprio_size
+from wmpo_gym.world.proprio import ProprioTraining, learn_proprio, proprio_size
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ class Command:
         frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
             by default.
         network_size: Published size of the transformer (xl), or one that a CPU trains (small).
+        proprio: Predict the robot's state, where every episode has it recorded and the network draws by it
+            (conv); its model is trained first. --no-proprio leaves the state out.
+        proprio_steps: Steps of that model's dynamics; its encoder and keypoints take a 6th and a 30th.
+            12,000 by default.
         training: How to train.
         compute: Where to train, and in which precision.
     """
@@ -70,6 +74,8 @@ class Command:
     denoising_steps: int = 1
     holdout: float = 0.1
     frame_cache: Path | None = None
+    proprio: bool = True
+    proprio_steps: int | None = None
     training: Flat[WorldModelTraining] = field(default_factory=WorldModelTraining)
     compute: Flat[ComputeSettings] = field(default_factory=ComputeSettings)
 
@@ -81,12 +87,15 @@ class Command:
                 f"--network-size {self.network_size} is a size of the transformer; give --network stdit too, "
                 "or change the convolutional network with --network-config."
             )
+        proprio = self._proprio_settings()
         known = load_world(self.init) if self.init else None
         task = known.task if known else task_of(self.task, self.episodes)
         episodes, play = (
             load_episodes(stores, task, self.frame_cache) for stores in (self.episodes, self.play)
         )
-        world = known or self._new_world(task, episodes, proprio_size(task, [*episodes, *play]))
+        state_dim = proprio_size(task, [*episodes, *play]) if self.proprio else 0
+        world = known or self._new_world(task, episodes, state_dim)
+        self._check_proprio(world, [*episodes, *play])
         world.start_frames = world.start_frames.with_episodes(episodes)
         logs = self.out.with_name(self.out.name + ".training")
         places = ("out", "frame_cache", "compute")
@@ -100,9 +109,8 @@ class Command:
 
         weights = [self.weight] * len(kept) + [1.0] * len(play)
         motion = learn_proprio(
-            world.network, world.autoencoder, [*kept, *play],
-            weights=weights, seed=self.training.seed, directory=logs / "motion",
-            compute=self.compute, progress=True,
+            world.network, world.autoencoder, [*kept, *play], proprio, weights=weights,
+            compute=self.compute, checkpoint_dir=logs / "motion", progress=True,
         )  # fmt: skip
         trainer = WorldModelTrainer(
             world.network,
@@ -124,6 +132,35 @@ class Command:
         world.card.pop("gates", None)  # they were measured with other weights
         world.save_pretrained(self.out)
         print(_summary(history[-1] if history else {}, trainer.step, self.out))
+
+    def _proprio_settings(self) -> ProprioTraining:
+        if self.proprio_steps is None:
+            return ProprioTraining(seed=self.training.seed)
+        if not self.proprio:
+            raise ValueError("--no-proprio leaves out what --proprio-steps trains; give one of them.")
+        if self.proprio_steps < 1:
+            raise ValueError(
+                f"--proprio-steps must be at least 1, got {self.proprio_steps}; --no-proprio leaves the "
+                "robot's state out."
+            )
+        return ProprioTraining.of_steps(self.proprio_steps, seed=self.training.seed)
+
+    def _check_proprio(self, world: World, episodes: list[Episode]) -> None:
+        """Refuse options on the robot's state that would have no effect."""
+        follows = getattr(world.network, "motion", None) is not None
+        if follows and not self.proprio:
+            raise ValueError(
+                "This world draws by the robot's state (state_dim in its network's settings), which "
+                "--no-proprio leaves out; drop the option, or train a new world without it."
+            )
+        if self.proprio_steps is not None and not (
+            follows and any(episode.proprio is not None for episode in episodes)
+        ):
+            raise ValueError(
+                "--proprio-steps has no effect here: there is no robot state to predict. It takes the "
+                "network conv, a task without symmetries, and episodes that all have the state recorded; "
+                "drop the option otherwise."
+            )
 
     def _new_world(self, task: Task, episodes: list[Episode], state_dim: int) -> World:
         import torch

@@ -59,7 +59,7 @@ from wmpo_gym.rollouts.protocol import EvalProtocol, save_result
 from wmpo_gym.rollouts.rollout import collect_episodes, evaluate_policy_on, make_rollout_env
 from wmpo_gym.tasks import get_task
 from wmpo_gym.utils.io import read_json, write_dir_atomic, write_json_atomic
-from wmpo_gym.world.proprio import learn_proprio, proprio_size
+from wmpo_gym.world.proprio import ProprioTraining, learn_proprio, proprio_size
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 from wmpo_gym.world.world import StartFrames, World, find_pretrained
 
@@ -463,9 +463,9 @@ def _train_network(
         world.network,
         world.autoencoder,
         episodes,
+        ProprioTraining(seed=config.seed),
         weights=weights,
-        seed=config.seed,
-        directory=checkpoints / f"{name}-motion",
+        checkpoint_dir=checkpoints / f"{name}-motion",
         progress=workspace.progress,
     )
     trainer = WorldModelTrainer(

@@ -154,7 +154,7 @@ class Trainer:
         compute: Device, precision and micro-batches; None is float32 where the network lies.
         checkpoint_dir: Where to keep the checkpoint; a complete one found there is resumed from.
         tensorboard: Directory for TensorBoard curves, or None.
-        on_step: Called after each step with the steps done and the step's metrics.
+        on_step: Called after each step, before its checkpoint, with the steps done and the step's metrics.
 
     Raises:
         ValueError: If the device, precision or processes are not to be had, or do not fit the batch.
@@ -220,6 +220,8 @@ class Trainer:
                 since_log.add(metrics)
                 since_checkpoint.add(metrics)
                 bar.update(1)
+                if self.on_step is not None:
+                    self.on_step(self.step, metrics)
                 at_end = self.step == settings.steps
                 if writer is not None and (self.step % settings.log_every == 0 or at_end):
                     self._write(writer, since_log.take())
@@ -229,8 +231,6 @@ class Trainer:
                     if "loss" in entry:
                         bar.set_postfix(loss=f"{entry['loss']:.4f}")
                     self._save()
-                if self.on_step is not None:
-                    self.on_step(self.step, metrics)
         if self.ema is not None:
             self.ema.copy_to(self.task.network)
         for module in self.task.modules().values():

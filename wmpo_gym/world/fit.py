@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,11 +32,13 @@ class FitTask(TrainingTask):
     Attributes:
         config: Settings.
         rng: Draws the batches.
+        losses: Losses of the last tenth of the steps.
     """
 
     config: TrainingSettings
     rng: np.random.Generator
     network: nn.Module
+    losses: deque[float]
 
     def optimizers(self) -> dict[str, tuple[Optimizer, LRScheduler]]:
         """AdamW with a one-cycle schedule."""
@@ -48,15 +52,16 @@ class FitTask(TrainingTask):
         return Loss(loss, {"loss": float(loss.detach())})
 
     def state(self) -> TrainingState:
-        """Weights and the generator."""
+        """Weights, generator and losses."""
         state = super().state()
-        state.values["rng"] = json.dumps(self.rng.bit_generator.state)
+        state.values |= {"rng": json.dumps(self.rng.bit_generator.state), "losses": list(self.losses)}
         return state
 
     def load_state(self, state: TrainingState) -> None:
         """Restore :meth:`state`."""
         super().load_state(state)
         self.rng.bit_generator.state = json.loads(state.values["rng"])
+        self.losses.extend(state.values["losses"])
 
 
 def fit(
@@ -64,12 +69,29 @@ def fit(
     settings: TrainingSettings,
     *,
     compute: ComputeSettings | None = None,
+    checkpoint_dir: Path | None = None,
     progress: bool = False,
 ) -> float:
-    """Train a task's network; returns the mean loss of the last tenth of the steps."""
-    losses: list[float] = []
+    """Train a task's network.
+
+    Args:
+        task: The task.
+        settings: How to train.
+        compute: Device and precision; None is float32 where the network lies.
+        checkpoint_dir: Where to keep the checkpoint; one found there is resumed from. A training that was
+            complete is only loaded.
+        progress: Show a progress bar.
+
+    Returns:
+        Mean loss of the last tenth of the steps.
+    """
+    task.losses = deque(maxlen=max(1, settings.steps // 10))
     trainer = Trainer(
-        task, settings, compute=compute, on_step=lambda _, metrics: losses.append(metrics["loss"])
+        task,
+        settings,
+        compute=compute,
+        checkpoint_dir=checkpoint_dir,
+        on_step=lambda _, metrics: task.losses.append(metrics["loss"]),
     )
     trainer.train(progress=progress)
-    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+    return float(np.mean(task.losses))

@@ -7,6 +7,8 @@ objects.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -100,6 +102,7 @@ def train_keypoints(
     settings: FitSettings,
     *,
     compute: ComputeSettings | None = None,
+    checkpoint_dir: Path | None = None,
     progress: bool = False,
 ) -> float:
     """Train keypoints to tell first frames apart.
@@ -109,6 +112,7 @@ def train_keypoints(
         frames: First frames ``(N, C, h, w)`` in [-1, 1], on the CPU; at least one.
         settings: How to train.
         compute: Device and precision; None is float32 where the encoder lies.
+        checkpoint_dir: Where to keep the checkpoint; one found there is resumed from.
         progress: Show a progress bar.
 
     Returns:
@@ -118,7 +122,7 @@ def train_keypoints(
     task = _Reconstruction(encoder, frames, settings)
     if task.scale == 0:
         return 0.0
-    error = fit(task, settings, compute=compute, progress=progress)
+    error = fit(task, settings, compute=compute, checkpoint_dir=checkpoint_dir, progress=progress)
     with torch.no_grad():
         device = encoder.axis.device
         found = torch.cat([encoder.keypoints(part.to(device)).flatten(1) for part in frames.split(256)])

@@ -22,13 +22,6 @@ from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import Task
 from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.training.trainer import Loss
-from wmpo_gym.utils.io import (
-    load_safetensors,
-    read_json,
-    save_safetensors,
-    write_dir_atomic,
-    write_json_atomic,
-)
 from wmpo_gym.utils.layers import RowLinear, rounded_quickly
 from wmpo_gym.world.fit import FitSettings, FitTask, fit
 from wmpo_gym.world.keypoints import KeypointEncoder, train_keypoints
@@ -64,6 +57,26 @@ class ProprioTraining:
     frames: int = 48
     learning_rate: float = 3e-3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the steps.
+
+        Raises:
+            ValueError: If a part would not be trained.
+        """
+        if min(self.steps, self.reader_steps, self.points_steps) < 1:
+            raise ValueError(
+                f"The proprioception model takes at least 1 step of each part, got {self.steps} of the "
+                f"dynamics, {self.reader_steps} of the encoder and {self.points_steps} of the keypoints; "
+                "to do without it, make a world that does not follow the robot's state."
+            )
+
+    @classmethod
+    def of_steps(cls, steps: int, *, seed: int = 0) -> ProprioTraining:
+        """Settings with so many steps of the dynamics, and in proportion of the other parts."""
+        share = steps / cls.steps
+        reader, points = (max(1, round(n * share)) for n in (cls.reader_steps, cls.points_steps))
+        return cls(steps=steps, reader_steps=reader, points_steps=points, seed=seed)
 
 
 class ProprioModel(nn.Module):
@@ -171,11 +184,11 @@ def learn_proprio(
     network: Any,
     autoencoder: Any,
     episodes: Sequence[Episode],
+    settings: ProprioTraining,
     *,
     weights: Sequence[float] | None = None,
-    seed: int,
-    directory: str | Path | None = None,
     compute: ComputeSettings | None = None,
+    checkpoint_dir: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
     """Train the proprioception model of a network that has one, on the episodes with recorded states.
@@ -184,11 +197,11 @@ def learn_proprio(
         network: Nothing happens to one without such a model (``motion``).
         autoencoder: Maps frames to the network's latents.
         episodes: Of any kind.
+        settings: How to train.
         weights: Relative frequency of each episode; None for equal ones.
-        seed: Seed of the training.
-        directory: Where the trained model is stored; one that is there already is loaded instead.
         compute: Device and precision; None is float32 where the network lies.
-        progress: Show progress bars.
+        checkpoint_dir: Where each part keeps its checkpoint; parts found there are resumed.
+        progress: Say what is trained, and show progress bars.
 
     Returns:
         See :func:`train_proprio`; empty if nothing happened.
@@ -198,19 +211,17 @@ def learn_proprio(
     recorded = [(episode, weight) for episode, weight in pairs if episode.proprio is not None]
     if model is None or not recorded:
         return {}
-    if directory is not None and (Path(directory) / "errors.json").exists():
-        model.load_state_dict(load_safetensors(Path(directory) / "motion.safetensors"))
-        return read_json(Path(directory) / "errors.json")
     episodes, weights = zip(*recorded, strict=True)
-    errors = train_proprio(
-        model, episodes, autoencoder.encode, ProprioTraining(seed=seed), weights=weights,
-        compute=compute, progress=progress,
+    if progress:
+        print(
+            f"training the proprioception model on {len(episodes)} episodes: {settings.points_steps:,} steps "
+            f"for keypoints, {settings.reader_steps:,} for the encoder, {settings.steps:,} for the dynamics",
+            flush=True,
+        )
+    return train_proprio(
+        model, episodes, autoencoder.encode, settings, weights=weights, compute=compute,
+        checkpoint_dir=checkpoint_dir, progress=progress,
     )  # fmt: skip
-    if directory is not None:
-        with write_dir_atomic(directory) as temporary:
-            save_safetensors(temporary / "motion.safetensors", model.state_dict())
-            write_json_atomic(temporary / "errors.json", errors)
-    return errors
 
 
 def train_proprio(
@@ -221,6 +232,7 @@ def train_proprio(
     *,
     weights: Sequence[float] | None = None,
     compute: ComputeSettings | None = None,
+    checkpoint_dir: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
     """Train keypoints on first frames, then the encoder on any frames, then the dynamics on states.
@@ -232,6 +244,8 @@ def train_proprio(
         settings: How to train.
         weights: Relative frequency of each episode; None for equal ones.
         compute: Device and precision; None is float32 where the model lies.
+        checkpoint_dir: Where each part keeps its checkpoint; parts found there are resumed, to the same
+            weights.
         progress: Show progress bars.
 
     Returns:
@@ -255,21 +269,28 @@ def train_proprio(
             weight_decay=weight_decay, seed=settings.seed,
         )  # fmt: skip
 
+    def checkpoints(part: str) -> Path | None:
+        return None if checkpoint_dir is None else Path(checkpoint_dir) / part
+
     model.requires_grad_(True)
     with rounded_quickly(model):
         with torch.no_grad():
             first = [encode(torch.from_numpy(e.frames[None, :1]))[:, :, 0].cpu() for e in recorded.episodes]
         points = train_keypoints(
             model.points, torch.cat(first), fit_settings(settings.points_steps, settings.frames, 1e-4),
-            compute=compute, progress=progress,
+            compute=compute, checkpoint_dir=checkpoints("keypoints"), progress=progress,
         )  # fmt: skip
         windows = _ProprioWindows(model, recorded, encode, first)
         encoding = fit_settings(settings.reader_steps, settings.frames)
-        reader = fit(_Encoding(windows, encoding, rng), encoding, compute=compute, progress=progress)
+        reader = fit(
+            _Encoding(windows, encoding, rng), encoding, compute=compute,
+            checkpoint_dir=checkpoints("encoder"), progress=progress,
+        )  # fmt: skip
         dynamics = fit_settings(settings.steps, settings.batch_size)
         follow = fit(
-            _Dynamics(windows, dynamics, rng, settings.length), dynamics, compute=compute, progress=progress
-        )
+            _Dynamics(windows, dynamics, rng, settings.length), dynamics, compute=compute,
+            checkpoint_dir=checkpoints("dynamics"), progress=progress,
+        )  # fmt: skip
     model.requires_grad_(False)
     return {"points": points, "reader": reader, "follow": follow}
 

@@ -1,0 +1,49 @@
+"""The whole method, and the comparison of methods, on a device that refuses tensors of the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_components import TINY as PUBLISHED
+from test_components import no_gain
+from test_recipe import TINY
+
+from wmpo_gym.pipeline.method import run_recipe
+from wmpo_gym.utils.io import load_safetensors, read_json
+
+ONE_ROUND = replace(TINY, rounds=1, grpo=replace(TINY.grpo, iterations=1))
+LEARNED = {
+    "small": ("base_policy", "play_world/network", "round-1/world_model", "round-1/classifier"),
+    "published": ("play_world/network", "round-1/world_model", "round-1/classifier"),
+}
+
+
+def run_whole_recipe(device: str, kind: str, out: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wmpo_gym.pipeline.method.measure_learnable", no_gain)
+        run_recipe(ONE_ROUND if kind == "small" else PUBLISHED, out, device=device, progress=False)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """What lies in the safetensors files of a directory."""
+    return {
+        f"{file.name}/{name}": value
+        for file in sorted(directory.rglob("*.safetensors"))
+        for name, value in load_safetensors(file).items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["small", "published"])
+def test_the_recipe_on_the_device(pretend_device, tmp_path: Path, kind: str) -> None:
+    device, cpu = tmp_path / "device", tmp_path / "cpu"
+    pretend_device(run_whole_recipe, kind, str(device))
+    run_whole_recipe("cpu", kind, str(cpu))
+    for part in LEARNED[kind]:
+        found, expected = weights(device / part), weights(cpu / part)
+        print(part, max(float((found[n].float()-v.float()).abs().max()) for n, v in expected.items()))
+        assert found.keys() == expected.keys() and expected
+    print(read_json(device / "results.json"), read_json(cpu/"results.json"))
+    assert 0
