@@ -60,7 +60,9 @@ def main(args: Args) -> None:
         play=0,
         rollouts=args.rounds * args.real_episodes,
         rounds=args.rounds,
-        align=WorldModelTraining(steps=args.world_steps, batch_size=24, learning_rate=5e-4, recorded=0.0),
+        align=WorldModelTraining(
+            steps=args.world_steps, batch_size=24, learning_rate=5e-4, teacher_forcing=0.0
+        ),
         classifier_steps=args.classifier_steps,
         grpo=GRPOSettings(iterations=args.iterations, n_groups=args.n_groups),
         curve_every=args.iterations,

@@ -18,7 +18,7 @@ from wmpo_gym.tasks import get_task
 pytest.importorskip("mujoco")
 
 TINY_NETWORK = {"widths": [8, 16], "blocks": 1, "cond_dim": 16, "detail": 8}
-TINY_TRAINING = ["--steps", "4", "--batch-size", "4", "--checkpoint-every", "2", "--warmup", "1"]
+TINY_TRAINING = ["--steps", "4", "--batch-size", "4", "--checkpoint-every", "2", "--warmup-steps", "1"]
 TINY_GRPO = ["--n-groups", "2", "--group-size", "2"]
 
 

@@ -25,7 +25,7 @@ pytest.importorskip("stable_baselines3")
 pytest.importorskip("transformers")
 
 NETWORK = {"widths": [8, 16], "blocks": 1, "cond_dim": 16, "detail": 8}
-STEPS = ["--steps", "4", "--batch-size", "4", "--checkpoint-every", "4", "--warmup", "1"]
+STEPS = ["--steps", "4", "--batch-size", "4", "--checkpoint-every", "4", "--warmup-steps", "1"]
 GRPO = ["--iterations", "1", "--n-groups", "2", "--group-size", "2"]
 
 

@@ -43,7 +43,7 @@ def test_the_recipe_on_the_device(pretend_device, tmp_path: Path, kind: str) -> 
     run_whole_recipe("cpu", kind, str(cpu))
     for part in LEARNED[kind]:
         found, expected = weights(device / part), weights(cpu / part)
-        print(part, max(float((found[n].float()-v.float()).abs().max()) for n, v in expected.items()))
+        print(part, max(float((found[n].float() - v.float()).abs().max()) for n, v in expected.items()))
         assert found.keys() == expected.keys() and expected
-    print(read_json(device / "results.json"), read_json(cpu/"results.json"))
+    print(read_json(device / "results.json"), read_json(cpu / "results.json"))
     assert 0

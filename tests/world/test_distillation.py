@@ -25,8 +25,8 @@ QUICK = WorldModelTraining(
     steps=90,
     batch_size=8,
     learning_rate=8e-4,
-    recorded=0.0,
-    warmup=2,
+    teacher_forcing=0.0,
+    warmup_steps=2,
     ema_decay=0.9,
     checkpoint_every=30,
 )

@@ -51,7 +51,7 @@ def test_a_walk_follows_its_episode_and_marks_what_is_beyond() -> None:
         context_frames=2,
         seed=0,
         from_start=1.0,
-        restart=0.0,
+        restart_prob=0.0,
     )
     first, second, third = sampler.next(), sampler.next(), sampler.next()
     frames, actions = EPISODES[1].frames, EPISODES[1].actions
@@ -73,7 +73,7 @@ def test_walks_begin_more_often_where_the_model_errs() -> None:
         context_frames=2,
         seed=0,
         from_start=0.0,
-        restart=1.0,
+        restart_prob=1.0,
     )
     for _ in range(30):
         sampler.next()
@@ -95,7 +95,7 @@ def trainer(config: WorldModelTraining, **kwargs) -> WorldModelTrainer:
     )
 
 
-SHORT = WorldModelTraining(steps=6, batch_size=4, checkpoint_every=2, warmup=2)
+SHORT = WorldModelTraining(steps=6, batch_size=4, checkpoint_every=2, warmup_steps=2)
 
 
 @pytest.mark.parametrize("adversarial", [0.0, 0.05])
@@ -161,7 +161,9 @@ def test_global_generators_are_left_alone() -> None:
 
 
 def test_it_learns_to_move_the_square() -> None:
-    made = trainer(replace(SHORT, steps=60, batch_size=8, checkpoint_every=10, learning_rate=4e-3, warmup=5))
+    made = trainer(
+        replace(SHORT, steps=60, batch_size=8, checkpoint_every=10, learning_rate=4e-3, warmup_steps=5)
+    )
     history = made.train(progress=False)
     assert history[-1]["loss"] < 0.5 * history[0]["loss"], history
 
@@ -184,7 +186,9 @@ def test_the_transformer_trains_too() -> None:
 
 @pytest.mark.parametrize(("diverged", "taken_back"), [(0.01, True), (1.0, False)])
 def test_a_walk_that_went_another_way_returns_to_its_recording(diverged: float, taken_back: bool) -> None:
-    settings = WorldModelTraining(steps=9, batch_size=4, recorded=0.0, restart=0.0, diverged=diverged)
+    settings = WorldModelTraining(
+        steps=9, batch_size=4, teacher_forcing=0.0, restart_prob=0.0, divergence_threshold=diverged
+    )
     trainer = WorldModelTrainer(network(), PixelAutoencoder(), TASK, EPISODES[:1], settings)
     world_model = trainer.task
     world_model.draw(0)

@@ -19,7 +19,13 @@ from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 
 SIZE = 16
 SETTINGS = WorldModelTraining(
-    steps=5, batch_size=4, warmup=1, recorded=0.2, checkpoint_every=2, adversarial=0.05, diverged=1.0
+    steps=5,
+    batch_size=4,
+    warmup_steps=1,
+    teacher_forcing=0.2,
+    checkpoint_every=2,
+    adversarial=0.05,
+    divergence_threshold=1.0,
 )
 
 

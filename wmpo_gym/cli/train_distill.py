@@ -53,7 +53,9 @@ class Command:
     holdout: float = 0.1
     frame_cache: Path | None = None
     training: Flat[WorldModelTraining] = field(
-        default_factory=lambda: WorldModelTraining(steps=1000, learning_rate=3e-4, muon=0.0, recorded=0.0)
+        default_factory=lambda: WorldModelTraining(
+            steps=1000, learning_rate=3e-4, muon=0.0, teacher_forcing=0.0
+        )
     )
     compute: Flat[ComputeSettings] = field(default_factory=ComputeSettings)
 

@@ -133,7 +133,7 @@ class Recipe:
     rollouts: int = 128
     rounds: int = 2
     align: WorldModelTraining = WorldModelTraining(
-        steps=2000, batch_size=12, learning_rate=5e-4, recorded=0.0
+        steps=2000, batch_size=12, learning_rate=5e-4, teacher_forcing=0.0
     )
     weights: tuple[float, float, float] = (2.5, 1.0, 1.0)
     classifier_steps: int = 700
@@ -202,9 +202,11 @@ LIFT = Recipe(
     play=2400,
     # Predicted frames of the arm have so many wrong pixels that the usual threshold would replace nearly all
     # contexts by recorded ones, and the network would never train on its own predictions.
-    pretrain=WorldModelTraining(steps=4000, batch_size=16, learning_rate=1.2e-3, diverged=0.15),
+    pretrain=WorldModelTraining(steps=4000, batch_size=16, learning_rate=1.2e-3, divergence_threshold=0.15),
     weights=(10.0, 4.0, 1.0),  # a quarter of the draws each for rollouts and demonstrations, half for play
-    align=WorldModelTraining(steps=1000, batch_size=16, learning_rate=6e-4, recorded=0.0, diverged=0.15),
+    align=WorldModelTraining(
+        steps=1000, batch_size=16, learning_rate=6e-4, teacher_forcing=0.0, divergence_threshold=0.15
+    ),
     # At the usual rate the first update changes this policy by 0.07 nats per token, which leads to states
     # that the world model was not trained on.
     grpo=GRPOSettings(learning_rate=1.5e-4),
@@ -217,7 +219,7 @@ DEMO = Recipe(
     base_policy="move-block",
     pretrained_world="move-block",
     play=200,
-    align=WorldModelTraining(steps=600, batch_size=12, learning_rate=5e-4, recorded=0.0),
+    align=WorldModelTraining(steps=600, batch_size=12, learning_rate=5e-4, teacher_forcing=0.0),
     classifier_steps=500,
     grpo=GRPOSettings(iterations=8),
     gate_episodes=128,
@@ -232,7 +234,7 @@ DEMO = Recipe(
 #   is what released weights were trained with;
 # - its alignment: global batch 128, 3,000,000 steps, AdamW at 1e-4 with 1,000 steps of warm-up,
 #   constant afterwards, no weight decay, gradient norm 0.1, EMA 0.9999; logit-normal timesteps;
-#   independent windows with recorded contexts (restart=1); plain mean squared error;
+#   independent windows with recorded contexts (restart_prob=1); plain mean squared error;
 # - reward model: VideoMAE-base on clips of 8 frames, AdamW at 1e-4;
 # - policy: OpenVLA-OFT 7B, fine-tuned on 300 demonstrations for 150,000 steps of 64;
 # - GRPO (§3.4, Table 4): 64 groups of 8, batches of 128 rollouts, one epoch, constant rate 5e-6, temperature
@@ -241,8 +243,8 @@ _PUBLISHED_WORLD_MODEL = WorldModelTraining(
     steps=3_000_000,
     batch_size=128,
     learning_rate=1e-4,
-    warmup=1000,
-    final_lr=1.0,
+    warmup_steps=1000,
+    final_lr_ratio=1.0,
     muon=0.0,
     weight_decay=0.0,
     max_grad_norm=0.1,
@@ -250,8 +252,8 @@ _PUBLISHED_WORLD_MODEL = WorldModelTraining(
     pure_noise=0.0,
     context_noise=0.015,
     changed_weight=0.0,
-    recorded=0.0,
-    restart=1.0,
+    teacher_forcing=0.0,
+    restart_prob=1.0,
     checkpoint_every=10_000,
 )
 PAPER = Recipe(

@@ -57,7 +57,7 @@ class SelfForcingSampler:
         seed: Seed of the trajectories.
         weights: How often an episode is chosen, relative to the others; None for equally often.
         from_start: Share of trajectories that begin at the episode's first frame (imagination always does).
-        restart: Probability per chunk that a trajectory is given up for a new one.
+        restart_prob: Probability per chunk that a trajectory is given up for a new one.
         recall: Where the robot is at every frame of an episode, float32 ``(T + 1, M)``
             (:class:`~wmpo_gym.world.proprio.ProprioModel`); None for a network that does not follow it.
         workers: Threads that read frames from disk, the next chunk of every row ahead of time; see
@@ -78,7 +78,7 @@ class SelfForcingSampler:
         seed: int,
         weights: Sequence[float] | None = None,
         from_start: float = 0.5,
-        restart: float = 0.1,
+        restart_prob: float = 0.1,
         recall: Callable[[Episode], np.ndarray] | None = None,
         workers: int = 2,
     ) -> None:
@@ -97,7 +97,7 @@ class SelfForcingSampler:
             self._recall = lru_cache(MEMORIES)(lambda i: recall(self.episodes[i]))
         self._loader = FrameLoader(workers)
         self.task, self.n_rows, self.context_frames = task, n_rows, context_frames
-        self.from_start, self.restart = from_start, restart
+        self.from_start, self.restart_prob = from_start, restart_prob
         p = np.ones(len(self.episodes)) if weights is None else np.asarray(weights, dtype=np.float64)
         # Long episodes hold more to learn than short ones.
         p = p * np.array([e.n_steps for e in self.episodes])
@@ -129,7 +129,9 @@ class SelfForcingSampler:
 
     def _advance(self, i: int) -> bool:
         """Move row ``i`` to its next chunk; whether it started a new trajectory there."""
-        is_first = bool(self._step[i] >= self._episode_of(i).n_steps or self._rng.random() < self.restart)
+        is_first = bool(
+            self._step[i] >= self._episode_of(i).n_steps or self._rng.random() < self.restart_prob
+        )
         if is_first:
             self._start(i)
         self._step[i] += self.task.chunk

@@ -39,43 +39,43 @@ class WorldModelTraining(TrainingSettings):
     Attributes:
         steps: Optimiser steps.
         batch_size: Rows per step.
-        learning_rate: Peak; linear warm-up over ``warmup`` steps, then cosine to ``final_lr`` of it.
+        learning_rate: Peak; linear warm-up over ``warmup_steps``, then cosine to ``final_lr_ratio`` of it.
         weight_decay: Of AdamW and Muon.
         max_grad_norm: Gradients are scaled down to this norm.
         ema_decay: Decay of the averaged weights that are kept (paper: 0.9999, release 0.99).
         seed: Seed of everything random.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between points of the TensorBoard curves.
-        warmup: Steps of warm-up.
-        final_lr: Share of the learning rate left at the end.
+        warmup_steps: Steps of warm-up.
+        final_lr_ratio: Share of the learning rate left at the end.
         muon: Step size of Muon in units of ``learning_rate``. It trains the inner weights of a network that
             names them (``ConvWorldModel``); 0 for AdamW throughout, as published.
         pure_noise: Share of rows trained at noise level 1, which is where one-step sampling happens.
         context_noise: Largest noise level put on the context; the network is given the level.
         changed_weight: Extra loss weight of pixels that changed since the last context frame.
         adversarial: Weight of the patch discriminator's loss (0 trains none).
-        recorded: Share of the training during which recorded contexts give way to predicted ones: at its
-            start all contexts are recorded, at its end only those at the start of a trajectory. Before the
-            model can predict at all, its own frames teach nothing.
-        diverged: Share of wrong pixels (off by more than 0.5 in [-1, 1]) in a predicted context from which on
-            the recorded one takes its place. Otherwise a prediction that left its recording, say by a grip
-            that failed there, would teach that objects jump.
-        restart: Probability per chunk that a row begins a new trajectory.
+        teacher_forcing: Share of the training during which recorded contexts give way to predicted ones: at
+            its start all contexts are recorded, at its end only those at the start of a trajectory. Before
+            the model can predict at all, its own frames teach nothing.
+        divergence_threshold: Share of wrong pixels (off by more than 0.5 in [-1, 1]) in a predicted context
+            from which on the recorded one takes its place. Otherwise a prediction that left its recording,
+            say by a grip that failed there, would teach that objects jump.
+        restart_prob: Probability per chunk that a row begins a new trajectory.
     """
 
     steps: int = 4000
     weight_decay: float = 1e-4
     ema_decay: float = 0.998
-    warmup: int = 50
-    final_lr: float = 0.02
+    warmup_steps: int = 50
+    final_lr_ratio: float = 0.02
     muon: float = 4.0
     pure_noise: float = 0.9
     context_noise: float = 0.05
     changed_weight: float = 6.0
     adversarial: float = 0.0
-    recorded: float = 0.3
-    diverged: float = 0.01
-    restart: float = 0.1
+    teacher_forcing: float = 0.3
+    divergence_threshold: float = 0.01
+    restart_prob: float = 0.1
 
 
 class WorldModelTask(TrainingTask):
@@ -115,7 +115,7 @@ class WorldModelTask(TrainingTask):
         self.component, self._validate = component, validate
         self.sampler = SelfForcingSampler(
             episodes, task, n_rows=config.batch_size, context_frames=context_frames, seed=config.seed,
-            weights=weights, restart=config.restart, recall=self._robot_states(),
+            weights=weights, restart_prob=config.restart_prob, recall=self._robot_states(),
         )  # fmt: skip
         self.generator = torch.Generator().manual_seed(config.seed)
         self.discriminator: PatchDiscriminator | None = None
@@ -163,7 +163,7 @@ class WorldModelTask(TrainingTask):
             muon=cfg.muon * cfg.learning_rate,
         )  # fmt: skip
         return {
-            name: (optimizer, warmup_cosine(optimizer, cfg.steps, cfg.warmup, cfg.final_lr))
+            name: (optimizer, warmup_cosine(optimizer, cfg.steps, cfg.warmup_steps, cfg.final_lr_ratio))
             for name, optimizer in optimizers.items()
         }
 
@@ -180,7 +180,7 @@ class WorldModelTask(TrainingTask):
 
     def _teacher_forced(self, step: int, n: int) -> Tensor:
         """Rows ``(n,)`` whose context is the recorded one at this stage of the training."""
-        share = 1.0 - step / max(1.0, self.config.recorded * self.config.steps)
+        share = 1.0 - step / max(1.0, self.config.teacher_forcing * self.config.steps)
         return torch.rand(n, generator=self.generator) < share
 
     def _latents(self, chunk: dict[str, Tensor], teacher_forced: Tensor) -> LatentBatch:
@@ -190,7 +190,7 @@ class WorldModelTask(TrainingTask):
         if self.context is None:
             self.context = recorded
         wrong = ((self.context - recorded).abs().amax(dim=1) > DIVERGED_PIXEL).float().mean(dim=(1, 2, 3))
-        use_recorded = self.runtime.to_device(teacher_forced) | (wrong > self.config.diverged)
+        use_recorded = self.runtime.to_device(teacher_forced) | (wrong > self.config.divergence_threshold)
         last = recorded[:, :, -1:]
         weights = loss_weights(targets, last, chunk["valid"], self.config.changed_weight)
         mean_weight = self.runtime.sum(weights.mean()) / self.runtime.size
