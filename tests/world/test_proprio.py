@@ -8,7 +8,9 @@ import pytest
 import torch
 from kills import disk_states
 
+from wmpo_gym.cli.main import main
 from wmpo_gym.data.episode import Episode
+from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.tasks import get_task
 from wmpo_gym.training.trainer import Trainer
 from wmpo_gym.world import proprio as motion_module
@@ -212,3 +214,47 @@ def test_faulty_state_is_refused(proprio, message):
     episode = cart(0, proprio=False)
     with pytest.raises(ValueError, match=message):
         Episode(episode.frames, episode.actions, None, STEPS, 0, 0, "", proprio=proprio)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory) -> Path:
+    """Directories of episodes with and without the robot's state, and a tiny network's settings."""
+    root = tmp_path_factory.mktemp("stores")
+    for name, recorded in (("with", True), ("without", False)):
+        store = EpisodeStore(root / name)
+        for seed in range(2):
+            store.append(cart(seed, proprio=recorded))
+    (root / "network.json").write_text('{"widths": [8, 16], "cond_dim": 16, "detail": 8}')
+    return root
+
+
+def command(stores: Path, out: Path, *options: str, episodes: str = "with") -> int:
+    words = ["train", "world-model", "--task", "lift-close@32", "--episodes", str(stores / episodes)]
+    words += ["--network-config", str(stores / "network.json"), "--out", str(out), "--holdout", "0"]
+    return main([*words, "--steps", "1", "--batch-size", "2", *options])
+
+
+def test_the_command_takes_its_steps_and_leaves_it_out(stores, tmp_path, capsys):
+    assert command(stores, tmp_path / "w", "--proprio-steps", "3") == 0
+    assert "1 steps for keypoints, 1 for the encoder, 3 for the dynamics" in capsys.readouterr().out
+    assert World.from_pretrained(tmp_path / "w").network.motion is not None
+    assert command(stores, tmp_path / "without", "--no-proprio") == 0
+    assert World.from_pretrained(tmp_path / "without").network.motion is None
+
+
+@pytest.mark.parametrize(
+    ("options", "episodes", "message"),
+    [
+        (["--no-proprio", "--proprio-steps", "3"], "with", "give one of them"),
+        (["--proprio-steps", "0"], "with", "must be at least 1, got 0"),
+        (["--proprio-steps", "3"], "without", "no robot state to predict"),
+        (["--proprio-steps", "3", "--network", "stdit"], "with", "takes the network conv"),
+    ],
+)
+def test_options_without_effect_are_refused(stores, tmp_path, capsys, options, episodes, message):
+    if "stdit" in options:
+        (stores / "stdit.json").write_text('{"hidden_size": 24, "depth": 1, "num_heads": 2}')
+        options = [*options, "--network-config", str(stores / "stdit.json")]
+    assert command(stores, tmp_path / "w", *options, episodes=episodes) == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not (tmp_path / "w").exists()
