@@ -1,7 +1,8 @@
-"""The whole method, and the comparison of methods, on a device that refuses tensors of the CPU."""
+"""The whole method, and the commands that measure, on a device that refuses tensors of the CPU."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 from test_components import TINY as PUBLISHED
 from test_components import no_gain
 
+from wmpo_gym.cli.main import main
 from wmpo_gym.pipeline.method import run_recipe
 from wmpo_gym.policies.sft import SFTSettings
 from wmpo_gym.utils.io import load_safetensors, read_json
+from wmpo_gym.world.world import find_pretrained
 
 SMALL = replace(
     PUBLISHED,
@@ -54,10 +57,22 @@ def test_the_recipe_on_the_device(pretend_device, tmp_path: Path, kind: str) -> 
         found, expected = weights(device / part), weights(cpu / part)
         assert found.keys() == expected.keys() and expected
         for name, value in expected.items():
-            torch.testing.assert_close(
-                found[name], value, rtol=2e-3, atol=4e-4, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(found[name], value, rtol=2e-3, atol=4e-4)
     ours, theirs = (read_json(out / "results.json") for out in (device, cpu))
     for name in ("base", "wmpo"):
         assert ours[name] == theirs[name]
     assert ours["budget"]["nfe"] == theirs["budget"]["nfe"]
+
+
+def measure(device: str, out: str) -> tuple[int, int]:
+    """Exit statuses of ``wmpo evaluate`` and ``wmpo validate``, whose results go to ``out``."""
+    world = shutil.copytree(find_pretrained("move-block", "world"), Path(out) / "world")
+    common = ["--policy", "move-block", "--world", str(world), "--episodes", "4", "--device", device]
+    return main(["evaluate", *common, "--out", out]), main(["validate", *common])
+
+
+def test_evaluating_and_validating_on_the_device(pretend_device, tmp_path: Path) -> None:
+    device, cpu = tmp_path / "device", tmp_path / "cpu"
+    assert pretend_device(measure, str(device)) == measure("cpu", str(cpu))
+    for file, part in (("results.json", "greedy"), ("results.json", "wmpo"), ("world/config.json", "card")):
+        assert read_json(device / file)[part] == read_json(cpu / file)[part]

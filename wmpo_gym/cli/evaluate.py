@@ -12,9 +12,11 @@ import numpy as np
 
 from wmpo_gym.cli.common import load_policy, load_world
 from wmpo_gym.tasks import get_task
+from wmpo_gym.utils.device import resolve_device
 
 if TYPE_CHECKING:
     from wmpo_gym.evaluation.twin import TwinComparison
+    from wmpo_gym.policies.vla_policy import VLAPolicy
     from wmpo_gym.rollouts.protocol import EvalProtocol
     from wmpo_gym.rollouts.rollout import Rollouts
     from wmpo_gym.world.world import World
@@ -38,6 +40,7 @@ class Command:
         split: Their split; reported numbers use test.
         variant: Scene variant of the twin.
         seed: Decides everything random.
+        device: Where policies and world compute: auto (a GPU if there is one), cpu, cuda or cuda:1.
         clips: Side-by-side videos in the report.
         out: Directory for results.json, its protocol and report.html.
     """
@@ -50,15 +53,18 @@ class Command:
     split: Literal["train", "validation", "test"] = "test"
     variant: str = "nominal"
     seed: int = 0
+    device: str = "auto"
     clips: int = 6
     out: Path | None = None
 
     def run(self) -> None:
         """Measure, print, save."""
+        from wmpo_gym.pipeline.components import move_world
         from wmpo_gym.rollouts.protocol import save_result
 
         began = time.perf_counter()
-        world = load_world(self.world) if self.world else None
+        device = resolve_device(self.device)
+        world = move_world(load_world(self.world), device) if self.world else None
         policy = self._measure(self.policy)
         base = self._measure(self.base) if self.base else None
         comparison = self._judge(world) if world else None
@@ -75,7 +81,7 @@ class Command:
     def _measure(self, name_or_dir: str) -> Pair:
         from wmpo_gym.rollouts.rollout import evaluate_policy_on
 
-        policy = load_policy(name_or_dir, seed=self.seed)
+        policy = self._load_policy(name_or_dir)
         sampled, greedy = (
             evaluate_policy_on(
                 self.task,
@@ -90,11 +96,14 @@ class Command:
         )
         return sampled, greedy
 
+    def _load_policy(self, name_or_dir: str) -> VLAPolicy:
+        return load_policy(name_or_dir, seed=self.seed).to(resolve_device(self.device))
+
     def _judge(self, world: World) -> TwinComparison:
         from wmpo_gym.evaluation.twin import compare_with_twin
 
         ids = np.asarray(get_task(self.task).split_ids(self.split)[: self.episodes])
-        policy = load_policy(self.policy, seed=self.seed)
+        policy = self._load_policy(self.policy)
         return compare_with_twin(world, policy, ids, seed=self.seed, variant=self.variant, progress=True)
 
     def _report(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from wmpo_gym.cli.common import iterate_episodes, load_policy, load_world
+from wmpo_gym.utils.device import resolve_device
 from wmpo_gym.utils.io import read_json, write_json_atomic
 
 
@@ -24,6 +25,7 @@ class Command:
         recordings: Directories of labelled, held-out real episodes: measure gates 3 and 4 on them, without
             a simulator.
         seed: Decides everything random.
+        device: Where policy and world compute: auto (a GPU if there is one), cpu, cuda or cuda:1.
     """
 
     world: str = "move-block"
@@ -33,13 +35,17 @@ class Command:
     learnable: bool = False
     recordings: tuple[Path, ...] = ()
     seed: int = 0
+    device: str = "auto"
 
     def run(self) -> int:
         """Measure, print, note in the card."""
         from wmpo_gym.evaluation.gates import gates_text
         from wmpo_gym.evaluation.validation import measure_learnable, validate
+        from wmpo_gym.pipeline.components import move_world
 
-        world, policy = load_world(self.world), load_policy(self.policy, seed=self.seed)
+        device = resolve_device(self.device)
+        world = move_world(load_world(self.world), device)
+        policy = load_policy(self.policy, seed=self.seed).to(device)
         gates = validate(
             world,
             policy,
