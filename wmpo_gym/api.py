@@ -160,7 +160,7 @@ def train_world(
     from wmpo_gym.training.runtime import ComputeSettings
     from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
     from wmpo_gym.world.networks.conv import ConvWorldModel
-    from wmpo_gym.world.proprio import learn_proprio, proprio_size
+    from wmpo_gym.world.proprio import ProprioTraining, learn_proprio, proprio_size
     from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
     from wmpo_gym.world.world import StartFrames, World
 
@@ -179,9 +179,9 @@ def train_world(
         world.network,
         world.autoencoder,
         found,
-        seed=training.seed,
-        directory=None if place is None else place / "proprio",
+        ProprioTraining(seed=training.seed),
         compute=compute,
+        checkpoint_dir=None if place is None else place / "proprio",
         progress=progress,
     )
     WorldModelTrainer(
