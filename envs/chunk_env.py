@@ -133,6 +133,21 @@ class ChunkVectorEnv(TaskVectorEnv):
                 "(all in env.unwrapped.start_state_ids)."
             )
 
+    @property
+    def split(self) -> str | None:
+        """Split that episodes without a given start state are drawn from; None draws from all.
+
+        Another one counts from the next reset on.
+        """
+        return self._split
+
+    @split.setter
+    def split(self, split: str | None) -> None:
+        if split is not None:
+            self.task_spec.split_ids(split)  # raises for an unknown split
+        self._split = split
+        self.__dict__.pop("_pool", None)
+
     @cached_property
     def _pool(self) -> np.ndarray:
         """Ids that episodes without a given start state are drawn from."""

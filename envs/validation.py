@@ -16,6 +16,7 @@ from gymnasium.vector import AutoresetMode
 
 from wmpo_gym.tasks import Task
 
+ROUNDING = 1e-5  # beyond [-1, 1] by which an action may lie
 OPTIONS = ("start_state_id", "reset_mask", "noise_seed", "start_frames", "task_id")
 
 
@@ -91,7 +92,9 @@ def check_actions(actions: Any, shape: tuple[int, int, int]) -> np.ndarray:
         shape: ``(num_envs, chunk, action_dim)``.
 
     Raises:
-        ValueError: On another shape or dtype, and on NaN, infinite or out-of-range values.
+        ValueError: On another shape or dtype, and on NaN, infinite or out-of-range values. Values beyond the
+            range by no more than :data:`ROUNDING` are clipped: an affine map in front of the environment,
+            such as ``RescaleAction``, rounds.
     """
     array = np.asarray(actions)
     if array.shape != shape:
@@ -102,7 +105,7 @@ def check_actions(actions: Any, shape: tuple[int, int, int]) -> np.ndarray:
         raise ValueError(
             f"Actions have dtype {array.dtype}; expected float32 (cast with .astype(np.float32))."
         )
-    allowed = np.abs(array) <= 1.0  # false for NaN too
+    allowed = np.abs(array) <= 1.0 + ROUNDING  # false for NaN too
     bad = np.flatnonzero(~allowed.all(axis=(1, 2))).tolist()
     if bad:
         row = bad[0]
@@ -112,7 +115,7 @@ def check_actions(actions: Any, shape: tuple[int, int, int]) -> np.ndarray:
             f"Action of row {row} is {float(array[row, step, dim])} at chunk step {step}, dimension {dim}"
             f"{others}; actions must be finite and within [-1, 1]: clip them first. No row was stepped."
         )
-    return array.astype(np.float32)
+    return np.clip(array.astype(np.float32), -1.0, 1.0)
 
 
 @dataclass(frozen=True)

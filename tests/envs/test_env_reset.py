@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 from env_toys import TOY, WORLD, assert_same, make_batch, make_single
 from gymnasium.error import ResetNeeded
+
+from wmpo_gym.envs import make_sb3_env
 
 KINDS = ("imagined", "simulated")
 STILL = np.zeros((4, 3, 2), np.float32)
@@ -236,3 +239,20 @@ def test_finished_rows_must_be_reset_or_wait(kind: str) -> None:
     assert (info["n_frames"] > 0).tolist() == [True, False, False, False]
     with pytest.raises(ValueError, match="DISABLED"):
         make_batch(kind, 4, skip_finished=True)
+
+
+def test_another_split_counts_from_the_next_reset() -> None:
+    env = gymnasium.make("WMPO-Simulated-v0")
+    env.reset(seed=0)
+    env.unwrapped.split = "test"
+    ids = env.unwrapped.task_spec.split_ids("test")
+    assert all(env.reset()[1]["start_state_id"] in ids for _ in range(3))
+    with pytest.raises(ValueError, match="Unknown split 'tests'"):
+        env.unwrapped.split = "tests"
+    assert env.unwrapped.split == "test"
+    batch = make_sb3_env("WMPO-Simulated-v0", 2)
+    batch.reset()
+    batch.set_attr("split", "test")
+    batch.reset()
+    assert all(info["start_state_id"] in ids for info in batch.unwrapped.reset_infos)
+    batch.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 from env_toys import TOY, WORLD, ToySim, assert_same, make_batch, make_single
@@ -33,7 +34,7 @@ BAD_ACTIONS = [
     (spoiled(np.inf), "row 2 is inf"),
     (spoiled(-np.inf), "row 2 is -inf"),
     (spoiled(1.5), r"row 2 is 1\.5 .* within \[-1, 1\]"),
-    (spoiled(1.0 + 1e-9, np.float64), "row 2 is 1.000000001"),
+    (spoiled(1.0001, np.float64), "row 2 is 1.0001"),
     (spoiled(0, np.int64), "dtype int64"),
     (spoiled(False, np.bool_), "dtype bool"),
     (np.full((4, 3, 2), None), "dtype object"),
@@ -321,3 +322,13 @@ def test_task_id_and_start_states_agree_with_the_simulator() -> None:
     assert obs["task_id"].tolist() == [s.task_id for s in env.simulators]
     assert np.array_equal(obs["pixels"][1], env.simulators[1].render())
     assert TOY.n_chunks == 4 and WORLD.task is TOY
+
+
+def test_an_action_that_was_rounded_beyond_its_range_is_clipped() -> None:
+    env = gymnasium.make("WMPO-Simulated-v0")
+    rescaled = gymnasium.wrappers.RescaleAction(env, np.float32(0.1), np.float32(0.2))
+    rescaled.reset(seed=0)
+    for bound in (rescaled.action_space.low, rescaled.action_space.high):
+        rescaled.step(bound)
+    with pytest.raises(ValueError, match="clip them first"):
+        env.step(np.full(env.action_space.shape, -1.001, np.float32))

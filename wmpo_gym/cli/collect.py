@@ -1,4 +1,4 @@
-"""``wmpo collect``: record episodes in the simulated twin."""
+"""``wmpo collect``: record episodes in the simulator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from wmpo_gym.cli.common import Flat, choose_start_states, load_policy, option_value
+from wmpo_gym.cli.common import Flat, check_policy_fits, choose_start_states, load_policy, option_value
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.envs.simulated.scripted import (
     AnyExpert,
@@ -21,19 +21,20 @@ from wmpo_gym.envs.simulated.scripted import (
 )
 from wmpo_gym.tasks import Task, get_task
 from wmpo_gym.utils.config import keep_settings
+from wmpo_gym.utils.device import Precision, check_precision, resolve_device
 
 
 @dataclass(frozen=True)
 class Command:
-    """Record episodes in the simulated twin, one directory each, with success labels.
+    """Record episodes in the simulator, one directory each, with success labels.
 
     Interrupted, the same command goes on where it stopped and records the same episodes; with a larger
     ``--episodes`` it adds to them.
 
     Attributes:
         out: Directory of the episodes; default runs/episodes-TASK.
-        policy: Who acts: expert (the scripted one), play (task-agnostic, no labels), or the directory, hub id
-            or task name (the bundled one) of a policy.
+        policy: Who acts: expert (scripted demonstrations), play (scripted, without labels), or the directory,
+            hub id or task name (the bundled one) of a policy.
         greedy: Let the policy act greedily instead of sampling.
         task: Task; NAME@64 asks for pictures of 64 x 64 pixels.
         episodes: How many.
@@ -42,7 +43,9 @@ class Command:
         seed: Decides the start states and everything random.
         num_envs: Rows that a policy acts in at once.
         video: Also write a video of every episode, under OUT/videos.
-        expert: The expert's mistakes.
+        device: Where a policy computes; auto is the GPU if there is one.
+        precision: fp32, or bf16 for a policy on a GPU.
+        expert: How the expert errs.
     """
 
     out: Path | None = None
@@ -55,6 +58,8 @@ class Command:
     seed: int = 0
     num_envs: int = 64
     video: bool = False
+    device: str = "auto"
+    precision: Precision = "fp32"
     expert: Flat[tyro.conf.AvoidSubcommands[AnyExpert]] = field(default_factory=ExpertConfig)
 
     @classmethod
@@ -69,9 +74,10 @@ class Command:
         ids = choose_start_states(task, self.split, self.episodes, self.seed)
         store = EpisodeStore(out)
         # A longer collection is the same one continued; all the rest decides what gets recorded.
+        places = ("out", "episodes", "video", "device", "precision")
         keep_settings(
             out / "collection.json",
-            {k: v for k, v in asdict(self).items() if k not in ("out", "episodes", "video")},
+            {k: v for k, v in asdict(self).items() if k not in places},
             started=bool(store.directories()),
         )
         if self.policy in ("expert", "play"):
@@ -103,7 +109,10 @@ class Command:
     def _act(self, task: Task, ids: list[int], store: EpisodeStore) -> None:
         from wmpo_gym.rollouts.rollout import collect_episodes, make_rollout_env
 
-        policy = load_policy(self.policy, seed=self.seed)
+        device = str(resolve_device(self.device))
+        precision = check_precision(self.precision, device)
+        policy = load_policy(self.policy, seed=self.seed, device=device, precision=precision)
+        check_policy_fits(policy, self.policy, task)
         rows = min(self.num_envs, self.episodes)
         env = make_rollout_env("WMPO-Simulated-v0", rows, record_frames=True, task=task, variant=self.variant)
         try:

@@ -13,7 +13,7 @@ import tyro
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.data.task_file import find_task, read_task
-from wmpo_gym.tasks import Task
+from wmpo_gym.tasks import TASKS, Task
 from wmpo_gym.utils.io import ArtifactError
 
 if TYPE_CHECKING:
@@ -34,12 +34,13 @@ def choose_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_policy(name_or_dir: str, *, seed: int = 0, **kwargs: Any) -> VLAPolicy:
+def load_policy(name_or_dir: str, *, seed: int = 0, device: str = "cpu", **kwargs: Any) -> VLAPolicy:
     """A policy from a directory, a hub id or the name of a task with a bundled one.
 
     Args:
         name_or_dir: Which.
         seed: Seeds its sampling.
+        device: Where it computes.
         **kwargs: Further arguments of :class:`~wmpo_gym.policies.VLAPolicy`.
 
     Raises:
@@ -49,11 +50,48 @@ def load_policy(name_or_dir: str, *, seed: int = 0, **kwargs: Any) -> VLAPolicy:
     from wmpo_gym.policies.vla_policy import VLAPolicy
     from wmpo_gym.world.world import find_pretrained
 
-    return VLAPolicy.from_pretrained(find_pretrained(name_or_dir, "policy"), seed=seed, **kwargs)
+    return VLAPolicy.from_pretrained(find_pretrained(name_or_dir, "policy"), seed=seed, **kwargs).to(device)
 
 
-def load_world(name_or_dir: str) -> World:
+def policy_task(name_or_dir: str) -> Task:
+    """The task that a policy was trained for, from its card.
+
+    Raises:
+        ValueError: If its card does not say.
+    """
+    from wmpo_gym.policies.weights import read_policy_card
+    from wmpo_gym.world.world import find_pretrained
+
+    meta = read_policy_card(find_pretrained(name_or_dir, "policy")).get("meta", {})
+    if "task_spec" in meta:
+        return Task.from_dict(meta["task_spec"])
+    if "task" in meta or name_or_dir in TASKS:
+        return find_task(str(meta.get("task", name_or_dir)))
+    raise ValueError(f"The policy {name_or_dir} does not say which task it is for; give --task.")
+
+
+def check_policy_fits(policy: VLAPolicy, name: str, task: Task) -> None:
+    """Refuse a policy of other actions or images than a task's.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    config, size = policy.config, policy.observation_space["pixels"].shape[1]
+    has = (config.chunk, config.action_dim, size)
+    if has != (task.chunk, task.action_dim, task.image_size):
+        raise ValueError(
+            f"The policy {name} is for chunks of {has[0]} x {has[1]} numbers and images of {size} pixels; "
+            f"task {task.name!r} has {task.chunk} x {task.action_dim} and {task.image_size} pixels. Give the "
+            "policy's task with --task, or another policy."
+        )
+
+
+def load_world(name_or_dir: str, *, device: str = "cpu") -> World:
     """A world from a directory, a hub id or the name of a task with a bundled one.
+
+    Args:
+        name_or_dir: Which.
+        device: Where its networks compute.
 
     Raises:
         ValueError: If there is none.
@@ -61,24 +99,39 @@ def load_world(name_or_dir: str) -> World:
     """
     from wmpo_gym.world.world import World
 
-    return World.from_pretrained(name_or_dir)
+    return World.from_pretrained(name_or_dir).to(device)
 
 
 def task_of(name: str | None, directories: Sequence[Path]) -> Task:
-    """The task that is named, else that of imported episodes, else ``move-block``.
+    """The task that is named, else the one that the episodes say they belong to.
 
     Args:
         name: Name of a known task, or a directory, see :func:`~wmpo_gym.data.task_file.find_task`.
         directories: Stores of episodes.
 
     Raises:
-        ValueError: If there is no such task.
-        ArtifactError: If a description is damaged.
+        ValueError: If there is no such task, or the episodes do not say and none is named.
+        ArtifactError: If a description is damaged, or a directory holds no whole episode.
     """
     if name is not None:
         return find_task(name)
-    found = (read_task(directory) for directory in directories)
-    return next((task for task in found if task is not None), find_task("move-block"))
+    for directory in directories:
+        if (task := read_task(directory)) is not None:
+            return task
+    for directory in directories:
+        store = EpisodeStore(directory)
+        store.check_exists()
+        for episode in store:
+            if "task" in episode.meta:
+                return find_task(str(episode.meta["task"]))
+            break
+        else:
+            raise ArtifactError(
+                f"{directory} holds no whole episode; `wmpo collect` or `wmpo import` makes some."
+            )
+    raise ValueError(
+        f"{', '.join(map(str, directories))}: the episodes do not say which task they belong to; give --task."
+    )
 
 
 def iterate_episodes(directories: Sequence[Path], task: Task) -> Iterator[Episode]:

@@ -1,24 +1,26 @@
-"""``wmpo evaluate``: success of policies in the twin, and how far imagination can be believed."""
+"""``wmpo evaluate``: success of policies in the simulator, and how often it confirms imagined success."""
 
 from __future__ import annotations
 
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from wmpo_gym.cli.common import load_policy, load_world
-from wmpo_gym.tasks import get_task
-from wmpo_gym.utils.device import resolve_device
+from wmpo_gym.cli.common import check_policy_fits, load_policy, load_world, policy_task
+from wmpo_gym.data.task_file import find_task
+from wmpo_gym.utils.device import Precision, check_precision, resolve_device
 
 if TYPE_CHECKING:
     from wmpo_gym.evaluation.twin import TwinComparison
     from wmpo_gym.policies.vla_policy import VLAPolicy
     from wmpo_gym.rollouts.protocol import EvalProtocol
     from wmpo_gym.rollouts.rollout import Rollouts
+    from wmpo_gym.tasks import Task
     from wmpo_gym.world.world import World
 
 Pair = tuple["Rollouts", "Rollouts"]  # sampled and greedy, on the same start states
@@ -26,48 +28,61 @@ Pair = tuple["Rollouts", "Rollouts"]  # sampled and greedy, on the same start st
 
 @dataclass(frozen=True)
 class Command:
-    """Evaluate a policy in the simulated twin, on start states it never saw, sampled and greedily.
+    """Evaluate a policy in the simulator, on start states it never saw, sampled and greedily.
 
-    With --base the two are compared on the same start states; with --world its imagined successes are judged
-    by running the same actions in the twin; with both and --out there is a report.html, too.
+    With --base the two are compared on the same start states; with --world the imagined successes are checked
+    by running the same actions in the simulator; with both and --out there is a report.html, too.
 
     Attributes:
         policy: Directory, hub id or task name (the bundled base policy).
         base: Policy to compare with.
-        world: World to judge (directory, hub id or task name).
-        task: Task.
+        world: World to check (directory, hub id or task name).
+        task: Task; the policy's own by default.
         episodes: Start states, one episode each.
         split: Their split; reported numbers use test.
-        variant: Scene variant of the twin.
+        variant: Scene variant of the simulator.
         seed: Decides everything random.
-        device: Where policies and world compute: auto (a GPU if there is one), cpu, cuda or cuda:1.
         clips: Side-by-side videos in the report.
         out: Directory for results.json, its protocol and report.html.
+        device: Where policy and world compute; auto is the GPU if there is one.
+        precision: fp32, or bf16 for the policy on a GPU.
     """
 
     policy: str
     base: str | None = None
     world: str | None = None
-    task: str = "move-block"
+    task: str | None = None
     episodes: int = 512
     split: Literal["train", "validation", "test"] = "test"
     variant: str = "nominal"
     seed: int = 0
-    device: str = "auto"
     clips: int = 6
     out: Path | None = None
+    device: str = "auto"
+    precision: Precision = "fp32"
 
     def run(self) -> None:
         """Measure, print, save."""
-        from wmpo_gym.pipeline.components import move_world
         from wmpo_gym.rollouts.protocol import save_result
 
         began = time.perf_counter()
-        device = resolve_device(self.device)
-        world = move_world(load_world(self.world), device) if self.world else None
-        policy = self._measure(self.policy)
-        base = self._measure(self.base) if self.base else None
-        comparison = self._judge(world) if world else None
+        device = str(resolve_device(self.device))
+        task = find_task(self.task) if self.task else policy_task(self.policy)
+        load = partial(
+            load_policy, seed=self.seed, device=device, precision=check_precision(self.precision, device)
+        )
+        loaded = {name: load(name) for name in (self.policy, self.base) if name}
+        for name, each in loaded.items():
+            check_policy_fits(each, name, task)
+        world = load_world(self.world, device=device) if self.world else None
+        if world and world.task.name != task.name:
+            raise ValueError(
+                f"The world {self.world} is of task {world.task.name!r}, the policy of {task.name!r}; give "
+                "a world of the same task."
+            )
+        policy = self._measure(loaded[self.policy], task)
+        base = self._measure(loaded[self.base], task) if self.base else None
+        comparison = self._compare(world, load(self.policy)) if world else None
         results = _results(policy, base, comparison, time.perf_counter() - began)
         _show(results)
         protocol = policy[0].protocol
@@ -78,13 +93,12 @@ class Command:
             self._report(world, comparison, results, protocol)
         print(f"\nwritten to {self.out}")
 
-    def _measure(self, name_or_dir: str) -> Pair:
+    def _measure(self, policy: VLAPolicy, task: Task) -> Pair:
         from wmpo_gym.rollouts.rollout import evaluate_policy_on
 
-        policy = self._load_policy(name_or_dir)
         sampled, greedy = (
             evaluate_policy_on(
-                self.task,
+                task,
                 policy,
                 self.split,
                 self.episodes,
@@ -96,14 +110,10 @@ class Command:
         )
         return sampled, greedy
 
-    def _load_policy(self, name_or_dir: str) -> VLAPolicy:
-        return load_policy(name_or_dir, seed=self.seed).to(resolve_device(self.device))
-
-    def _judge(self, world: World) -> TwinComparison:
+    def _compare(self, world: World, policy: VLAPolicy) -> TwinComparison:
         from wmpo_gym.evaluation.twin import compare_with_twin
 
-        ids = np.asarray(get_task(self.task).split_ids(self.split)[: self.episodes])
-        policy = self._load_policy(self.policy)
+        ids = np.asarray(world.task.split_ids(self.split)[: self.episodes])
         return compare_with_twin(world, policy, ids, seed=self.seed, variant=self.variant, progress=True)
 
     def _report(
@@ -113,10 +123,10 @@ class Command:
 
         assert self.out is not None
         report = Report(
-            f"{self.policy} against {self.base} on {self.task}",
+            f"{self.policy} against {self.base} on {world.task.name}",
             results,
             gates=world.card.get("gates", {}),
-            clips=choose_clips(comparison, get_task(self.task), self.clips),
+            clips=choose_clips(comparison, world.task, self.clips),
             command=" ".join(["wmpo", *sys.argv[1:]]),
             protocol=protocol,
             control_hz=world.task.control_hz,

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from wmpo_gym.cli.common import iterate_episodes, load_policy, load_world
-from wmpo_gym.utils.device import resolve_device
+from wmpo_gym.cli.common import check_policy_fits, iterate_episodes, load_policy, load_world
+from wmpo_gym.tasks import TASKS
+from wmpo_gym.utils.device import Precision, check_precision, resolve_device
 from wmpo_gym.utils.io import read_json, write_json_atomic
 
 
@@ -18,34 +19,41 @@ class Command:
 
     Attributes:
         world: Directory, hub id or task name (the bundled world; its card is not written).
-        policy: The policy that is to practise in it (directory, hub id or task name).
+        policy: The policy that is to be trained in it (directory, hub id or task name); the bundled one
+            for the bundled world.
         episodes: Start states to measure on.
         split: Their split; the world must not have been trained on it.
         learnable: Also measure gate 2 (GRPO in the simulator, a minute or more); else the card's is kept.
         recordings: Directories of labelled, held-out real episodes: measure gates 3 and 4 on them, without
             a simulator.
         seed: Decides everything random.
-        device: Where policy and world compute: auto (a GPU if there is one), cpu, cuda or cuda:1.
+        device: Where world and policy compute; auto is the GPU if there is one.
+        precision: fp32, or bf16 for the policy on a GPU.
     """
 
     world: str = "move-block"
-    policy: str = "move-block"
+    policy: str | None = None
     episodes: int = 128
     split: Literal["train", "validation", "test"] = "validation"
     learnable: bool = False
     recordings: tuple[Path, ...] = ()
     seed: int = 0
     device: str = "auto"
+    precision: Precision = "fp32"
 
     def run(self) -> int:
         """Measure, print, note in the card."""
         from wmpo_gym.evaluation.gates import gates_text
         from wmpo_gym.evaluation.validation import measure_learnable, validate
-        from wmpo_gym.pipeline.components import move_world
 
-        device = resolve_device(self.device)
-        world = move_world(load_world(self.world), device)
-        policy = load_policy(self.policy, seed=self.seed).to(device)
+        name = self.policy or (self.world if self.world in TASKS else None)
+        if name is None:
+            raise ValueError(f"Which policy is to be trained in {self.world}? Give --policy.")
+        device = str(resolve_device(self.device))
+        precision = check_precision(self.precision, device)
+        world = load_world(self.world, device=device)
+        policy = load_policy(name, seed=self.seed, device=device, precision=precision)
+        check_policy_fits(policy, name, world.task)
         gates = validate(
             world,
             policy,

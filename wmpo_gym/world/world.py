@@ -33,6 +33,8 @@ from wmpo_gym.utils.io import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from wmpo_gym.reward.classifier import SuccessClassifier
     from wmpo_gym.world.imagination import Imagination
 
@@ -180,6 +182,15 @@ class World:
                 context_noise=self.config.context_noise, round_timesteps=self.config.round_timesteps
             ),
         )
+
+    def to(self, device: torch.device | str) -> World:
+        """This world with its networks moved to a device."""
+        self.network.to(device)
+        if hasattr(self.autoencoder, "vae"):
+            self.autoencoder.vae.to(device)
+        if self.classifier is not None:
+            self.classifier.to(device)
+        return self
 
     def with_keyframes(self, episodes: list, share: float, *, seed: int = 0) -> World:
         """The same world, some of whose start frames are pictures from the middle of recorded episodes.
