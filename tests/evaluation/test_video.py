@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from wmpo_gym.report.video import data_uri, encode_video, save_video, side_by_side
+from wmpo_gym.utils.video import data_uri, encode_video, save_video, side_by_side
 
 
 def clip(n: int, size: int = 16) -> np.ndarray:

@@ -15,10 +15,10 @@ from wmpo_gym.pipeline.method import open_workspace, run_recipe
 from wmpo_gym.pipeline.presets import GRPOSettings, Recipe
 from wmpo_gym.policies.sft import SFTSettings
 from wmpo_gym.policies.vla_policy import VLAPolicy
-from wmpo_gym.report.results import show_rate
 from wmpo_gym.rollouts.rollout import evaluate_policy_on
 from wmpo_gym.tasks import MOVE_BLOCK, get_task
 from wmpo_gym.utils.io import load_safetensors
+from wmpo_gym.utils.text import show_rate
 from wmpo_gym.world.training import WorldModelTraining
 from wmpo_gym.world.world import World
 

@@ -18,11 +18,11 @@ from wmpo_gym.bench.peak import synchronizer
 from wmpo_gym.bench.shortcuts import REPEATS, RandomPolicy, bench_plain
 from wmpo_gym.bench.stopwatch import Stopwatch, Targets, timed_methods
 from wmpo_gym.bench.transformer import bench_training, bench_transformer, cpu_imagination
-from wmpo_gym.report.results import aligned
 from wmpo_gym.rollouts.imagined import device_of
 from wmpo_gym.rollouts.protocol import installed_versions
 from wmpo_gym.rollouts.rollout import make_rollout_env
 from wmpo_gym.utils.progress import progress_bar
+from wmpo_gym.utils.text import aligned
 from wmpo_gym.world.world import World
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from wmpo_gym.report.results import aligned
 from wmpo_gym.tasks import get_task
+from wmpo_gym.utils.text import aligned
 
 SECONDS = 8.0
 

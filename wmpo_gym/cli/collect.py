@@ -125,7 +125,7 @@ class Command:
 
 def _film(store: EpisodeStore, directory: Path, task: Task) -> None:
     """One video per episode, named by its start state."""
-    from wmpo_gym.report.video import save_video
+    from wmpo_gym.utils.video import save_video
 
     scale = max(1, 256 // task.image_size)
     for episode in store:

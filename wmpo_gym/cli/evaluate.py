@@ -167,7 +167,8 @@ def _results(policy: Pair, base: Pair | None, twin: TwinComparison | None, secon
 
 
 def _show(results: dict[str, Any]) -> None:
-    from wmpo_gym.report.results import agreement_rows, aligned, show_rate, table
+    from wmpo_gym.report.results import agreement_rows, table
+    from wmpo_gym.utils.text import aligned, show_rate
 
     if "base" in results:
         rows = table(results)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wmpo_gym.cli.common import Flat, load_episodes, load_world, split_episodes
-from wmpo_gym.report.results import aligned
 from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.utils.config import keep_settings
 from wmpo_gym.utils.io import write_json_atomic
+from wmpo_gym.utils.text import aligned
 from wmpo_gym.world.distillation import distillation_trainer, steps_to_imitate
 from wmpo_gym.world.training import WorldModelTraining
 

@@ -221,7 +221,7 @@ class Command:
 def _judge(world: World, held: list[Episode], logs: Path, step: int) -> dict[str, float]:
     """Figures at a checkpoint; the whole table goes to quality.json and the pictures to samples/."""
     from wmpo_gym.evaluation.metrics import sample_video, world_quality
-    from wmpo_gym.report.video import save_video
+    from wmpo_gym.utils.video import save_video
 
     quality = world_quality(world, held)
     write_json_atomic(logs / "quality.json", {"step": step, **quality})

@@ -31,7 +31,7 @@ _HOMES = {
     "replay": "wmpo_gym.evaluation.twin",
     "rollout": "wmpo_gym.rollouts.rollout",
     "save_result": "wmpo_gym.rollouts.protocol",
-    "save_video": "wmpo_gym.report.video",
+    "save_video": "wmpo_gym.utils.video",
     "success_rate": "wmpo_gym.statistics",
     "twin_agreement": "wmpo_gym.evaluation.twin",
     "validate": "wmpo_gym.evaluation.validation",

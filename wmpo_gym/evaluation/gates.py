@@ -18,10 +18,10 @@ import numpy as np
 
 from wmpo_gym.envs.simulated import make_simulator
 from wmpo_gym.evaluation.twin import Replay, replay
-from wmpo_gym.report import results
 from wmpo_gym.statistics import Agreement, paired_difference, success_rate
 from wmpo_gym.tasks import GATES, Task
 from wmpo_gym.utils.io import plain
+from wmpo_gym.utils.text import aligned, percent
 
 MAX_FLIPS = 0.10  # share of outcomes that a displacement of DISPLACEMENT_PX may change
 DISPLACEMENT_PX = 0.3
@@ -197,7 +197,7 @@ def honest_gate(agreement: Agreement, judge: str) -> GateResult:
             "true": agreement.true.to_dict(),
             "hallucination_gap": agreement.gap.to_dict(),
         },
-        f"precision {results.percent(values[0])}, recall {results.percent(values[1])}",
+        f"precision {percent(values[0])}, recall {percent(values[1])}",
         f"precision and recall ≥ {MIN_AGREEMENT:g} (target {TARGET_AGREEMENT:g})",
         f"Judged by {judge} of the same full-horizon actions, {agreement.precision} of the claimed successes "
         f"are true and {agreement.recall} of the true ones are claimed.",
@@ -215,4 +215,4 @@ def gates_text(gates: Mapping[str, Mapping[str, Any]]) -> str:
         else:
             rows.append((name, "not measured", "", ""))
     notes = [f"{name}: {gates[name]['explanation']}" for name in GATES if name in gates]
-    return results.aligned(rows) + "\n\n" + "\n".join(notes)
+    return aligned(rows) + "\n\n" + "\n".join(notes)

@@ -106,7 +106,7 @@ def sample_video(world: World, episodes: Sequence[Episode], *, n: int = 6, seed:
     Returns:
         uint8 (T+1, n H + gaps, 2 W + gap, 3).
     """
-    from wmpo_gym.report.video import side_by_side
+    from wmpo_gym.utils.video import side_by_side
 
     horizon = world.task.horizon
     chosen = episodes[:n]

@@ -10,9 +10,9 @@ import numpy as np
 from scipy.stats import trim_mean
 
 from wmpo_gym.experiments.plan import WITHOUT_BUDGET
-from wmpo_gym.report.results import show_points, show_rate
 from wmpo_gym.statistics import success_rate
 from wmpo_gym.utils.io import write_file_atomic
+from wmpo_gym.utils.text import show_points, show_rate
 
 RESAMPLES = 2000
 Scores = list[np.ndarray]  # per seed, bool outcomes (N,) on the same start states

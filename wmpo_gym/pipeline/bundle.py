@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from wmpo_gym.policies.vla_policy import VLAPolicy
-from wmpo_gym.report.results import show_points, show_rate
 from wmpo_gym.utils.io import read_json, write_file_atomic
+from wmpo_gym.utils.text import show_points, show_rate
 from wmpo_gym.world.world import StartFrames, World
 
 START_FRAMES = 512  # of the finished world; thousands would be most of the package

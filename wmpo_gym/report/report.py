@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wmpo_gym.report import charts
-from wmpo_gym.report.results import agreement_rows, percent, show_number, show_points, show_rate, table
+from wmpo_gym.report.results import agreement_rows, table
 from wmpo_gym.report.style import CSS
-from wmpo_gym.report.video import data_uri, encode_video, side_by_side
 from wmpo_gym.rollouts.protocol import EvalProtocol
 from wmpo_gym.tasks import Task
 from wmpo_gym.utils.io import write_file_atomic
+from wmpo_gym.utils.text import percent, show_number, show_points, show_rate
+from wmpo_gym.utils.video import data_uri, encode_video, side_by_side
 
 if TYPE_CHECKING:
     from wmpo_gym.evaluation.twin import TwinComparison
