@@ -32,7 +32,7 @@ help:
 	@echo "make demo      the whole method on the bundled task, about ten minutes on two cores"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests and the slow ones"
-	@echo "make lint      ruff and mypy"
+	@echo "make lint      ruff, mypy and the import order"
 	@echo "make format    ruff's formatter and its safe repairs"
 	@echo "make docs      the documentation, in build/site; a warning is an error"
 	@echo "make dist      wheel and sdist, in dist/, checked"
@@ -65,6 +65,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
