@@ -157,20 +157,30 @@ def train_world(
     from dataclasses import replace
 
     from wmpo_gym.tasks import get_task
+    from wmpo_gym.training.presets import hints_for
     from wmpo_gym.training.runtime import ComputeSettings
+    from wmpo_gym.world.components import make_network
     from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
-    from wmpo_gym.world.networks.conv import ConvWorldModel
     from wmpo_gym.world.proprio import ProprioTraining, learn_proprio, proprio_size
     from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
-    from wmpo_gym.world.world import StartFrames, World
+    from wmpo_gym.world.world import StartFrames, World, WorldConfig
 
     task, training = get_task(task), training or WorldModelTraining()
     compute = ComputeSettings(device=str(device), precision=precision)  # type: ignore[arg-type]
     compute.checked()
-    found = _opened(episodes)
+    found, hints = _opened(episodes), hints_for(task)
     if init is None:
-        network = network or ConvWorldModel.for_task(task, training.seed, state_dim=proprio_size(task, found))
-        world = World(task, network, PixelAutoencoder(), None, StartFrames.from_episodes(found))
+        autoencoder = PixelAutoencoder()
+        network = network or make_network(
+            "conv",
+            task,
+            autoencoder,
+            WorldConfig(),
+            seed=training.seed,
+            state_dim=proprio_size(found, hints.symmetries),
+            hints=hints,
+        )
+        world = World(task, network, autoencoder, None, StartFrames.from_episodes(found))
         world.card = {"name": task.name}
     else:
         world = replace(init, start_frames=init.start_frames.with_episodes(found), classifier=None)
@@ -192,6 +202,7 @@ def train_world(
         training,
         context_frames=world.config.context_frames,
         denoising_steps=world.config.denoising_steps,
+        symmetries=hints.symmetries,
         compute=compute,
         checkpoint_dir=None if place is None else place / "world_model",
     ).train(progress=progress)
@@ -231,6 +242,7 @@ def train_reward(
 
     from wmpo_gym.reward.training import train_classifier
     from wmpo_gym.rollouts.imagined import imagined_replays
+    from wmpo_gym.training.presets import hints_for
 
     labelled = [e for e in _opened(episodes) if e.success is not None]
     classifier, metrics = train_classifier(
@@ -240,6 +252,7 @@ def train_reward(
         seed=seed,
         imagined=imagined_replays(world, labelled, seed=seed) if imagined else None,
         config=training,
+        hints=hints_for(world.task),
         checkpoint_dir=checkpoint_dir,
         progress=progress,
     )

@@ -13,6 +13,8 @@ from typing import Any
 SPLITS = ("train", "validation", "test")
 # What `wmpo validate` measures before anyone trains in a world.
 GATES = ("physics", "learnable", "faithful", "honest")
+# Hints for trainings that saved tasks may hold; see wmpo_gym.training.presets.
+FORMER_FIELDS = ("motion_px", "symmetries", "gradual_steps")
 
 
 @dataclass(frozen=True)
@@ -36,27 +38,6 @@ class StartStates:
 
 
 @dataclass(frozen=True)
-class Symmetry:
-    """A transformation of pixels, actions and instructions that maps episodes of a task onto episodes.
-
-    Used to augment the training data of the world model and of the success classifier.
-
-    Attributes:
-        name: Short name.
-        flip: ``"vertical"`` mirrors image rows, ``"horizontal"`` mirrors image columns, None neither.
-        action_signs: Factor (1 or -1) per action dimension.
-        channel_order: Permutation of the RGB channels.
-        instruction_order: ``instruction_order[i]`` is the task id that instruction i becomes.
-    """
-
-    name: str
-    action_signs: tuple[float, ...]
-    instruction_order: tuple[int, ...]
-    flip: str | None = None
-    channel_order: tuple[int, int, int] = (0, 1, 2)
-
-
-@dataclass(frozen=True)
 class Task:
     """A manipulation task.
 
@@ -74,12 +55,7 @@ class Task:
         success_tolerance_px: Radius of the success region in observation pixels, for the *faithful* gate;
             None where objects cannot be located, as in recordings.
         exclusive_instructions: Whether an episode can fulfil one instruction at most.
-        motion_px: Observation pixels (columns, rows) that one step of action components 0 and 1 at value 1
-            moves the tool by, where that is known; a starting point for the world model.
         variants: Names of the scene variants of the simulator; the first is the nominal one.
-        symmetries: Transformations under which the task is invariant.
-        gradual_steps: Control steps before a success in which the picture already looks like one, where
-            success is a line that is crossed slowly; the success classifier does not learn from them.
         simulator: Settings of the simulator that belong to the task, as JSON (see :func:`robosuite_task`).
     """
 
@@ -95,10 +71,7 @@ class Task:
     action_high: tuple[float, ...]
     success_tolerance_px: float | None
     exclusive_instructions: bool = False
-    motion_px: tuple[float, float] | None = None
     variants: tuple[str, ...] = ("nominal",)
-    symmetries: tuple[Symmetry, ...] = ()
-    gradual_steps: int = 0
     simulator: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -130,13 +103,12 @@ class Task:
         if image_size < 1:
             raise ValueError(f"The image size must be a positive number of pixels, got {image_size}.")
         scale = image_size / self.image_size
-        motion, tolerance = self.motion_px, self.success_tolerance_px
+        tolerance = self.success_tolerance_px
         return replace(
             self,
             name=f"{self.base_name}@{image_size}",
             image_size=image_size,
             success_tolerance_px=None if tolerance is None else tolerance * scale,
-            motion_px=None if motion is None else (motion[0] * scale, motion[1] * scale),
         )
 
     def split_ids(self, split: str) -> range:
@@ -175,23 +147,22 @@ class Task:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; :meth:`from_dict` restores it."""
         data = asdict(self)
-        for name in ("gradual_steps", "simulator"):
-            if not data[name]:  # results and worlds from before there was such a thing compare as equal
-                del data[name]
+        if not data["simulator"]:  # results and worlds from before there was such a thing compare as equal
+            del data["simulator"]
         return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Task:
-        """Rebuild a task from :meth:`to_dict`, also after a trip through JSON (lists become tuples)."""
+        """Rebuild a task from :meth:`to_dict`, also after a trip through JSON (lists become tuples).
+
+        Hints for trainings, which tasks used to hold (:data:`FORMER_FIELDS`), are dropped.
+        """
 
         def tuples(value: Any) -> Any:
             return tuple(tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
-        fields = {k: tuples(v) for k, v in data.items()}
+        fields = {k: tuples(v) for k, v in data.items() if k not in FORMER_FIELDS}
         fields["start_states"] = StartStates(**data["start_states"])
-        fields["symmetries"] = tuple(
-            Symmetry(**{k: tuples(v) for k, v in s.items()}) for s in data.get("symmetries", ())
-        )
         return cls(**fields)
 
 
@@ -208,15 +179,7 @@ MOVE_BLOCK = Task(
     action_high=(0.12, 0.12, 1.0),
     success_tolerance_px=3.46,
     exclusive_instructions=True,
-    motion_px=(2.6, -2.6),
     variants=("nominal", "moved-goal", "background", "texture"),
-    symmetries=(
-        # The table is symmetric about its long axis, and red and blue differ in the RGB channel order only.
-        Symmetry("mirror", action_signs=(1.0, -1.0, 1.0), instruction_order=(0, 1), flip="vertical"),
-        Symmetry(
-            "swap colours", action_signs=(1.0, 1.0, 1.0), instruction_order=(1, 0), channel_order=(2, 1, 0)
-        ),
-    ),
 )
 
 
@@ -242,7 +205,6 @@ def _panda_task(
         action_high=(0.05, 0.05, 0.05, 0.5, 0.5, 0.5, 1.0),
         success_tolerance_px=tolerance_px,
         variants=variants,
-        gradual_steps=4,
     )
 
 

@@ -11,11 +11,11 @@ from wmpo_gym.data.augment import (
     transform_rows,
     transform_task_ids,
 )
-from wmpo_gym.tasks import MOVE_BLOCK
+from wmpo_gym.training.presets import hints_for
 
 
 def test_symmetries_map_episodes_onto_episodes():
-    mirror, swap = MOVE_BLOCK.symmetries
+    mirror, swap = hints_for("move-block").symmetries
     frames = np.random.default_rng(0).integers(0, 255, (2, 4, 4, 3)).astype(np.uint8)
     actions = np.array([[0.5, 0.25, 1.0]], np.float32)
     for symmetry in (mirror, swap):
@@ -28,7 +28,7 @@ def test_symmetries_map_episodes_onto_episodes():
 
 
 def test_only_the_chosen_rows_change():
-    mirror, _ = MOVE_BLOCK.symmetries
+    mirror, _ = hints_for("move-block").symmetries
     frames = np.random.default_rng(0).integers(0, 255, (3, 2, 4, 5, 3)).astype(np.uint8)
     before = frames.copy()
     changed = transform_rows(transform_frames, mirror, frames, np.array([True, False, True]))

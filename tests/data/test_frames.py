@@ -19,9 +19,11 @@ from wmpo_gym.data.frames import FrameLoader, prefetched
 from wmpo_gym.policies.windows import WindowDataset, draws
 from wmpo_gym.reward.data import ClipTable
 from wmpo_gym.tasks import MOVE_BLOCK
+from wmpo_gym.training.presets import hints_for
 from wmpo_gym.world.sampler import SelfForcingSampler
 
 TASK = replace(MOVE_BLOCK, image_size=32)
+SYMMETRIES = hints_for("move-block").symmetries
 
 
 def stored(root: Path, n: int = 6, *, codec: str = "ffv1", size: int = 32) -> EpisodeStore:
@@ -111,7 +113,7 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path):
 def batches(episodes: list[Episode], workers: int) -> list[np.ndarray]:
     """Arrays of some batches of all three trainings, the world model's resumed on the way."""
     arrays: list[np.ndarray] = []
-    arguments = {"n_rows": 5, "context_frames": 2, "workers": workers}
+    arguments = {"n_rows": 5, "context_frames": 2, "workers": workers, "symmetries": SYMMETRIES}
     sampler = SelfForcingSampler(episodes, TASK, seed=3, **arguments)
     for step in range(20):
         if step == 9:
@@ -127,8 +129,8 @@ def batches(episodes: list[Episode], workers: int) -> list[np.ndarray]:
         arrays.append(table.clips(rows).numpy())
         table.prefetch(rows)
     windows, rng = WindowDataset(episodes, 4, workers=workers), np.random.default_rng(0)
-    drawn = draws(len(windows), 6, n_symmetries=len(TASK.symmetries), shift=2, rng=rng)
-    made = prefetched(windows.draw(draw, TASK.symmetries) for draw, _ in zip(drawn, range(8), strict=False))
+    drawn = draws(len(windows), 6, n_symmetries=len(SYMMETRIES), shift=2, rng=rng)
+    made = prefetched(windows.draw(draw, SYMMETRIES) for draw, _ in zip(drawn, range(8), strict=False))
     for batch in made:
         arrays += [value.numpy() for value in vars(batch).values()]
     return arrays

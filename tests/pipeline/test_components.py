@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wmpo_gym.cli.main import main
-from wmpo_gym.pipeline.components import check_components, make_network, policy_config
+from wmpo_gym.pipeline.components import check_components, new_network, policy_config
 from wmpo_gym.pipeline.method import run_recipe
 from wmpo_gym.pipeline.presets import PAPER, PRESETS, GRPOSettings, Recipe, recipe_for
 from wmpo_gym.policies.sft import SFTSettings
@@ -179,7 +179,7 @@ def test_the_paper_preset_has_the_published_sizes() -> None:
     latents = PixelAutoencoder()
     latents.latent_channels, latents.downscale = 4, 8  # as the SDXL autoencoder has
     with torch.device("meta"):
-        network = make_network(PAPER, task, latents)
+        network = new_network(PAPER, task, latents)
     assert sum(p.numel() for p in network.parameters()) == 907_789_856
     assert network.config.base_size == 512 and network.config.pixels_per_latent == 8
     policy = policy_config(PAPER, task)

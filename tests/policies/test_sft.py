@@ -11,7 +11,6 @@ from kills import disk_states
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.policies.sft import (
-    READS_INSTRUCTION,
     SFTSettings,
     instruction_gap,
     token_loss,
@@ -20,6 +19,7 @@ from wmpo_gym.policies.sft import (
 from wmpo_gym.policies.vla import VLAConfig
 from wmpo_gym.policies.windows import Draw, WindowDataset, Windows
 from wmpo_gym.tasks import MOVE_BLOCK
+from wmpo_gym.training.presets import hints_for
 
 
 def episode(steps: int, seed: int = 0, task_id: int = 0) -> Episode:
@@ -66,7 +66,8 @@ def test_masked_actions_do_not_count():
 
 
 def test_symmetries_change_image_sentence_and_actions_together():
-    dataset, symmetries, none = WindowDataset([episode(5)], chunk=4), MOVE_BLOCK.symmetries, [False] * 5
+    dataset, none = WindowDataset([episode(5)], chunk=4), [False] * 5
+    symmetries = hints_for("move-block").symmetries
     windows = dataset.rows(np.arange(5))
 
     def varied(*chosen: list[bool]) -> Windows:
@@ -108,7 +109,7 @@ def test_the_instruction_gap_tells_whether_the_words_decide():
     gap = instruction_gap(listening, told, MOVE_BLOCK)
     assert gap > 1.0 and instruction_gap(listening, told, MOVE_BLOCK, batch=5) == pytest.approx(gap, rel=1e-4)
     untold = instruction_gap(train_sft(deaf, "move-block", settings=settings), deaf, MOVE_BLOCK)
-    assert abs(untold) < READS_INSTRUCTION
+    assert abs(untold) < (hints_for("move-block").instruction_gap or 0)
     assert instruction_gap(None, told[:1], MOVE_BLOCK) is None
 
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 from square_toys import SIZE, square_episode
 
+from wmpo_gym.data.augment import Symmetry
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.tasks import StartStates, Symmetry, Task
+from wmpo_gym.tasks import StartStates, Task
+from wmpo_gym.training.presets import TrainingHints
 
 
 @pytest.fixture
@@ -23,8 +25,14 @@ def task() -> Task:
         action_high=(1.0, 1.0),
         success_tolerance_px=2.0,
         exclusive_instructions=True,
-        symmetries=(Symmetry("swap", (1.0, 1.0), (1, 0), channel_order=(2, 1, 0)),),
     )
+
+
+@pytest.fixture
+def hints() -> TrainingHints:
+    """The task stays what it is when red and blue are exchanged."""
+    swap = Symmetry("swap", (1.0, 1.0), (1, 0), channel_order=(2, 1, 0))
+    return TrainingHints(symmetries=(swap,))
 
 
 @pytest.fixture

@@ -27,13 +27,13 @@ def weights_equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     )
 
 
-def test_learns_which_square_is_on_the_disc(episodes, task):
+def test_learns_which_square_is_on_the_disc(episodes, task, hints):
     fresh = [square_episode(i, i % 2 == 0, task_id=i // 2 % 2) for i in range(200, 240)]
     # The wrong square on the disc, which no training episode shows for its instruction.
     wrong = [square_episode(i, False, task_id=i % 2, colour=2 - 2 * (i % 2)) for i in range(300, 320)]
     for i, episode in enumerate(wrong):
         episode.frames = square_episode(400 + i, True, task_id=1 - episode.task_id).frames
-    classifier, figures = train_classifier(episodes, task, seed=1, config=QUICK, progress=False)
+    classifier, figures = train_classifier(episodes, task, hints=hints, seed=1, config=QUICK, progress=False)
     result = assess(classifier, [*fresh, *wrong])
     assert result.f1 > 0.95 and result.n == 60, result
     assert result.finish_error == 0.0
@@ -43,20 +43,20 @@ def test_learns_which_square_is_on_the_disc(episodes, task):
     assert not classifier.training
 
 
-def test_same_seed_same_result_and_global_generators_untouched(episodes, task):
+def test_same_seed_same_result_and_global_generators_untouched(episodes, task, hints):
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first, _ = train_classifier(episodes, task, seed=3, config=FEW, progress=False)
+    first, _ = train_classifier(episodes, task, hints=hints, seed=3, config=FEW, progress=False)
     assert torch.equal(torch.get_rng_state(), before) and (np.random.get_state()[1] == numpy_before).all()
     torch.manual_seed(99)
-    second, _ = train_classifier(episodes, task, seed=3, config=FEW, progress=False)
-    other, _ = train_classifier(episodes, task, seed=4, config=FEW, progress=False)
+    second, _ = train_classifier(episodes, task, hints=hints, seed=3, config=FEW, progress=False)
+    other, _ = train_classifier(episodes, task, hints=hints, seed=4, config=FEW, progress=False)
     assert weights_equal(first, second) and first.threshold == second.threshold
     assert not weights_equal(first, other)
 
 
-def test_interrupted_training_resumes_to_the_same_numbers(episodes, task, tmp_path, monkeypatch):
+def test_interrupted_training_resumes_to_the_same_numbers(episodes, task, hints, tmp_path, monkeypatch):
     config = dataclasses.replace(QUICK, steps=60)
-    whole, _ = train_classifier(episodes, task, seed=5, config=config, progress=False)
+    whole, _ = train_classifier(episodes, task, hints=hints, seed=5, config=config, progress=False)
     step = Trainer.train_step
 
     def interrupted(self):
@@ -67,16 +67,16 @@ def test_interrupted_training_resumes_to_the_same_numbers(episodes, task, tmp_pa
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     arguments = {"seed": 5, "config": config, "checkpoint_dir": tmp_path / "c", "progress": False}
     with pytest.raises(KeyboardInterrupt):
-        train_classifier(episodes, task, **arguments)
+        train_classifier(episodes, task, hints=hints, **arguments)
     steps = []
     monkeypatch.setattr(Trainer, "train_step", lambda self: steps.append(self.step) or step(self))
-    resumed, _ = train_classifier(episodes, task, **arguments)
+    resumed, _ = train_classifier(episodes, task, hints=hints, **arguments)
     assert steps[0] == 25 and weights_equal(whole, resumed) and whole.threshold == resumed.threshold
     with pytest.raises(ValueError, match="other settings"):
-        train_classifier(episodes, task, **{**arguments, "seed": 6})
+        train_classifier(episodes, task, hints=hints, **{**arguments, "seed": 6})
 
 
-def test_killed_between_any_two_writes(episodes, task, tmp_path, monkeypatch):
+def test_killed_between_any_two_writes(episodes, task, hints, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda handle: None)
     config = dataclasses.replace(QUICK, steps=4, checkpoint_every=2)
     step, steps, begun_at = Trainer.train_step, [], []
@@ -85,7 +85,7 @@ def test_killed_between_any_two_writes(episodes, task, tmp_path, monkeypatch):
     def run(directory):
         steps.clear()
         made = train_classifier(
-            episodes, task, seed=5, config=config, checkpoint_dir=directory / "c", progress=False
+            episodes, task, hints=hints, seed=5, config=config, checkpoint_dir=directory / "c", progress=False
         )
         begun_at.append(steps[0] if steps else config.steps)
         return made
@@ -100,14 +100,14 @@ def test_killed_between_any_two_writes(episodes, task, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_one_outcome_only_is_explained(episodes, task, kept):
+def test_one_outcome_only_is_explained(episodes, task, hints, kept):
     some = [e for e in episodes if e.success is kept]
     counts = f"{len(some)} successes and 0 failures" if kept else f"0 successes and {len(some)} failures"
     with pytest.raises(ValueError, match=f"{counts}.*Collect more"):
         train_classifier(some, task, config=FEW, progress=False)
 
 
-def test_unusable_episodes_are_counted(episodes, task, caplog):
+def test_unusable_episodes_are_counted(episodes, task, hints, caplog):
     short = square_episode(70, True, steps=1)
     play = square_episode(71, True)
     play.success = None
@@ -124,14 +124,16 @@ def test_unusable_episodes_are_counted(episodes, task, caplog):
     )
 
 
-def test_window_longer_than_the_horizon(episodes, task):
+def test_window_longer_than_the_horizon(episodes, task, hints):
     with pytest.raises(ValueError, match="horizon 8.* window of 10"):
-        train_classifier(episodes, task, classifier=make_classifier("conv", task, window=10), progress=False)
-    other = make_classifier("conv", dataclasses.replace(task, instructions=("red",), symmetries=()))
+        train_classifier(
+            episodes, task, hints=hints, classifier=make_classifier("conv", task, window=10), progress=False
+        )
+    other = make_classifier("conv", dataclasses.replace(task, instructions=("red",)))
     with pytest.raises(ValueError, match="knows 1 instructions and 'squares' has 2"):
-        train_classifier(episodes, task, classifier=other, progress=False)
+        train_classifier(episodes, task, hints=hints, classifier=other, progress=False)
     with pytest.raises(ValueError, match="Unknown classifier kind 'resnet'; choose one of conv, videomae"):
-        train_classifier(episodes, task, kind="resnet")
+        train_classifier(episodes, task, hints=hints, kind="resnet")
 
 
 def test_holdout_keeps_start_states_together(task):
@@ -151,15 +153,17 @@ def test_holdout_keeps_start_states_together(task):
         split_episodes(episodes, seed=0, holdout={5000})
 
 
-def test_imagined_episodes_of_held_out_states_are_not_trained_on(episodes, task):
+def test_imagined_episodes_of_held_out_states_are_not_trained_on(episodes, task, hints):
     imagined = [dataclasses.replace(e) for e in episodes]
     config = dataclasses.replace(FEW, steps=2)
-    _, figures = train_classifier(episodes, task, imagined=imagined, config=config, progress=False)
+    _, figures = train_classifier(
+        episodes, task, hints=hints, imagined=imagined, config=config, progress=False
+    )
     held = set(figures["holdout"])
     assert figures["n_imagined"] == 60 - len(held) and figures["imagined"]["n"] == len(held)
 
 
-def test_videomae_trains(episodes, task):
+def test_videomae_trains(episodes, task, hints):
     pytest.importorskip("transformers")
     model = {"image_size": 16, "patch_size": 8, "num_frames": 4, "hidden_size": 24, "num_hidden_layers": 1,
              "num_attention_heads": 2, "intermediate_size": 32, "hidden_dropout_prob": 0.1}  # fmt: skip
@@ -168,19 +172,23 @@ def test_videomae_trains(episodes, task):
         classifier = make_classifier("videomae", task, seed=0, model=model)
         config = dataclasses.replace(ClassifierTraining.for_kind("videomae"), steps=10)
         results.append(
-            train_classifier(episodes, task, classifier=classifier, config=config, progress=False)[0]
+            train_classifier(
+                episodes, task, hints=hints, classifier=classifier, config=config, progress=False
+            )[0]
         )
     assert results[0].window == 4 and weights_equal(*results)  # dropout has a seed as well
     assert not weights_equal(results[0], make_classifier("videomae", task, seed=0, model=model))
 
 
 def test_training_goes_on_from_a_saved_classifier(episodes, task, tmp_path):
-    first, _ = train_classifier(episodes, task, seed=1, config=FEW, progress=False)
+    first, _ = train_classifier(episodes, task, hints=hints, seed=1, config=FEW, progress=False)
     first.threshold = 0.9  # by hand; it does not outlive the weights it was chosen for
     first.save_pretrained(tmp_path)
     start = make_classifier("conv", task, pretrained=tmp_path)
     assert weights_equal(first, start) and start.calibration is None
-    second, metrics = train_classifier(episodes, task, seed=2, config=FEW, classifier=start, progress=False)
+    second, metrics = train_classifier(
+        episodes, task, hints=hints, seed=2, config=FEW, classifier=start, progress=False
+    )
     assert second is start and not weights_equal(first, second)
     assert second.threshold == metrics["calibration"]["threshold"] != 0.9
     with pytest.raises(ValueError, match="a 'conv' classifier for 2 instructions; .* a 'videomae'"):
@@ -191,8 +199,8 @@ def test_training_goes_on_from_a_saved_classifier(episodes, task, tmp_path):
 
 def test_micro_batches_change_rounding_only(episodes, task):
     config = dataclasses.replace(FEW, steps=3)
-    whole, _ = train_classifier(episodes, task, config=config, progress=False)
-    parts, _ = train_classifier(episodes, task, config=config, micro_batch=7, progress=False)
+    whole, _ = train_classifier(episodes, task, hints=hints, config=config, progress=False)
+    parts, _ = train_classifier(episodes, task, hints=hints, config=config, micro_batch=7, progress=False)
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=5e-4)  # a tenth of the learning rate of these steps
 

@@ -11,7 +11,7 @@ from wmpo_gym.reward.data import (
     check_window_fits,
     first_success,
 )
-from wmpo_gym.tasks import MOVE_BLOCK
+from wmpo_gym.training.presets import hints_for
 
 
 def table_of(case: dict) -> np.ndarray:
@@ -178,7 +178,8 @@ def test_symmetries_move_pixels_and_instructions_together():
         0, 256, (64, 2, 6, 6, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     ids = torch.arange(64) % 2
-    moved, renamed = augment(frames, ids, MOVE_BLOCK.symmetries, torch.Generator().manual_seed(3))
+    symmetries = hints_for("move-block").symmetries
+    moved, renamed = augment(frames, ids, symmetries, torch.Generator().manual_seed(3))
     seen = set()
     for clip, source, new, old in zip(moved, frames, renamed, ids, strict=True):
         swapped = bool(new != old)

@@ -19,7 +19,7 @@ from wmpo_gym.world.training import WorldModelTraining
 from wmpo_gym.world.world import StartFrames, World, WorldConfig
 
 SIDE = 8
-TASK = replace(MOVE_BLOCK, image_size=SIDE, symmetries=())
+TASK = replace(MOVE_BLOCK, image_size=SIDE)
 QUICK = WorldModelTraining(
     muon=0.0,
     steps=90,

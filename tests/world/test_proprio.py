@@ -12,6 +12,7 @@ from wmpo_gym.cli.main import main
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.tasks import get_task
+from wmpo_gym.training.presets import hints_for
 from wmpo_gym.training.trainer import Trainer
 from wmpo_gym.world import proprio as motion_module
 from wmpo_gym.world.fit import FitSettings
@@ -189,10 +190,10 @@ def test_it_is_said_before_it_is_trained(monkeypatch, capsys):
 
 def test_what_decides_whether_it_is_followed():
     with_state, without = cart(0), cart(1, proprio=False)
-    assert proprio_size(TASK, [with_state, with_state]) == 2
-    assert proprio_size(TASK, [with_state, without]) == 0
-    assert proprio_size(TASK, []) == 0
-    assert proprio_size(get_task("move-block"), [with_state]) == 0
+    assert proprio_size([with_state, with_state]) == 2
+    assert proprio_size([with_state, without]) == 0
+    assert proprio_size([]) == 0
+    assert proprio_size([with_state], hints_for("move-block").symmetries) == 0
     plain = network(0)
     assert learn_proprio(plain, PixelAutoencoder(), [with_state], SHORT) == {} and plain.motion is None
     with pytest.raises(ValueError, match="2 numbers of proprio"):

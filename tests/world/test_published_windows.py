@@ -26,7 +26,7 @@ def test_drawn_chunks_are_published_windows(golden) -> None:
         )
         actions = np.repeat(np.arange(finish, dtype=np.float32)[:, None], 3, axis=1)
         episode = Episode(frames.copy(), actions, None, finish, 0, 0, "", {})
-        task = replace(MOVE_BLOCK, image_size=2, chunk=chunk, horizon=10 * chunk, symmetries=())
+        task = replace(MOVE_BLOCK, image_size=2, chunk=chunk, horizon=10 * chunk)
         sampler = SelfForcingSampler(
             [episode], task, n_rows=1, context_frames=context, seed=0, from_start=1.0, restart_prob=0.0
         )

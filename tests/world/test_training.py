@@ -12,6 +12,7 @@ from kills import disk_states
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import MOVE_BLOCK
+from wmpo_gym.training.presets import hints_for
 from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
 from wmpo_gym.world.networks.conv import ConvWorldModel
 from wmpo_gym.world.networks.stdit import STDiT
@@ -20,6 +21,7 @@ from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 
 SIZE = 16
 TASK = replace(MOVE_BLOCK, image_size=SIZE)
+SYMMETRIES = hints_for("move-block").symmetries
 
 
 def episode(n_steps: int, seed: int) -> Episode:
@@ -46,7 +48,7 @@ def network(seed: int = 0) -> ConvWorldModel:
 def test_a_walk_follows_its_episode_and_marks_what_is_beyond() -> None:
     sampler = SelfForcingSampler(
         [EPISODES[1]],
-        replace(TASK, symmetries=()),
+        TASK,
         n_rows=1,
         context_frames=2,
         seed=0,
@@ -68,7 +70,7 @@ def test_a_walk_follows_its_episode_and_marks_what_is_beyond() -> None:
 def test_walks_begin_more_often_where_the_model_errs() -> None:
     sampler = SelfForcingSampler(
         [EPISODES[0]],
-        replace(TASK, symmetries=()),
+        TASK,
         n_rows=64,
         context_frames=2,
         seed=0,
@@ -90,9 +92,7 @@ def test_no_episode_is_an_error() -> None:
 
 
 def trainer(config: WorldModelTraining, **kwargs) -> WorldModelTrainer:
-    return WorldModelTrainer(
-        network(), PixelAutoencoder(), replace(TASK, symmetries=()), EPISODES, config, **kwargs
-    )
+    return WorldModelTrainer(network(), PixelAutoencoder(), TASK, EPISODES, config, **kwargs)
 
 
 SHORT = WorldModelTraining(steps=6, batch_size=4, checkpoint_every=2, warmup_steps=2)
@@ -177,9 +177,9 @@ def test_the_transformer_trains_too() -> None:
         predict_sigma=False, pixels_per_latent=1, base_size=SIZE,
     )  # fmt: skip
     before = [p.detach().clone() for p in model.parameters()]
-    history = WorldModelTrainer(model, PixelAutoencoder(), TASK, EPISODES, SHORT, denoising_steps=2).train(
-        progress=False
-    )
+    history = WorldModelTrainer(
+        model, PixelAutoencoder(), TASK, EPISODES, SHORT, denoising_steps=2, symmetries=SYMMETRIES
+    ).train(progress=False)
     assert np.isfinite(history[-1]["loss"])
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -189,7 +189,7 @@ def test_a_walk_that_went_another_way_returns_to_its_recording(diverged: float, 
     settings = WorldModelTraining(
         steps=9, batch_size=4, teacher_forcing=0.0, restart_prob=0.0, divergence_threshold=diverged
     )
-    trainer = WorldModelTrainer(network(), PixelAutoencoder(), TASK, EPISODES[:1], settings)
+    trainer = WorldModelTrainer(network(), PixelAutoencoder(), TASK, EPISODES[:1], settings, symmetries=SYMMETRIES)
     world_model = trainer.task
     world_model.draw(0)
     world_model.sampler._step[:] = 4  # all in the middle of the episode, none about to start anew

@@ -11,6 +11,7 @@ import torch
 
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import MOVE_BLOCK
+from wmpo_gym.training.presets import hints_for
 from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.utils.io import save_safetensors
 from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
@@ -52,7 +53,7 @@ def episodes() -> list[Episode]:
 def train(settings: WorldModelTraining = SETTINGS, **kwargs) -> WorldModelTrainer:
     trainer = WorldModelTrainer(
         tiny_stdit(), PixelAutoencoder(), replace(MOVE_BLOCK, image_size=SIZE), episodes(), settings,
-        denoising_steps=2, **kwargs,
+        denoising_steps=2, symmetries=hints_for("move-block").symmetries, **kwargs,
     )  # fmt: skip
     trainer.train(progress=False)
     return trainer

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wmpo_gym.cli.common import Flat, load_episodes, load_world, split_episodes
+from wmpo_gym.training.presets import SymmetryChoice, hints_for
 from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.utils.config import keep_settings
 from wmpo_gym.utils.io import write_json_atomic
@@ -41,6 +42,7 @@ class Command:
         holdout: Share of the episodes that is kept for measuring.
         frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
             by default.
+        symmetries: Train on examples transformed by the symmetries of a bundled task too, or as recorded.
         training: How to train; --pure-noise and --context-noise have no meaning here.
         compute: Where to train, and in which precision.
     """
@@ -52,6 +54,7 @@ class Command:
     teacher_steps: int | None = None
     holdout: float = 0.1
     frame_cache: Path | None = None
+    symmetries: SymmetryChoice = "task"
     training: Flat[WorldModelTraining] = field(
         default_factory=lambda: WorldModelTraining(
             steps=1000, learning_rate=3e-4, muon=0.0, teacher_forcing=0.0
@@ -73,6 +76,7 @@ class Command:
             self.training,
             denoising_steps=self.denoising_steps,
             teacher_steps=teacher_steps,
+            symmetries=hints_for(teacher.task, self.symmetries).symmetries,
             compute=self.compute,
             checkpoint_dir=logs / "checkpoint",
             tensorboard=logs,

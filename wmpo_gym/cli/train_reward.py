@@ -9,6 +9,7 @@ from typing import Literal
 
 from wmpo_gym.cli.common import Flat, load_episodes, load_world
 from wmpo_gym.reward.training import ClassifierTraining, train_classifier
+from wmpo_gym.training.presets import SymmetryChoice, hints_for
 from wmpo_gym.utils.config import keep_settings
 
 
@@ -28,6 +29,7 @@ class Command:
         seed: Decides weights, hold-out and everything random.
         frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
             by default.
+        symmetries: Train on examples transformed by the symmetries of a bundled task too, or as recorded.
         training: How to train.
     """
 
@@ -38,6 +40,7 @@ class Command:
     imagined: bool = True
     seed: int = 0
     frame_cache: Path | None = None
+    symmetries: SymmetryChoice = "task"
     training: Flat[ClassifierTraining] = field(default_factory=ClassifierTraining)
 
     def run(self) -> None:
@@ -58,6 +61,7 @@ class Command:
             seed=self.seed,
             imagined=imagined_replays(world, episodes, seed=self.seed) if self.imagined else None,
             config=self.training,
+            hints=hints_for(world.task, self.symmetries),
             checkpoint_dir=logs / "checkpoint",
         )
         world.classifier = classifier

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from wmpo_gym.cli.common import Flat, choose_device, load_episodes, load_policy, task_of
 from wmpo_gym.policies.memory import PolicyMemory
-from wmpo_gym.policies.sft import READS_INSTRUCTION, SFTSettings, instruction_gap, train_sft
+from wmpo_gym.policies.sft import SFTSettings, instruction_gap, train_sft
+from wmpo_gym.training.presets import hints_for
 
 if TYPE_CHECKING:
     from wmpo_gym.policies.vla_policy import VLAPolicy
@@ -92,10 +93,11 @@ class Command:
         print(f"fine-tuned on {len(episodes)} episodes; the policy is in {self.out}")
         at_once = self.memory.micro_batch or self.settings.batch
         gap = instruction_gap(policy, episodes, task, batch=at_once)
-        if gap is not None and gap < READS_INSTRUCTION:
+        required = hints_for(task).instruction_gap
+        if gap is not None and required is not None and gap < required:
             print(
                 "The policy hardly reads the instruction: told another one, it explains the episodes only "
-                f"{gap:.2f} nats per token worse (wanted {READS_INSTRUCTION}); train on with --policy."
+                f"{gap:.2f} nats per token worse (required: {required}); train on with --policy."
             )
 
     def _start(self, kwargs: dict[str, Any]) -> VLAPolicy:

@@ -13,6 +13,7 @@ import numpy as np
 from wmpo_gym.cli.common import Flat, load_episodes, load_world, split_episodes, task_of
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import Task
+from wmpo_gym.training.presets import SymmetryChoice, hints_for
 from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.utils.config import keep_settings
 from wmpo_gym.utils.io import read_json, write_json_atomic
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wmpo_gym.world.world import World
-
-# Beside the published size (the defaults of STDiT): one that a CPU trains, on the pixels themselves.
-SMALL_STDIT = {"hidden_size": 192, "depth": 4, "num_heads": 4, "patch_size": 4, "predict_sigma": False}
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class Command:
             (conv); its model is trained first. --no-proprio leaves the state out.
         proprio_steps: Steps of that model's dynamics; its encoder and keypoints take a 6th and a 30th.
             12,000 by default.
+        symmetries: Train on examples transformed by the symmetries of a bundled task too, or as recorded.
         training: How to train.
         compute: Where to train, and in which precision.
     """
@@ -76,6 +75,7 @@ class Command:
     frame_cache: Path | None = None
     proprio: bool = True
     proprio_steps: int | None = None
+    symmetries: SymmetryChoice = "task"
     training: Flat[WorldModelTraining] = field(default_factory=WorldModelTraining)
     compute: Flat[ComputeSettings] = field(default_factory=ComputeSettings)
 
@@ -93,7 +93,8 @@ class Command:
         episodes, play = (
             load_episodes(stores, task, self.frame_cache) for stores in (self.episodes, self.play)
         )
-        state_dim = proprio_size(task, [*episodes, *play]) if self.proprio else 0
+        symmetries = hints_for(task, self.symmetries).symmetries
+        state_dim = proprio_size([*episodes, *play], symmetries) if self.proprio else 0
         world = known or self._new_world(task, episodes, state_dim)
         self._check_proprio(world, [*episodes, *play])
         world.start_frames = world.start_frames.with_episodes(episodes)
@@ -121,6 +122,7 @@ class Command:
             context_frames=world.config.context_frames,
             denoising_steps=world.config.denoising_steps,
             weights=weights,
+            symmetries=symmetries,
             compute=self.compute,
             checkpoint_dir=logs / "checkpoint",
             tensorboard=logs,
@@ -163,49 +165,25 @@ class Command:
             )
 
     def _new_world(self, task: Task, episodes: list[Episode], state_dim: int) -> World:
-        import torch
-
-        from wmpo_gym.world.networks.autoencoder import LatentAutoencoder, PixelAutoencoder
+        from wmpo_gym.world.components import STDIT_SIZES, make_autoencoder, make_network
         from wmpo_gym.world.world import StartFrames, World, WorldConfig
 
-        autoencoder: Any = (
-            LatentAutoencoder.from_pretrained(self.autoencoder) if self.autoencoder else PixelAutoencoder()
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.training.seed)
-            network = self._new_network(task, autoencoder, state_dim)
+        autoencoder = make_autoencoder(str(self.autoencoder or "pixels"))
         config = WorldConfig(context_frames=self.context_frames, denoising_steps=self.denoising_steps)
+        sizes = STDIT_SIZES[self.network_size] if self.network == "stdit" else {}
+        network = make_network(
+            self.network,
+            task,
+            autoencoder,
+            config,
+            seed=self.training.seed,
+            state_dim=state_dim if self.network == "conv" else 0,
+            hints=hints_for(task),
+            sizes={**sizes, **(read_json(self.network_config) if self.network_config else {})},
+        )
         return World(
             task, network, autoencoder, None, StartFrames.from_episodes(episodes), config, {"name": task.name}
         )
-
-    def _new_network(self, task: Task, autoencoder: Any, state_dim: int) -> nn.Module:
-        from wmpo_gym.world.networks.conv import ConvWorldModel
-        from wmpo_gym.world.networks.stdit import CONFIGS, STDiT
-
-        given = read_json(self.network_config) if self.network_config else {}
-        shared = {"context_frames": self.context_frames, "chunk": task.chunk, "action_dim": task.action_dim}
-        size = task.image_size // autoencoder.downscale
-        kind: Any
-        if self.network == "conv":
-            kind, fitted = ConvWorldModel, {"image_size": size, "channels": autoencoder.latent_channels}
-            fitted["state_dim"] = state_dim
-            if task.motion_px is not None:
-                fitted["shift_init"] = tuple(px / autoencoder.downscale for px in task.motion_px)
-        else:
-            fitted = {
-                "in_channels": autoencoder.latent_channels,
-                "pixels_per_latent": autoencoder.downscale,
-                "base_size": task.image_size,
-                **(SMALL_STDIT if self.network_size == "small" else CONFIGS[self.network_size]),
-            }
-            kind = STDiT
-        try:
-            return kind(**{**shared, **fitted, **given})
-        except TypeError as error:
-            raise ValueError(
-                f"{self.network_config} does not fit the network {self.network!r}: {error}"
-            ) from error
 
     def _provenance(self, kept: int, play: int, history: Sequence[dict[str, float]]) -> dict[str, Any]:
         return {

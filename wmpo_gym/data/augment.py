@@ -1,12 +1,30 @@
-"""How training examples are varied: the symmetries of a task, and random shifts of the image."""
+"""How training examples are varied: symmetries, and random shifts of the image."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from wmpo_gym.tasks import Symmetry
+
+@dataclass(frozen=True)
+class Symmetry:
+    """A transformation of frames, actions and instructions that maps episodes of a task onto episodes.
+
+    Attributes:
+        name: Short name.
+        flip: ``"vertical"`` mirrors image rows, ``"horizontal"`` mirrors image columns, None neither.
+        action_signs: Factor (1 or -1) per action dimension.
+        channel_order: Permutation of the RGB channels.
+        instruction_order: ``instruction_order[i]`` is the task id that instruction i becomes.
+    """
+
+    name: str
+    action_signs: tuple[float, ...]
+    instruction_order: tuple[int, ...]
+    flip: str | None = None
+    channel_order: tuple[int, int, int] = (0, 1, 2)
 
 
 def transform_frames(symmetry: Symmetry, frames: np.ndarray) -> np.ndarray:

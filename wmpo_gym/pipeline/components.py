@@ -16,88 +16,30 @@ from wmpo_gym.policies.vla_config import VLAConfig
 from wmpo_gym.reward.classifier import SuccessClassifier
 from wmpo_gym.reward.training import make_classifier
 from wmpo_gym.tasks import Task
+from wmpo_gym.training.presets import hints_for
 from wmpo_gym.utils.io import ArtifactError, read_json
+from wmpo_gym.world.components import NETWORKS, make_autoencoder, make_network
 from wmpo_gym.world.networks.autoencoder import Autoencoder, LatentAutoencoder, PixelAutoencoder
-from wmpo_gym.world.networks.conv import ConvWorldModel
-from wmpo_gym.world.networks.stdit import STDiT
 from wmpo_gym.world.world import World, WorldConfig, find_pretrained
 
-NETWORKS: dict[str, type[Any]] = {"conv": ConvWorldModel, "stdit": STDiT}
-# A transformer that a CPU can train on pixels; the defaults of the class are the published size.
-SMALL_STDIT = {"hidden_size": 192, "depth": 4, "num_heads": 4, "patch_size": 4, "predict_sigma": False}
 POLICIES: dict[str, Callable[..., VLAConfig]] = {
     "tiny": VLAConfig.tiny,
     "openvla-oft-7b": VLAConfig.openvla_oft_7b,
 }
 
 
-def make_autoencoder(name: str) -> Autoencoder:
-    """The autoencoder that a recipe names.
-
-    Args:
-        name: ``"pixels"``, or the directory or hub id of a diffusers ``AutoencoderKL``.
-
-    Raises:
-        ValueError: If there is no such directory.
-        ArtifactError: If it holds something else.
-    """
-    if name == "pixels":
-        return PixelAutoencoder()
-    return LatentAutoencoder.from_pretrained(find_pretrained(name, "autoencoder"))
-
-
-def make_network(recipe: Recipe, task: Task, autoencoder: Autoencoder, *, state_dim: int = 0) -> nn.Module:
-    """An untrained world model for a task; the global random generator is left alone.
-
-    Args:
-        recipe: Names the network and its sizes, and seeds the weights.
-        task: Gives the sizes of frames, chunks and actions.
-        autoencoder: Gives the sizes of the latents.
-        state_dim: Numbers of the robot's state that a ``conv`` network models; 0 for none.
-
-    Raises:
-        ValueError: If the frames do not fit the autoencoder or the sizes do not fit the network.
-    """
-    size, rest = divmod(task.image_size, autoencoder.downscale)
-    if rest:
-        raise ValueError(
-            f"Frames of {task.image_size} pixels do not fit an autoencoder that downscales by "
-            f"{autoencoder.downscale}; ask for another size, as in --task {task.base_name}@256."
-        )
-    try:
-        if recipe.network == "conv":
-            latent_task = task if size == task.image_size else task.at(size)
-            sizes = {"channels": autoencoder.latent_channels, "context_frames": recipe.context_frames}
-            return ConvWorldModel.for_task(
-                latent_task, recipe.seed, **{**sizes, "state_dim": state_dim, **recipe.network_config}
-            )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            fitted = {
-                "in_channels": autoencoder.latent_channels,
-                "pixels_per_latent": autoencoder.downscale,
-                "base_size": task.image_size,
-                "context_frames": recipe.context_frames,
-                "context_noise": recipe.context_noise,
-                "chunk": task.chunk,
-                "action_dim": task.action_dim,
-            }
-            return STDiT(**{**SMALL_STDIT, **fitted, **recipe.network_config})
-    except TypeError as error:
-        raise ValueError(f"network_config does not fit the network {recipe.network!r}: {error}") from error
-
-
-def load_network(directory: Path) -> nn.Module:
-    """A world model that was saved by ``save_pretrained``, in evaluation mode.
-
-    Raises:
-        ArtifactError: If the directory holds another kind of network.
-    """
-    kinds = {kind.__name__: kind for kind in NETWORKS.values()}
-    found = read_json(directory / "config.json").get("_class_name")
-    if found not in kinds:
-        raise ArtifactError(f"{directory} holds a {found!r}; world models are {', '.join(kinds)}.")
-    return kinds[found].from_pretrained(directory).eval()
+def new_network(recipe: Recipe, task: Task, autoencoder: Autoencoder, *, state_dim: int = 0) -> nn.Module:
+    """The untrained world model of a recipe, see :func:`~wmpo_gym.world.components.make_network`."""
+    return make_network(
+        recipe.network,
+        task,
+        autoencoder,
+        sampling(recipe),
+        seed=recipe.seed,
+        state_dim=state_dim,
+        hints=hints_for(task, recipe.symmetries),
+        sizes=recipe.network_config,
+    )
 
 
 def sampling(recipe: Recipe) -> WorldConfig:
@@ -208,7 +150,7 @@ def check_components(recipe: Recipe, task: Task) -> None:
     else:
         autoencoder = make_autoencoder(recipe.autoencoder)
         with torch.device("meta"):
-            make_network(recipe, task, autoencoder)
+            new_network(recipe, task, autoencoder)
     if recipe.pretrained_classifier is None:
         with torch.device("meta"):
             _make_classifier(recipe, task)

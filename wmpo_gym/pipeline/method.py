@@ -37,18 +37,16 @@ from wmpo_gym.evaluation.validation import validate as measure_gates
 from wmpo_gym.pipeline.callbacks import EvalCallback, ShuffledGRPO
 from wmpo_gym.pipeline.components import (
     check_components,
-    load_network,
     load_world_model,
-    make_autoencoder,
-    make_network,
     move_world,
     new_classifier,
+    new_network,
     policy_config,
     sampling,
 )
 from wmpo_gym.pipeline.presets import Recipe
 from wmpo_gym.pipeline.workspace import Workspace
-from wmpo_gym.policies.sft import READS_INSTRUCTION, instruction_gap, train_sft
+from wmpo_gym.policies.sft import instruction_gap, train_sft
 from wmpo_gym.policies.vla_policy import VLAPolicy
 from wmpo_gym.report.report import Report, choose_clips, write_report
 from wmpo_gym.report.results import build_results, print_table
@@ -58,7 +56,9 @@ from wmpo_gym.rollouts.imagined import imagined_replays
 from wmpo_gym.rollouts.protocol import EvalProtocol, save_result
 from wmpo_gym.rollouts.rollout import collect_episodes, evaluate_policy_on, make_rollout_env
 from wmpo_gym.tasks import get_task
+from wmpo_gym.training.presets import hints_for
 from wmpo_gym.utils.io import read_json, write_dir_atomic, write_json_atomic
+from wmpo_gym.world.components import load_network, make_autoencoder
 from wmpo_gym.world.proprio import ProprioTraining, learn_proprio, proprio_size
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 from wmpo_gym.world.world import StartFrames, World, find_pretrained
@@ -269,7 +269,7 @@ def _record(
             for episode in recorder(missing):
                 store.append(episode)
                 bar.update(1)
-    return store.load()
+    return store.open()
 
 
 def collect(
@@ -300,7 +300,7 @@ def collect(
             finally:  # an interrupted batch of rows is run again, and both are counted
                 write_json_atomic(cost_file, (spent() + env.unwrapped.ledger).to_dict())  # type: ignore[attr-defined]
                 env.close()
-    episodes = store.load()
+    episodes = store.open()
     successes = sum(bool(e.success) for e in episodes)
     workspace.show(f"   the policy succeeded in {successes} of {len(episodes)}")
     return Collected(episodes, spent())
@@ -322,6 +322,7 @@ def _fine_tune(workspace: Workspace, recipe: Recipe, demonstrations: Sequence[Ep
     """Fine-tune, and continue if the policy does not distinguish the instructions by then."""
     task = get_task(recipe.task)
     policy: VLAPolicy | None = None
+    required = hints_for(task).instruction_gap
     config = None
     if recipe.pretrained_policy is not None:
         policy = _load_policy(find_pretrained(recipe.pretrained_policy, "policy"), workspace, recipe)
@@ -337,25 +338,32 @@ def _fine_tune(workspace: Workspace, recipe: Recipe, demonstrations: Sequence[Ep
                 settings=recipe.sft,
                 seed=recipe.seed + 1000 * (attempt - 1),
                 policy=policy,
-                policy_kwargs={"temperature": recipe.temperature},
+                policy_kwargs={"temperature": recipe.temperature, **_policy_precision(workspace)},
                 device=workspace.device,
                 progress=lambda done, total, metrics: bar.update(1),
                 checkpoint_dir=workspace.directory / "checkpoints" / name,
             )
         gap = instruction_gap(policy, demonstrations, task)
-        if gap is None or gap >= READS_INSTRUCTION:
+        if gap is None or required is None or gap >= required:
             break
         workspace.show(
             f"   the policy hardly distinguishes the instructions ({gap:.2f} nats per token; required "
-            f"{READS_INSTRUCTION})"
+            f"{required})"
         )
     assert policy is not None  # there is at least one attempt
     return policy
 
 
 def _load_policy(directory: Path, workspace: Workspace, recipe: Recipe) -> VLAPolicy:
-    policy = VLAPolicy.from_pretrained(directory, seed=recipe.seed, temperature=recipe.temperature)
+    policy = VLAPolicy.from_pretrained(
+        directory, seed=recipe.seed, temperature=recipe.temperature, **_policy_precision(workspace)
+    )
     return policy.to(workspace.device)
+
+
+def _policy_precision(workspace: Workspace) -> dict[str, Any]:
+    """Arguments of a policy that computes in the precision of the run."""
+    return {"precision": "bf16"} if workspace.precision == "bf16" else {}
 
 
 # -- world model and reward ------------------------------------------------------------------------------
@@ -374,15 +382,14 @@ def pretrain_world(workspace: Workspace, recipe: Recipe, play: Sequence[Episode]
     if not play:
         size, none = task.image_size, np.zeros(0, np.int64)
         frames = StartFrames(np.zeros((0, size, size, 3), np.uint8), none, none)
-        network = make_network(recipe, task, autoencoder)
+        network = new_network(recipe, task, autoencoder)
         return World(task, network, autoencoder, None, frames, sampling(recipe))
     directory = workspace.directory / "play_world"
     if not directory.exists():
         heading = f"World-model pre-training on play: {recipe.pretrain.steps} steps"
         with workspace.stage("pretrain", heading):
-            network = make_network(
-                recipe, task, autoencoder, state_dim=_state_dim(recipe, proprio_size(task, play))
-            )
+            recorded = proprio_size(play, hints_for(task, recipe.symmetries).symmetries)
+            network = new_network(recipe, task, autoencoder, state_dim=_state_dim(recipe, recorded))
             card: dict[str, Any] = {"name": f"{task.name} (play only)", "recipe": recipe.to_dict()}
             world = World(
                 task,
@@ -393,7 +400,7 @@ def pretrain_world(workspace: Workspace, recipe: Recipe, play: Sequence[Episode]
                 sampling(recipe),
                 card,
             )
-            card |= _train_network(workspace, "pretrain", world, play, recipe.pretrain)
+            card |= _train_network(workspace, "pretrain", recipe, world, play, recipe.pretrain)
             error = moved_object_error(world, play[:PLAY_MEASURED])
             card["moved_object_error_px"] = error
             if error is not None:
@@ -441,7 +448,7 @@ def train_world(
             parts = zip((real, demonstrations, play), recipe.weights, strict=True)
             weights = [weight for part, weight in parts for _ in part]
             aligned.network = copy.deepcopy(world.network)
-            _train_network(workspace, "align", aligned, episodes, recipe.align, weights)
+            _train_network(workspace, "align", recipe, aligned, episodes, recipe.align, weights)
             with write_dir_atomic(directory) as temporary:
                 aligned.network.save_pretrained(temporary)
     aligned.network = load_network(directory)
@@ -451,6 +458,7 @@ def train_world(
 def _train_network(
     workspace: Workspace,
     name: str,
+    recipe: Recipe,
     world: World,
     episodes: Sequence[Episode],
     config: WorldModelTraining,
@@ -466,6 +474,7 @@ def _train_network(
         ProprioTraining(seed=config.seed),
         weights=weights,
         checkpoint_dir=checkpoints / f"{name}-motion",
+        compute=workspace.compute,
         progress=workspace.progress,
     )
     trainer = WorldModelTrainer(
@@ -477,6 +486,8 @@ def _train_network(
         context_frames=world.config.context_frames,
         denoising_steps=world.config.denoising_steps,
         weights=weights,
+        symmetries=hints_for(world.task, recipe.symmetries).symmetries,
+        compute=workspace.compute,
         checkpoint_dir=checkpoints / name,
         tensorboard=workspace.directory / "tensorboard" / name,
     )
@@ -525,6 +536,7 @@ def train_reward(
                 steps=recipe.classifier_steps,
                 seed=recipe.seed,
                 imagined=imagined_replays(world, recorded, seed=recipe.seed),
+                hints=hints_for(world.task, recipe.symmetries),
                 device=workspace.device,
                 checkpoint_dir=workspace.directory / "checkpoints" / "reward",
                 progress=workspace.progress,
@@ -641,6 +653,7 @@ def optimise(
                 micro_batch_size=settings.micro_batch_size,
                 n_epochs=settings.n_epochs,
                 seed=recipe.seed,
+                recompute_log_probs=workspace.precision == "bf16",
                 device=workspace.device,
                 checkpoint_dir=workspace.directory / "checkpoints" / "grpo",
                 tensorboard_log=str(workspace.directory / "tensorboard"),

@@ -11,7 +11,8 @@ from wmpo_gym.envs.simulated.scripted import AnyExpert, ExpertConfig, default_ex
 from wmpo_gym.envs.simulated.tabletop.expert import ArmExpertConfig
 from wmpo_gym.policies.sft import SFTSettings
 from wmpo_gym.tasks import Task, get_task
-from wmpo_gym.world.networks.stdit import CONFIGS
+from wmpo_gym.training.presets import SymmetryChoice
+from wmpo_gym.world.components import STDIT_SIZES
 from wmpo_gym.world.training import WorldModelTraining
 
 FIRST_ROLLOUTS = 128  # the paper's smaller P
@@ -77,6 +78,8 @@ class Recipe:
         context_noise: Noise level in [0, 1] that the context is taken to have in imagination.
         pretrained_world: World model to align instead of pre-training one on play: a directory, a hub id, or
             a task with a bundled one. Its networks and sampling must be those of the recipe.
+        symmetries: Train world model and classifier on examples transformed by the task's symmetries
+            (``"task"``, see :mod:`wmpo_gym.training.presets`) or as recorded (``"none"``).
         classifier: Success classifier: ``"conv"`` or ``"videomae"`` (published).
         classifier_config: Further arguments of ``conv``, or fields of transformers' ``VideoMAEConfig``.
         pretrained_classifier: Directory or hub id of a transformers VideoMAE that the classifier starts from;
@@ -116,6 +119,7 @@ class Recipe:
     denoising_steps: int = 1
     context_noise: float = 0.0
     pretrained_world: str | None = None
+    symmetries: SymmetryChoice = "task"
     classifier: Literal["conv", "videomae"] = "conv"
     classifier_config: Sizes = field(default_factory=dict)
     pretrained_classifier: str | None = None
@@ -259,7 +263,7 @@ _PUBLISHED_WORLD_MODEL = WorldModelTraining(
 PAPER = Recipe(
     task="coffee",
     network="stdit",
-    network_config={**CONFIGS["xl"], "patch_size": 2, "predict_sigma": True, "base_size": 512},
+    network_config={**STDIT_SIZES["xl"], "base_size": 512},
     autoencoder="stabilityai/sdxl-vae",
     context_frames=4,
     denoising_steps=30,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.utils.config import keep_settings
 from wmpo_gym.utils.device import Precision, check_precision, resolve_device
 from wmpo_gym.utils.io import read_json, write_json_atomic
@@ -61,13 +62,14 @@ class Workspace:
         """
         found = resolve_device(device)
         checked = check_precision(precision, found)
-        if checked != "fp32":  # until every training of the method takes a precision
-            raise ValueError(
-                f"World models are trained in fp32 here, not in {precision}; use precision fp32."
-            )
         directory = Path(directory)
         keep_settings(directory / "recipe.json", settings)
         return cls(directory, directory, found, checked, progress)
+
+    @property
+    def compute(self) -> ComputeSettings:
+        """Device and precision of a training."""
+        return ComputeSettings(str(self.device), self.precision)
 
     def round(self, number: int) -> Workspace:
         """The subdirectory of a round, counted from 1; durations are added to those of the whole run."""

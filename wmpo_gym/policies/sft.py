@@ -14,20 +14,21 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from wmpo_gym.data.augment import Symmetry
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.frames import prefetched
 from wmpo_gym.policies.base import changing_weights, load_changing_weights
 from wmpo_gym.policies.vla import VLAConfig
 from wmpo_gym.policies.vla_policy import VLAPolicy, make_spaces
 from wmpo_gym.policies.windows import WindowDataset, Windows, draws
-from wmpo_gym.tasks import Symmetry, Task, get_task
+from wmpo_gym.tasks import Task, get_task
 from wmpo_gym.training.checkpoint import TrainingState
+from wmpo_gym.training.presets import TrainingHints, hints_for
 from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.training.trainer import Loss, Trainer, TrainingSettings, TrainingTask
 
 Progress = Callable[[int, int, dict[str, float]], None]
 CHECKPOINT_EVERY = 100  # steps
-READS_INSTRUCTION = 0.2  # nats; policies of move-block that tell the colours reach 0.8, others 0.0
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class SFTSettings:
         warmup: Share of the steps in which the rate rises.
         max_grad_norm: Gradients are scaled down to this norm.
         shift: Augmentation: move the picture by up to this many pixels in each direction.
-        symmetries: Names of the task's symmetries to augment with. Leave out one that would undo a bias
-            of the demonstrator you want to keep.
+        symmetries: Names of the task's symmetries (:mod:`wmpo_gym.training.presets`) to augment with. Leave
+            out one that would undo a bias of the demonstrator you want to keep.
     """
 
     steps: int = 500
@@ -172,10 +173,10 @@ class FineTuning(TrainingTask):
         load_changing_weights(self.network, state.part("network"), kept)
 
 
-def _find_symmetries(task: Task, names: Sequence[str]) -> list[Symmetry]:
-    known = {s.name: s for s in task.symmetries}
+def _find_symmetries(task: Task, hints: TrainingHints, names: Sequence[str]) -> list[Symmetry]:
+    known = {s.name: s for s in hints.symmetries}
     if missing := [n for n in names if n not in known]:
-        raise ValueError(f"Task {task.name!r} has no symmetry {missing[0]!r}; it has {sorted(known)}.")
+        raise ValueError(f"Task {task.name!r} has no symmetry {missing[0]!r}; known are {sorted(known)}.")
     return [known[n] for n in names]
 
 
@@ -188,6 +189,7 @@ def train_sft(
     seed: int = 0,
     policy: VLAPolicy | None = None,
     policy_kwargs: Mapping[str, Any] | None = None,
+    hints: TrainingHints | None = None,
     device: torch.device | str | None = None,
     micro_batch: int | None = None,
     progress: Progress | None = None,
@@ -207,6 +209,7 @@ def train_sft(
         seed: Seeds the initial weights, the order of the examples and the augmentation.
         policy: Go on from this policy instead of a new one; ``config`` is then ignored.
         policy_kwargs: Further arguments of the new policy, where there is none to go on from.
+        hints: Holds the symmetries that the settings name; None is the table's hints for the task.
         device: Where to train; None is where the policy is, or the CPU.
         micro_batch: Windows per forward and backward pass, a bound on memory; None for the whole batch. The
             gradient is the same up to rounding.
@@ -222,7 +225,7 @@ def train_sft(
         ValueError: If there is nothing to learn from, or actions or images do not fit the task.
     """
     task, settings = get_task(task), settings or SFTSettings()
-    symmetries = _find_symmetries(task, settings.symmetries)
+    symmetries = _find_symmetries(task, hints or hints_for(task), settings.symmetries)
     windows = WindowDataset(episodes, task.chunk)
     _check_fit(windows, task)
     if policy is None:
@@ -272,7 +275,8 @@ def instruction_gap(
 
     Returns:
         Mean cross-entropy per action token under a wrong instruction minus that under the right one, in nats:
-        near 0 if it is not read, else above :data:`READS_INSTRUCTION`. None if there is one instruction only.
+        near 0 if it is not read, see ``instruction_gap`` in
+        :class:`~wmpo_gym.training.presets.TrainingHints`. None if there is one instruction only.
     """
     dataset = WindowDataset(episodes, task.chunk)
     given = np.unique(dataset.task_ids)

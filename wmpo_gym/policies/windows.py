@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from wmpo_gym.data.augment import (
+    Symmetry,
     shift_images,
     transform_actions,
     transform_frames,
@@ -18,7 +19,6 @@ from wmpo_gym.data.augment import (
 )
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.frames import FrameLoader
-from wmpo_gym.tasks import Symmetry
 
 
 @dataclass

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wmpo_gym.data.augment import transform_frames, transform_rows, transform_task_ids
+from wmpo_gym.data.augment import Symmetry, transform_frames, transform_rows, transform_task_ids
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.frames import FrameArray, FrameLoader
-from wmpo_gym.tasks import Symmetry
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from wmpo_gym.data.augment import Symmetry
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.reward.calibration import assess, calibrate, split_episodes
 from wmpo_gym.reward.classifier import KINDS, SuccessClassifier, is_saved_classifier
 from wmpo_gym.reward.data import ClipTable, augment, check_window_fits
-from wmpo_gym.tasks import Symmetry, Task, get_task
+from wmpo_gym.tasks import Task, get_task
 from wmpo_gym.training.checkpoint import TrainingState
+from wmpo_gym.training.presets import NO_HINTS, TrainingHints
 from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.training.trainer import Loss, Trainer, TrainingSettings, TrainingTask, warmup_until_cosine
 from wmpo_gym.utils.device import Precision
@@ -101,6 +103,7 @@ def train_classifier(
     holdout: Collection[int] | None = None,
     config: ClassifierTraining | None = None,
     classifier: SuccessClassifier | None = None,
+    hints: TrainingHints = NO_HINTS,
     device: str | torch.device = "cpu",
     precision: Precision = "fp32",
     micro_batch: int | None = None,
@@ -114,8 +117,8 @@ def train_classifier(
 
     Args:
         episodes: Recorded episodes; those without an outcome or shorter than a window are left out, counted.
-        task: The task, for its instructions and symmetries. Where its instructions are exclusive, a success
-            of one is a negative of the others: a classifier that never saw the wrong object delivered
+        task: The task, for its instructions. Where its instructions are exclusive, a success of one
+            is a negative of the others: a classifier that never saw the wrong object delivered
             rewards it.
         kind: ``"conv"`` or ``"videomae"``.
         steps: Optimiser steps; None is the config's.
@@ -128,6 +131,7 @@ def train_classifier(
         config: Settings; None is the kind's defaults.
         classifier: The classifier to train, in place, for instance a pre-trained VideoMAE; None makes a new
             one.
+        hints: Symmetries to train with, and steps before a success that are left out.
         device: Where to train and calibrate, see :func:`~wmpo_gym.utils.device.resolve_device`.
         precision: ``"fp32"``, or ``"bf16"`` for bfloat16 autocast with float32 weights.
         micro_batch: Clips per forward and backward pass, a bound on memory; None for the whole batch.
@@ -159,7 +163,7 @@ def train_classifier(
         )
     data = _prepare(episodes, imagined, task, classifier.window, config, seed, holdout)
     clip_classification = ClipClassification(
-        classifier.to(compute.device), data.table, task.symmetries, config, seed
+        classifier.to(compute.device), data.table, hints.symmetries, config, seed
     )
     trainer = Trainer(
         clip_classification,
@@ -304,6 +308,7 @@ def _prepare(
     task: Task,
     window: int,
     config: ClassifierTraining,
+    hints: TrainingHints,
     seed: int,
     holdout: Collection[int] | None,
 ) -> _Data:
@@ -322,7 +327,7 @@ def _prepare(
         window,
         imagined=trained_on,
         late_steps=config.late_steps,
-        gradual_steps=task.gradual_steps,
+        gradual_steps=hints.gradual_steps,
         other_instructions=range(len(task.instructions)) if task.exclusive_instructions else (),
     )
     held_out_replays = [e for e in replays if e.start_state_id in held_ids]

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wmpo_gym.tasks import Task, get_task
+from wmpo_gym.tasks import FORMER_FIELDS, Task, get_task
 from wmpo_gym.utils.io import read_json, write_json_atomic
 
 PACKAGES = (
@@ -126,8 +126,10 @@ class EvalProtocol:
         """
         values = {k: v for k, v in data.items() if k != "episodes"}
         try:
-            return cls(**(values | {"start_state_ids": tuple(int(i) for i in values["start_state_ids"])}))
-        except (KeyError, TypeError) as error:
+            values["start_state_ids"] = tuple(int(i) for i in values["start_state_ids"])
+            values["task"] = {k: v for k, v in values["task"].items() if k not in FORMER_FIELDS}
+            return cls(**values)
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"This is not an evaluation protocol: {error}. Evaluate again to write a new one."
             ) from error

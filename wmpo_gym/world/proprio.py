@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wmpo_gym.data.augment import Symmetry
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.tasks import Task
 from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.training.trainer import Loss
 from wmpo_gym.utils.layers import RowLinear, rounded_quickly
@@ -170,14 +170,14 @@ def _twice(frame: Tensor) -> Tensor:
     return frame[None].expand(2, -1, -1, -1)
 
 
-def proprio_size(task: Task, episodes: Sequence[Episode]) -> int:
+def proprio_size(episodes: Sequence[Episode], symmetries: Sequence[Symmetry] = ()) -> int:
     """P for a new network that is to learn from these episodes.
 
-    It is 0 unless the robot's state was recorded in all of them, as many numbers in each, and in a task with
+    It is 0 unless the robot's state was recorded in all of them, as many numbers in each, and with
     symmetries, which do not say how they change it.
     """
     sizes = {episode.state_dim for episode in episodes}
-    return 0 if task.symmetries or len(sizes) != 1 else sizes.pop()
+    return 0 if symmetries or len(sizes) != 1 else sizes.pop()
 
 
 def learn_proprio(

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from wmpo_gym.data.augment import transform_actions, transform_frames
+from wmpo_gym.data.augment import Symmetry, transform_actions, transform_frames
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.frames import FrameArray, FrameLoader
 from wmpo_gym.tasks import Task
@@ -51,11 +51,12 @@ class SelfForcingSampler:
 
     Args:
         episodes: At least one, each of at least one step.
-        task: Gives chunk length and symmetries.
+        task: Gives the chunk length.
         n_rows: Rows B.
         context_frames: H.
         seed: Seed of the trajectories.
         weights: How often an episode is chosen, relative to the others; None for equally often.
+        symmetries: Each is applied to a random half of the trajectories.
         from_start: Share of trajectories that begin at the episode's first frame (imagination always does).
         restart_prob: Probability per chunk that a trajectory is given up for a new one.
         recall: Where the robot is at every frame of an episode, float32 ``(T + 1, M)``
@@ -64,7 +65,7 @@ class SelfForcingSampler:
             :class:`~wmpo_gym.data.frames.FrameLoader`. The batches do not depend on it.
 
     Raises:
-        ValueError: If there is no episode to train on, or the robot is to be followed in a task with
+        ValueError: If there is no episode to train on, or the robot is to be followed and there are
             symmetries, which say nothing about its state.
     """
 
@@ -77,6 +78,7 @@ class SelfForcingSampler:
         context_frames: int,
         seed: int,
         weights: Sequence[float] | None = None,
+        symmetries: Sequence[Symmetry] = (),
         from_start: float = 0.5,
         restart_prob: float = 0.1,
         recall: Callable[[Episode], np.ndarray] | None = None,
@@ -87,15 +89,16 @@ class SelfForcingSampler:
             raise ValueError(
                 "No episode with at least one step to train the world model on; collect some first."
             )
-        if recall is not None and task.symmetries:
+        if recall is not None and symmetries:
             raise ValueError(
-                f"The symmetries of {task.name!r} do not say how they change the robot's state; use a task "
-                "without symmetries, or a network with state_dim=0."
+                "Symmetries do not say how they change the robot's state; train without them, or a network "
+                "with state_dim=0."
             )
         self._recall = None
         if recall is not None:
             self._recall = lru_cache(MEMORIES)(lambda i: recall(self.episodes[i]))
         self._loader = FrameLoader(workers)
+        self.symmetries = tuple(symmetries)
         self.task, self.n_rows, self.context_frames = task, n_rows, context_frames
         self.from_start, self.restart_prob = from_start, restart_prob
         p = np.ones(len(self.episodes)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -111,7 +114,7 @@ class SelfForcingSampler:
         self._rng = np.random.default_rng([seed, 3])
         self._episode = np.zeros(n_rows, np.int64)
         self._step = np.full(n_rows, np.iinfo(np.int64).max)  # past every end: all rows start anew
-        self._symmetry = np.zeros((n_rows, len(task.symmetries)), bool)
+        self._symmetry = np.zeros((n_rows, len(symmetries)), bool)
 
     def next(self) -> ChunkBatch:
         """The next chunk of every row; rows at the end of their episode start a new trajectory."""
@@ -149,7 +152,7 @@ class SelfForcingSampler:
         steps = np.arange(step - 1, step + k)
         inside = (steps >= 0) & (steps < episode.n_steps)
         actions[inside] = episode.actions[steps[inside]]
-        for symmetry, use in zip(self.task.symmetries, self._symmetry[i], strict=True):
+        for symmetry, use in zip(self.symmetries, self._symmetry[i], strict=True):
             if use:
                 frames = transform_frames(symmetry, frames)
                 actions = transform_actions(symmetry, actions)
@@ -179,7 +182,7 @@ class SelfForcingSampler:
             self._episode[i] = self._cell_episode[cell]
             nearby = (cell - self._first_cell[self._episode[i]]) * chunk + rng.integers(1 - chunk, chunk)
             self._step[i] = np.clip(nearby, 0, self.episodes[self._episode[i]].n_steps - 1)
-        self._symmetry[i] = rng.random(len(self.task.symmetries)) < 0.5
+        self._symmetry[i] = rng.random(len(self.symmetries)) < 0.5
 
     def get_state(self) -> dict[str, np.ndarray | str]:
         """Position of every trajectory and the generator, to continue exactly."""

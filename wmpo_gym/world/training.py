@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from wmpo_gym.data.augment import Symmetry
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import Task
 from wmpo_gym.training.checkpoint import TrainingState, pack_optimizer, unpack_optimizer
@@ -93,6 +94,7 @@ class WorldModelTask(TrainingTask):
         context_frames: H.
         objective: The loss.
         weights: Relative frequency of each episode; None for equal ones.
+        symmetries: Each is applied to a random half of the trajectories.
         validate: Called with (averaged network, step) at every checkpoint; returns metrics to log.
         component: Name of what is trained.
     """
@@ -108,6 +110,7 @@ class WorldModelTask(TrainingTask):
         context_frames: int,
         objective: Objective,
         weights: Sequence[float] | None = None,
+        symmetries: Sequence[Symmetry] = (),
         validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
         component: str = "world model",
     ) -> None:
@@ -115,7 +118,8 @@ class WorldModelTask(TrainingTask):
         self.component, self._validate = component, validate
         self.sampler = SelfForcingSampler(
             episodes, task, n_rows=config.batch_size, context_frames=context_frames, seed=config.seed,
-            weights=weights, restart_prob=config.restart_prob, recall=self._robot_states(),
+            weights=weights, symmetries=symmetries, restart_prob=config.restart_prob,
+            recall=self._robot_states(),
         )  # fmt: skip
         self.generator = torch.Generator().manual_seed(config.seed)
         self.discriminator: PatchDiscriminator | None = None
@@ -291,6 +295,7 @@ class WorldModelTrainer(Trainer):
         denoising_steps: Steps the network will be sampled with; self-forced contexts are made with as many.
         objective: The loss; None is :class:`~wmpo_gym.world.objectives.ChunkObjective`.
         weights: Relative frequency of each episode.
+        symmetries: Each is applied to a random half of the trajectories.
         validate: Called with (averaged network, step) at every checkpoint; returns metrics to log.
         component: Name of what is trained; checkpoints of others are refused.
         compute: Device, precision and micro-batches; None is float32 where the network lies.
@@ -316,6 +321,7 @@ class WorldModelTrainer(Trainer):
         denoising_steps: int = 1,
         objective: Objective | None = None,
         weights: Sequence[float] | None = None,
+        symmetries: Sequence[Symmetry] = (),
         validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
         component: str = "world model",
         compute: ComputeSettings | None = None,
@@ -326,7 +332,7 @@ class WorldModelTrainer(Trainer):
             objective = ChunkObjective(config.pure_noise, config.context_noise, denoising_steps)
         world_model = WorldModelTask(
             network, autoencoder, task, episodes, config, context_frames=context_frames, objective=objective,
-            weights=weights, validate=validate, component=component,
+            weights=weights, symmetries=symmetries, validate=validate, component=component,
         )  # fmt: skip
         super().__init__(
             world_model, config, compute=compute, checkpoint_dir=checkpoint_dir, tensorboard=tensorboard

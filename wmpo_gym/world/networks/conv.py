@@ -199,7 +199,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         at 16 to 24 places a side.
 
         Args:
-            task: Gives the sizes and how far a step moves things.
+            task: Gives the sizes.
             seed: Seed of the weights.
             **changes: Any other argument of the class.
         """
@@ -207,7 +207,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         sizes["patch"] = next(p for p in (2, 4, 8, 16, 32) if task.image_size <= 24 * p or p == 32)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(**{**sizes, "shift_init": task.motion_px or (0.0, 0.0), **changes})
+            return cls(**{**sizes, **changes})
 
     def _initial_shift(self, pixels: tuple[float, float]) -> Tensor:
         """Linear map ``(2, K, (K + 1) * D)`` from the actions to the (column, row) shift, in half images."""
