@@ -24,7 +24,7 @@ class Command:
     Attributes:
         out: Directory of the data set.
         episodes: Directories of episodes.
-        task: Task, or the directory of an import or a world; that of imported episodes by default.
+        task: Task, or the directory of an import or a world; that of the episodes by default.
         imagine: Episodes to imagine instead.
         world: World to imagine in (directory, hub id or task name).
         policy: Policy that acts there (directory, hub id or task name).

@@ -26,7 +26,7 @@ class Command:
         episodes: Directories of episodes.
         out: Directory of the policy; checkpoints and TensorBoard curves go to the same name with
             .training behind it.
-        task: Task, or the directory of an import or a world; that of imported episodes by default.
+        task: Task, or the directory of an import or a world; that of the episodes by default.
         policy: Go on from this policy (directory, hub id or task name); a new one by default.
         device: Where to compute; auto is the GPU if there is one.
         merge: With --lora-rank, write a whole policy instead of the adapters.

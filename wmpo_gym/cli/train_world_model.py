@@ -38,7 +38,7 @@ class Command:
             same name with .training behind it.
         play: Directories of further episodes that count less.
         weight: How many times more often an episode of --episodes is drawn than one of --play.
-        task: Task, or the directory of an import or a world; that of imported episodes by default.
+        task: Task, or the directory of an import or a world; that of the episodes by default.
         init: World to go on from (directory, hub id or task name); its task, networks and settings are kept,
             and imagination may start where the new episodes did, too.
         network: Convolutions on pixels (small, quick), or the published spatial-temporal transformer.
