@@ -180,7 +180,7 @@ def test_videomae_trains(episodes, task, hints):
     assert not weights_equal(results[0], make_classifier("videomae", task, seed=0, model=model))
 
 
-def test_training_goes_on_from_a_saved_classifier(episodes, task, tmp_path):
+def test_training_goes_on_from_a_saved_classifier(episodes, task, hints, tmp_path):
     first, _ = train_classifier(episodes, task, hints=hints, seed=1, config=FEW, progress=False)
     first.threshold = 0.9  # by hand; it does not outlive the weights it was chosen for
     first.save_pretrained(tmp_path)
@@ -197,7 +197,7 @@ def test_training_goes_on_from_a_saved_classifier(episodes, task, tmp_path):
         make_classifier("conv", task, pretrained="MCG-NJU/videomae-base")
 
 
-def test_micro_batches_change_rounding_only(episodes, task):
+def test_micro_batches_change_rounding_only(episodes, task, hints):
     config = dataclasses.replace(FEW, steps=3)
     whole, _ = train_classifier(episodes, task, hints=hints, config=config, progress=False)
     parts, _ = train_classifier(episodes, task, hints=hints, config=config, micro_batch=7, progress=False)

@@ -10,6 +10,7 @@ from typing import Literal
 from wmpo_gym.cli.common import Flat, load_episodes, load_world
 from wmpo_gym.reward.training import ClassifierTraining, train_classifier
 from wmpo_gym.training.presets import SymmetryChoice, hints_for
+from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.utils.config import keep_settings
 
 
@@ -31,6 +32,7 @@ class Command:
             by default.
         symmetries: Train on examples transformed by the symmetries of a bundled task too, or as recorded.
         training: How to train.
+        compute: Where to train, and in which precision.
     """
 
     episodes: tuple[Path, ...]
@@ -42,16 +44,21 @@ class Command:
     frame_cache: Path | None = None
     symmetries: SymmetryChoice = "task"
     training: Flat[ClassifierTraining] = field(default_factory=ClassifierTraining)
+    compute: Flat[ComputeSettings] = field(default_factory=ComputeSettings)
 
     def run(self) -> None:
         """Train, calibrate, save."""
+        import torch
+
+        from wmpo_gym.pipeline.components import move_world
         from wmpo_gym.rollouts.imagined import imagined_replays
 
-        world = load_world(self.world)
+        compute = self.compute.checked()
+        world = move_world(load_world(self.world), torch.device(compute.device))
         found = load_episodes(self.episodes, world.task, self.frame_cache)
         episodes = [e for e in found if e.success is not None]
         logs = self.out.with_name(self.out.name + ".training") / "reward"
-        places = ("out", "world", "frame_cache")
+        places = ("out", "world", "frame_cache", "compute")
         settings = {k: v for k, v in asdict(self).items() if k not in places}
         keep_settings(logs / "command.json", settings, started=(logs / "checkpoint").exists())
         classifier, figures = train_classifier(
@@ -62,6 +69,9 @@ class Command:
             imagined=imagined_replays(world, episodes, seed=self.seed) if self.imagined else None,
             config=self.training,
             hints=hints_for(world.task, self.symmetries),
+            device=compute.device,
+            precision=compute.precision,
+            micro_batch=compute.micro_batch_size,
             checkpoint_dir=logs / "checkpoint",
         )
         world.classifier = classifier

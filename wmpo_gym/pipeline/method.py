@@ -338,7 +338,7 @@ def _fine_tune(workspace: Workspace, recipe: Recipe, demonstrations: Sequence[Ep
                 settings=recipe.sft,
                 seed=recipe.seed + 1000 * (attempt - 1),
                 policy=policy,
-                policy_kwargs={"temperature": recipe.temperature, **_policy_precision(workspace)},
+                policy_kwargs={"temperature": recipe.temperature, "precision": workspace.precision},
                 device=workspace.device,
                 progress=lambda done, total, metrics: bar.update(1),
                 checkpoint_dir=workspace.directory / "checkpoints" / name,
@@ -356,14 +356,9 @@ def _fine_tune(workspace: Workspace, recipe: Recipe, demonstrations: Sequence[Ep
 
 def _load_policy(directory: Path, workspace: Workspace, recipe: Recipe) -> VLAPolicy:
     policy = VLAPolicy.from_pretrained(
-        directory, seed=recipe.seed, temperature=recipe.temperature, **_policy_precision(workspace)
+        directory, seed=recipe.seed, temperature=recipe.temperature, precision=workspace.precision
     )
     return policy.to(workspace.device)
-
-
-def _policy_precision(workspace: Workspace) -> dict[str, Any]:
-    """Arguments of a policy that computes in the precision of the run."""
-    return {"precision": "bf16"} if workspace.precision == "bf16" else {}
 
 
 # -- world model and reward ------------------------------------------------------------------------------
@@ -538,6 +533,7 @@ def train_reward(
                 imagined=imagined_replays(world, recorded, seed=recipe.seed),
                 hints=hints_for(world.task, recipe.symmetries),
                 device=workspace.device,
+                precision=workspace.precision,
                 checkpoint_dir=workspace.directory / "checkpoints" / "reward",
                 progress=workspace.progress,
             )

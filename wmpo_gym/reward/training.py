@@ -161,7 +161,7 @@ def train_classifier(
             f"The classifier knows {classifier.n_instructions} instructions and {task.name!r} has "
             f"{len(task.instructions)}; make one with make_classifier({kind!r}, task)."
         )
-    data = _prepare(episodes, imagined, task, classifier.window, config, seed, holdout)
+    data = _prepare(episodes, imagined, task, classifier.window, config, hints, seed, holdout)
     clip_classification = ClipClassification(
         classifier.to(compute.device), data.table, hints.symmetries, config, seed
     )
