@@ -189,7 +189,9 @@ def test_a_walk_that_went_another_way_returns_to_its_recording(diverged: float, 
     settings = WorldModelTraining(
         steps=9, batch_size=4, teacher_forcing=0.0, restart_prob=0.0, divergence_threshold=diverged
     )
-    trainer = WorldModelTrainer(network(), PixelAutoencoder(), TASK, EPISODES[:1], settings, symmetries=SYMMETRIES)
+    trainer = WorldModelTrainer(
+        network(), PixelAutoencoder(), TASK, EPISODES[:1], settings, symmetries=SYMMETRIES
+    )
     world_model = trainer.task
     world_model.draw(0)
     world_model.sampler._step[:] = 4  # all in the middle of the episode, none about to start anew
