@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wmpo_gym.cli.common import task_of
+from wmpo_gym.cli.common import policy_and_world, task_of
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.utils.io import ArtifactError
@@ -30,3 +30,13 @@ def test_no_task_is_assumed(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     with pytest.raises(ArtifactError, match="holds no whole episode"):
         task_of(None, [tmp_path / "b"])
+
+
+def test_policy_and_world_belong_together() -> None:
+    assert policy_and_world(None, None) == ("move-block", "move-block")
+    assert policy_and_world("move-block", None) == ("move-block", "move-block")
+    assert policy_and_world("mine", "my-world") == ("mine", "my-world")
+    with pytest.raises(ValueError, match="give --world, too"):
+        policy_and_world("mine", None)
+    with pytest.raises(ValueError, match="give --policy, too"):
+        policy_and_world(None, "my-world")

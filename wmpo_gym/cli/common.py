@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from wmpo_gym.world.world import World
 
 T = TypeVar("T")
+BUNDLED = "move-block"  # the task whose weights come with the package
 # Settings whose options carry no prefix: --steps instead of --training.steps.
 Flat = Annotated[T, tyro.conf.OmitArgPrefixes]
 
@@ -68,6 +69,25 @@ def policy_task(name_or_dir: str) -> Task:
     if "task" in meta or name_or_dir in TASKS:
         return find_task(str(meta.get("task", name_or_dir)))
     raise ValueError(f"The policy {name_or_dir} does not say which task it is for; give --task.")
+
+
+def policy_and_world(policy: str | None, world: str | None) -> tuple[str, str]:
+    """A policy and a world that belong together: those given, or the bundled ones of one task.
+
+    Args:
+        policy: Directory, hub id or task name.
+        world: Likewise.
+
+    Raises:
+        ValueError: If only one of them is given, and it is not the bundled one of a task.
+    """
+    if policy is None and world is None:
+        return BUNDLED, BUNDLED
+    for option, other in (("--policy", world), ("--world", policy)):
+        given = policy if option == "--policy" else world
+        if given is None and other not in TASKS:
+            raise ValueError(f"{other} is not the bundled one of a task; give {option}, too.")
+    return str(policy or world), str(world or policy)
 
 
 def check_policy_fits(policy: VLAPolicy, name: str, task: Task) -> None:

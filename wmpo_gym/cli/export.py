@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from wmpo_gym.cli.common import iterate_episodes, load_policy, load_world, task_of
+from wmpo_gym.cli.common import (
+    check_policy_fits,
+    iterate_episodes,
+    load_policy,
+    load_world,
+    policy_and_world,
+    task_of,
+)
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.exporters import export_lerobot
 from wmpo_gym.data.store import EpisodeStore
@@ -26,8 +33,8 @@ class Command:
         episodes: Directories of episodes.
         task: Task, or the directory of an import or a world; that of the episodes by default.
         imagine: Episodes to imagine instead.
-        world: World to imagine in (directory, hub id or task name).
-        policy: Policy that acts there (directory, hub id or task name).
+        world: World to imagine in (directory, hub id or task name); the bundled one by default.
+        policy: Policy that acts there (directory, hub id or task name); the bundled one by default.
         greedy: Let it act greedily instead of sampling.
         camera: Name of the pictures, behind observation.images.
         codec: Video with small losses as LeRobot has it, or without any.
@@ -38,8 +45,8 @@ class Command:
     episodes: tuple[Path, ...] = ()
     task: str | None = None
     imagine: int = 0
-    world: str = "move-block"
-    policy: str = "move-block"
+    world: str | None = None
+    policy: str | None = None
     greedy: bool = False
     camera: str = "main"
     codec: Literal["h264", "lossless"] = "h264"
@@ -67,8 +74,9 @@ class Command:
 
         if self.imagine < 1:
             raise ValueError(f"--imagine must be at least 1, got {self.imagine}.")
-        world = load_world(self.world)
-        policy = load_policy(self.policy, seed=self.seed)
+        name, place = policy_and_world(self.policy, self.world)
+        world, policy = load_world(place), load_policy(name, seed=self.seed)
+        check_policy_fits(policy, name, world.task)
         rows = min(self.imagine, 64)
         env = make_rollout_env("WMPO-Imagined-v0", rows, record_frames=True, world=world)
         ids = world.start_frames.ids[[i % len(world.start_frames.ids) for i in range(self.imagine)]]
@@ -85,4 +93,4 @@ class Command:
             )
         finally:
             env.close()
-        return world.task, made.episodes(world.task, imagined=True, actor=self.policy)
+        return world.task, made.episodes(world.task, imagined=True, actor=name)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from wmpo_gym.cli.common import Flat, load_world
+from wmpo_gym.cli.common import BUNDLED, Flat, load_world, policy_and_world, policy_task
 from wmpo_gym.policies.memory import PolicyMemory
 from wmpo_gym.tasks import Task, get_task
 from wmpo_gym.utils.config import keep_settings
@@ -35,10 +35,11 @@ class Command:
     Attributes:
         out: Directory of the optimised policy. Checkpoints, TensorBoard curves and history.json go to the
             same name with .training behind it.
-        policy: Policy to start from (directory, hub id or task name).
+        policy: Policy to start from (directory, hub id or task name). Without policy, world and task: the
+            bundled policy and world.
         env: Practise in imagination, or in the simulated twin.
         world: World to imagine in (directory, hub id or task name).
-        task: Task, for --env simulated.
+        task: Task, for --env simulated; the policy's own by default.
         iterations: Rounds of rollouts and updates.
         n_groups: Groups per iteration.
         group_size: Rollouts per group, all from one start state.
@@ -59,10 +60,10 @@ class Command:
     """
 
     out: Path
-    policy: str = "move-block"
+    policy: str | None = None
     env: Literal["imagined", "simulated"] = "imagined"
-    world: str = "move-block"
-    task: str = "move-block"
+    world: str | None = None
+    task: str | None = None
     iterations: int = 25
     n_groups: int = 32
     group_size: int = 8
@@ -83,6 +84,28 @@ class Command:
 
     def run(self) -> None:
         """Train and save."""
+        self._resolved()._train()
+
+    def _resolved(self) -> Command:
+        """This command with policy, and world or task, filled in.
+
+        Raises:
+            ValueError: If what is given does not say which, or an option would have no effect.
+        """
+        if self.env == "simulated":
+            if self.world is not None:
+                raise ValueError("--world is for --env imagined; leave it out, or leave out --env.")
+            policy = self.policy or self.task or BUNDLED
+            return replace(self, policy=policy, task=self.task or policy_task(policy).name)
+        if self.task is not None:
+            raise ValueError(
+                f"--task {self.task} is for --env simulated; in imagination the world decides the task. Give "
+                "--world, or --env simulated."
+            )
+        policy, world = policy_and_world(self.policy, self.world)
+        return replace(self, policy=policy, world=world)
+
+    def _train(self) -> None:
         from wmpo_gym.algorithms.distributed import Ranks, mixed_precision
         from wmpo_gym.algorithms.grpo import GRPO
         from wmpo_gym.world.world import find_pretrained
@@ -115,7 +138,7 @@ class Command:
             checkpoint_dir=logs / "checkpoints",
             tensorboard_log=str(logs),
             policy_kwargs={
-                "model": find_pretrained(self.policy, "policy"),
+                "model": find_pretrained(str(self.policy), "policy"),
                 "temperature": self.temperature,
                 **self.memory.policy_kwargs(),
             },
@@ -147,13 +170,13 @@ class Command:
         device, real = self._device, self.env == "simulated"
         workload = saved_workload(
             None if real else self.world,
-            self.policy,
+            str(self.policy),
             n_groups=self.n_groups,
             group_size=self.group_size,
             n_epochs=self.n_epochs,
             micro_batch=self.memory.micro_batch or MICRO_BATCH,
             rows_at_once=self.rows_at_once or usual_rows(device),
-            **({"horizon": get_task(self.task).horizon} if real else {}),
+            **({"horizon": get_task(str(self.task)).horizon} if real else {}),
         )
         sharded = n_processes > 1 and sharding_enabled()
         if sharded and self.merge:
@@ -167,9 +190,9 @@ class Command:
         from wmpo_gym.rollouts.rollout import make_rollout_env
 
         if self.env == "simulated":
-            task = get_task(self.task)
+            task = get_task(str(self.task))
             return make_rollout_env("WMPO-Simulated-v0", rows, task=task), list(task.split_ids("train"))
-        world = load_world(self.world)
+        world = load_world(str(self.world))
         env = make_rollout_env(
             "WMPO-Imagined-v0",
             rows,

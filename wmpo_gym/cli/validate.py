@@ -7,8 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from wmpo_gym.cli.common import check_policy_fits, iterate_episodes, load_policy, load_world
-from wmpo_gym.tasks import TASKS
+from wmpo_gym.cli.common import (
+    check_policy_fits,
+    iterate_episodes,
+    load_policy,
+    load_world,
+    policy_and_world,
+)
 from wmpo_gym.utils.device import Precision, check_precision, resolve_device
 from wmpo_gym.utils.io import read_json, write_json_atomic
 
@@ -18,7 +23,8 @@ class Command:
     """Measure the four gates of a world and write them into its card; exit status 1 if one fails.
 
     Attributes:
-        world: Directory, hub id or task name (the bundled world; its card is not written).
+        world: Directory, hub id or task name (a bundled world, whose card is not written). Without world
+            and policy: the bundled ones.
         policy: The policy that is to be trained in it (directory, hub id or task name); the bundled one
             for the bundled world.
         episodes: Start states to measure on.
@@ -31,7 +37,7 @@ class Command:
         precision: fp32, or bf16 for the policy on a GPU.
     """
 
-    world: str = "move-block"
+    world: str | None = None
     policy: str | None = None
     episodes: int = 128
     split: Literal["train", "validation", "test"] = "validation"
@@ -46,12 +52,10 @@ class Command:
         from wmpo_gym.evaluation.gates import gates_text
         from wmpo_gym.evaluation.validation import measure_learnable, validate
 
-        name = self.policy or (self.world if self.world in TASKS else None)
-        if name is None:
-            raise ValueError(f"Which policy is to be trained in {self.world}? Give --policy.")
+        name, place = policy_and_world(self.policy, self.world)
         device = str(resolve_device(self.device))
         precision = check_precision(self.precision, device)
-        world = load_world(self.world, device=device)
+        world = load_world(place, device=device)
         policy = load_policy(name, seed=self.seed, device=device, precision=precision)
         check_policy_fits(policy, name, world.task)
         gates = validate(
@@ -66,8 +70,8 @@ class Command:
             real_episodes=list(iterate_episodes(self.recordings, world.task)) if self.recordings else None,
         )
         print(gates_text(gates))
-        if Path(self.world).is_dir():
-            card = Path(self.world) / "config.json"
+        if Path(place).is_dir():
+            card = Path(place) / "config.json"
             write_json_atomic(card, {**read_json(card), "card": world.card})
             print(f"\nwritten into {card}")
         return int(any(gate["passed"] is False for gate in gates.values()))
