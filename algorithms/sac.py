@@ -7,7 +7,6 @@ chunk instead of per action, and demonstrations put into the buffer before train
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from wmpo_gym.algorithms.env_util import as_vec_env
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import Task
+from wmpo_gym.utils.memory import available_memory
 
 logger = logging.getLogger(__name__)
 
@@ -82,21 +82,13 @@ def _item_bytes(space: spaces.Space) -> int:
     return sample.size * sample.dtype.itemsize
 
 
-def free_memory() -> int | None:
-    """Bytes of free main memory; None where the system does not tell."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
 def check_buffer(env: VecEnv, buffer_size: int) -> None:
     """State what a replay buffer will take, and refuse one that would not fit.
 
     Raises:
         MemoryError: If it would take more than four fifths of the free memory.
     """
-    size, free = buffer_bytes(env.observation_space, env.action_space, buffer_size), free_memory()
+    size, free = buffer_bytes(env.observation_space, env.action_space, buffer_size), available_memory()
     print(f"SAC's replay buffer of {buffer_size:,} transitions takes {size / 2**20:,.0f} MiB.")
     if free is not None and size > MEMORY_SHARE * free:
         fitting = int(buffer_size * MEMORY_SHARE * free / size)

@@ -38,7 +38,7 @@ def test_the_memory_stated_is_what_the_buffer_takes():
 
 
 def test_a_buffer_that_does_not_fit_is_refused_with_the_size_that_would(monkeypatch):
-    monkeypatch.setattr(module, "free_memory", lambda: 10 * 2**20)
+    monkeypatch.setattr(module, "available_memory", lambda: 10 * 2**20)
     with pytest.raises(MemoryError, match=r"buffer_size=\d") as error:
         make_sac("WMPO-Simulated-v0", 2, buffer_size=1_000_000)
     fitting = int(str(error.value).split("buffer_size=")[1].split(" ")[0].replace(",", ""))

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from wmpo_gym.convert import checkpoints
 from wmpo_gym.convert.checkpoints import (
-    available_memory,
     check_disk,
     check_layout,
     check_memory,
@@ -22,6 +21,7 @@ from wmpo_gym.convert.checkpoints import (
     size_of,
 )
 from wmpo_gym.utils.io import ArtifactError
+from wmpo_gym.utils.memory import available_memory
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(1)}
 

@@ -18,6 +18,7 @@ from wmpo_gym.capacity import fit as capacity
 from wmpo_gym.capacity.estimate import GIB, Estimator, Option, options
 from wmpo_gym.capacity.fit import Machine, TooLittleMemoryError, make_plan, plan_text, require_room
 from wmpo_gym.capacity.meter import measure
+from wmpo_gym.capacity.training import Speed, TrainingEstimator, plan_training, training_text
 from wmpo_gym.capacity.workload import published_workload, saved_workload
 from wmpo_gym.cli.main import main
 from wmpo_gym.envs.imagined import ImaginedVectorEnv
@@ -26,6 +27,11 @@ from wmpo_gym.policies.memory import PolicyMemory
 from wmpo_gym.policies.weights import add_lora
 from wmpo_gym.utils.io import read_json
 from wmpo_gym.utils.kernels import ordinary_kernels
+from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
+from wmpo_gym.world.networks.conv import ConvWorldModel
+from wmpo_gym.world.networks.stdit import STDiT
+from wmpo_gym.world.objectives import ChunkObjective, LatentBatch
+from wmpo_gym.world.training import WorldModelTraining
 from wmpo_gym.world.world import World, find_pretrained
 
 pytest.importorskip("transformers")
@@ -218,7 +224,100 @@ def test_unknown_tasks_and_machines_are_named():
         published_workload("coffee", micro_batch=0)
 
 
+# -- training of the world model -----------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["conv", "stdit"])
+def test_operations_of_training_are_those_that_running_counts(kind):
+    """An optimiser step of the trainer's own objective, contexts sampled and not."""
+    make = {"conv": ConvWorldModel, "stdit": STDiT}[kind]
+    sizes = {
+        "conv": {"image_size": 16, "widths": (8, 16), "blocks": 1, "cond_dim": 16, "detail": 8},
+        "stdit": {"hidden_size": 24, "depth": 1, "num_heads": 2, "in_channels": 3, "predict_sigma": False},
+    }[kind]
+    network = make(**sizes, context_frames=2, chunk=4, action_dim=2)
+    rows, steps = 3, 2
+    for restart in (0.5, 1.0):
+        settings = WorldModelTraining(steps=10, batch_size=rows, restart=restart)
+        estimator = TrainingEstimator(
+            "tiny", network, PixelAutoencoder(), 16, settings, denoising_steps=steps, bf16=False
+        )
+        objective = ChunkObjective(0.5, 0.1, steps, self_forcing=restart < 1)
+        context, targets = torch.zeros(rows, 3, 2, 16, 16), torch.zeros(rows, 3, 4, 16, 16)
+        last, weights = context[:, :, -1:], torch.ones(rows, 1, 4, 16, 16)
+        batch = LatentBatch(
+            context, targets, torch.zeros(rows, 4, 2), torch.zeros(rows, 2), last, weights, torch.ones(rows)
+        )
+        draws = objective.draw(targets.shape, context.shape, torch.Generator().manual_seed(0))
+        with sdpa_kernel(SDPBackend.MATH), ordinary_kernels(), FlopCounterMode(display=False) as counter:
+            objective(network, batch, draws).losses.sum().backward()
+        expected, counted = counter.get_total_flops(), sum(estimator.flops().values())
+        # Going back, fused attention computes its scores once more: of 64 places per frame, of 6 frames.
+        again = 2 * rows * 24 * (6 * 64**2 + 64 * 6**2) if kind == "stdit" else 0
+        assert counted == pytest.approx(expected + again, rel=1e-9)
+    assert next(network.parameters()).device.type == "cpu"
+
+
+def test_micro_batches_are_halved_until_a_training_fits():
+    network = STDiT(hidden_size=24, depth=1, num_heads=2, in_channels=3, predict_sigma=False)
+    settings = WorldModelTraining(steps=100, batch_size=24)
+    estimator = TrainingEstimator(
+        "tiny", network, PixelAutoencoder(), 16, settings, denoising_steps=1, bf16=True
+    )
+    sizes = {n: estimator.footprint(2, n).peak for n in (12, 6, 3, 2, 1)}
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    machine = Machine("two cards", 2, int((sizes[3] + 1e4) / (1 - capacity.RESERVE)))
+    plan = plan_training(estimator, machine, Speed(1.0, 0.5))
+    assert [row.micro_batch for row in plan.rows] == [12, 6, 3] and plan.best == plan.rows[-1]
+    flops = 100 * sum(estimator.flops().values())
+    assert plan.hours == pytest.approx(flops / (2 * 0.5e12) / 3600)
+    text = training_text(estimator, [plan], Speed(1.0, 0.5))
+    assert "too large" in text and "50% of 1 TFLOP/s per device, assumed and not measured" in text
+    parts = estimator.footprint(1)
+    count = 4 * sum(p.numel() for p in network.parameters())
+    assert (parts.gradients, parts.optimizer, parts.weights) == (count, 3 * count, count)
+    with pytest.raises(ValueError, match="utilisation must be above 0"):
+        Speed(1.0, 0.0)
+
+
+@pytest.mark.slow
+def test_published_world_model(capsys):
+    command = ["estimate", "--training", "world-model", "--preset", "paper", "--steps", "1000"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "907,789,856" in printed and "8 x 80 GB" in printed and "1,000 steps of 128 rows" in printed
+
+
+def test_training_that_does_not_fit_is_refused_before_it_begins(monkeypatch, tmp_path, capsys):
+    store = tmp_path / "demos"
+    assert main(["collect", "--out", str(store), "--episodes", "2"]) == 0
+    monkeypatch.setattr(capacity, "available_memory", lambda _: 300 * 2**20)
+    out = tmp_path / "world"
+    command = ["train", "world-model", "--episodes", str(store), "--out", str(out), "--device", "cpu"]
+    assert main([*command, "--batch-size", "4096"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "It would fit with --micro-batch-size 16" in error and "4096 rows per pass" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["demos"]
+
+
+def test_options_of_another_training_are_refused(capsys):
+    assert main(["estimate", "--training", "world-model", "--lora-rank", "4"]) == 2
+    assert "--lora-rank cannot be given with --training world-model" in capsys.readouterr().err
+    assert main(["estimate", "--steps", "4"]) == 2
+    assert "give --training world-model" in " ".join(capsys.readouterr().err.split())
+
+
 # -- the commands --------------------------------------------------------------------------------------------
+def test_command_for_the_bundled_world_model(tmp_path, capsys):
+    command = ["estimate", "--training", "world-model", "--batch-size", "8", "--machines", "1x80", "8x80"]
+    assert main([*command, "--json", str(tmp_path / "plan.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "644,070" in printed and "assumed and not measured" in printed
+    content = read_json(tmp_path / "plan.json")
+    one, eight = content["plans"]
+    assert one["best_micro_batch"] == 8 and eight["best_micro_batch"] == 1
+    assert one["estimated_hours"] == pytest.approx(8 * eight["estimated_hours"])
+    assert content["assumed"] == {"peak_tflops": 312.0, "utilisation": 0.4}
+
+
 def test_command_for_the_bundled_world(tmp_path, capsys):
     assert main(["estimate", "--n-groups", "2", "--json", str(tmp_path / "plan.json")]) == 0
     assert "1,111,488" in capsys.readouterr().out
@@ -229,7 +328,7 @@ def test_command_for_the_bundled_world(tmp_path, capsys):
 
 
 def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(capacity, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(capacity, "available_memory", lambda _: 2**20)
     monkeypatch.setattr(World, "from_pretrained", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr(VLAPolicy, "from_pretrained", lambda *_: pytest.fail("loaded"))
     assert main(["train", "grpo", "--n-groups", "2", "--out", str(tmp_path / "rl")]) == 2
@@ -237,7 +336,7 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch, tmp
     assert (
         "while imagining" in error and "smaller --micro-batch" in error and not list(Path(tmp_path).iterdir())
     )
-    monkeypatch.setattr(capacity, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(capacity, "available_memory", lambda _: 10**9)
     work = saved_workload(None, "move-block", n_groups=1, group_size=2, n_epochs=1, micro_batch=64)
     require_room(work, PLAIN, "cpu")
     with pytest.raises(TooLittleMemoryError, match="while updating"):

@@ -16,6 +16,7 @@ from wmpo_gym.training.presets import hints_for
 from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
 from wmpo_gym.world.networks.conv import ConvWorldModel
 from wmpo_gym.world.networks.stdit import STDiT
+from wmpo_gym.world.objectives import ChunkObjective
 from wmpo_gym.world.sampler import SelfForcingSampler
 from wmpo_gym.world.training import WorldModelTrainer, WorldModelTraining
 
@@ -199,3 +200,25 @@ def test_a_walk_that_went_another_way_returns_to_its_recording(diverged: float, 
     world_model.context[:, :, :, :4] = 1.0  # not what was recorded
     batch, _ = world_model.draw(5)  # past the first step, whose contexts are all recorded
     assert torch.equal(batch.context, world_model.context) is not taken_back
+
+
+def test_chunks_that_are_never_continued_need_no_sampling() -> None:
+    """With a new trajectory at every chunk the objective samples nothing, and the same is learned."""
+    settings = WorldModelTraining(steps=3, batch_size=4, restart=1.0, warmup=1)
+    learned = []
+    for self_forcing in (False, True):
+        trained = STDiT(
+            hidden_size=24, depth=1, num_heads=2, in_channels=3, predict_sigma=False, action_dim=3,
+            context_frames=2, chunk=4, patch_size=4, base_size=SIZE, pixels_per_latent=1,
+        )  # fmt: skip
+        trained.load_state_dict(learned[0][0] if learned else trained.state_dict())
+        start = {name: value.clone() for name, value in trained.state_dict().items()}
+        objective = ChunkObjective(settings.pure_noise, settings.context_noise, 2, self_forcing=True)
+        trainer = WorldModelTrainer(
+            trained, PixelAutoencoder(), TASK, EPISODES, settings, denoising_steps=2,
+            objective=objective if self_forcing else None,
+        )  # fmt: skip
+        assert trainer.task.objective.self_forcing == self_forcing
+        trainer.train(progress=False)
+        learned.append((start, trained.state_dict()))
+    assert all(torch.equal(value, learned[1][1][name]) for name, value in learned[0][1].items())

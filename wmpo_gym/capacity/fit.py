@@ -12,7 +12,7 @@ import torch
 
 from wmpo_gym.capacity.estimate import FLOAT32, GIB, RESERVE, Estimator, Footprint, Option, options
 from wmpo_gym.capacity.workload import Workload
-from wmpo_gym.convert.checkpoints import available_memory
+from wmpo_gym.utils.memory import available_memory
 from wmpo_gym.utils.progress import progress_bar
 
 UNKNOWN = 2**60  # bytes, where the system does not say: nothing is refused then
@@ -60,9 +60,10 @@ class Machine:
     @classmethod
     def here(cls, device: str) -> Machine:
         """A device of this machine, with the memory that is free on it at present."""
+        free = available_memory(device) or UNKNOWN
         if torch.device(device).type == "cuda":
-            return cls(f"{torch.cuda.get_device_name(device)} here", 1, torch.cuda.mem_get_info(device)[0])
-        return cls("CPU here", 1, available_memory() or UNKNOWN, gpu=False)
+            return cls(f"{torch.cuda.get_device_name(device)} here", 1, free)
+        return cls("CPU here", 1, free, gpu=False)
 
     @property
     def usable(self) -> int:
@@ -162,10 +163,10 @@ def require_room(workload: Workload, option: Option, device: str, ranks: int = 1
     best = make_plan(estimator, machine).best
     advice = "No option alone makes it fit" if best is None else f"It would fit with {best.flags()}"
     raise TooLittleMemoryError(
-        f"{workload.name} takes {_size(footprint.imagining)} while imagining and "
-        f"{_size(footprint.updating)} while updating; {machine.name} has {_size(machine.usable)}. {advice}; "
-        "a smaller --micro-batch, fewer --rows-at-once or fewer groups take less too. `wmpo estimate` shows "
-        "the plan."
+        f"{workload.name} takes {format_size(footprint.imagining)} while imagining and "
+        f"{format_size(footprint.updating)} while updating; {machine.name} has "
+        f"{format_size(machine.usable)}. {advice}; a smaller --micro-batch, fewer --rows-at-once or fewer "
+        "groups take less too. `wmpo estimate` shows the plan."
     )
 
 
@@ -182,7 +183,7 @@ def plan_text(estimator: Estimator, plans: Sequence[Plan]) -> str:
     for name, count in counts.items():
         if not count:
             continue
-        lines.append(f"  {name:<14}{count:>16,}{_size(FLOAT32 * count):>12}")
+        lines.append(f"  {name:<14}{count:>16,}{format_size(FLOAT32 * count):>12}")
     for plan in plans:
         lines += ["", *_plan_lines(estimator, plan)]
     return "\n".join(lines)
@@ -192,12 +193,12 @@ def _plan_lines(estimator: Estimator, plan: Plan) -> list[str]:
     machine = plan.machine
     width = max(len(row.option.flags()) for row in plan.rows) + 2
     lines = [
-        f"{machine.name}: {_size(machine.usable)} per device ({_size(machine.memory)} less a reserve of "
-        f"{RESERVE:.0%})",
+        f"{machine.name}: {format_size(machine.usable)} per device ({format_size(machine.memory)} less a "
+        f"reserve of {RESERVE:.0%})",
         f"  {'':<{width}}{'imagining':>12}{'updating':>12}",
     ]
     for row in plan.rows:
-        sizes = [_size(row.footprint.imagining), _size(row.footprint.updating)]
+        sizes = [format_size(row.footprint.imagining), format_size(row.footprint.updating)]
         if "activations" not in row.footprint.parts:
             sizes = [f"> {size}" for size in sizes]
         verdict = "fits" if row.fits else "too large"
@@ -207,24 +208,26 @@ def _plan_lines(estimator: Estimator, plan: Plan) -> list[str]:
         lines.append("  DOES NOT FIT; take smaller micro-batches, fewer groups or larger devices.")
     else:
         lines.append(f"  take: {plan.best.flags()}")
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in shown.footprint.parts.items())
+    parts = ", ".join(f"{name} {format_size(size)}" for name, size in shown.footprint.parts.items())
     size = estimator.policy_size(shown.option.memory)
     total = sum(plan.flops.values())
     flops = ", ".join(f"{name} {value / total:.0%}" for name, value in plan.flops.items() if value)
     return [
         *lines,
         f"  memory: {parts}",
-        f"  trained: {size.trained:,} parameters, {_size(FLOAT32 * size.trained)} to save",
-        f"  one iteration without extra waves, at most: {_flops(total)} ({flops})",
-        f"  rollouts in host memory: {_size(plan.host_bytes)} per device",
+        f"  trained: {size.trained:,} parameters, {format_size(FLOAT32 * size.trained)} to save",
+        f"  one iteration without extra waves, at most: {format_flops(total)} ({flops})",
+        f"  rollouts in host memory: {format_size(plan.host_bytes)} per device",
     ]
 
 
-def _size(n_bytes: float) -> str:
+def format_size(n_bytes: float) -> str:
+    """Bytes in GiB or MiB."""
     return f"{n_bytes / GIB:.1f} GiB" if n_bytes >= GIB else f"{n_bytes / 2**20:.1f} MiB"
 
 
-def _flops(n: float) -> str:
+def format_flops(n: float) -> str:
+    """Operations with a unit."""
     for factor, unit in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP")):
         if n >= factor:
             return f"{n / factor:.2f} {unit}"

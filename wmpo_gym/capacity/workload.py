@@ -18,6 +18,7 @@ from wmpo_gym.policies.weights import read_policy_card
 from wmpo_gym.tasks import Task
 from wmpo_gym.utils.io import ArtifactError, read_json
 from wmpo_gym.world.networks.autoencoder import SDXL_AUTOENCODER, LatentAutoencoder
+from wmpo_gym.world.networks.conv import ConvWorldModel
 from wmpo_gym.world.networks.stdit import CONFIGS
 from wmpo_gym.world.world import COMPONENTS, WorldConfig, find_pretrained
 
@@ -183,7 +184,7 @@ def saved_workload(world: str | Path | None, policy: str | Path, **settings: Any
     """
     card = read_policy_card(find_pretrained(policy, "policy"))
     config: VLAConfig = card["config"]
-    parts, task = (None, None) if world is None else _read_world(find_pretrained(world, "world"))
+    parts, task = (None, None) if world is None else read_world(find_pretrained(world, "world"))
     values: dict[str, Any] = {
         "name": str(policy) if task is None else f"{task.name} ({world})",
         "policy": config,
@@ -198,7 +199,13 @@ def saved_workload(world: str | Path | None, policy: str | Path, **settings: Any
     return Workload(**{**values, **settings})
 
 
-def _read_world(directory: Path) -> tuple[ImaginedWorld, Task]:
+def read_world(directory: Path) -> tuple[ImaginedWorld, Task]:
+    """Configurations of a saved world's parts, and its task.
+
+    Raises:
+        ValueError: If the world has no success classifier.
+        ArtifactError: If a file is missing or damaged.
+    """
     saved = read_json(directory / "config.json")
     try:
         task, kinds = Task.from_dict(saved["task"]), saved["components"]
@@ -218,6 +225,11 @@ def _read_world(directory: Path) -> tuple[ImaginedWorld, Task]:
         for name, kind in kinds.items()
     }
     return ImaginedWorld(parts["network"], parts["autoencoder"], parts["reward"], sampling), task
+
+
+def default_rows_at_once(device: str) -> int | None:
+    """Rollouts imagined at once where nothing is said (by other networks fewer); None is all of them."""
+    return ConvWorldModel.cpu_batch if device == "cpu" else None
 
 
 def text_tokens(config: VLAConfig, instructions: list[str]) -> int:

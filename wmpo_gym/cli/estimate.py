@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,31 +10,43 @@ from wmpo_gym.cli.common import Flat, choose_device
 from wmpo_gym.policies.memory import PolicyMemory
 from wmpo_gym.utils.io import write_json_atomic
 
+_GRPO_OPTIONS = ("n_groups", "group_size", "n_epochs", "rows_at_once", "offload", "fsdp")
+_WORLD_MODEL_OPTIONS = ("steps", "batch_size", "peak_tflops", "utilisation")
+
 
 @dataclass(frozen=True)
 class Command:
-    """Parameters, memory and computation of GRPO in imagination, and what makes it fit on a machine.
+    """Parameters, memory and computation of a training, and what makes it fit on a machine.
 
-    Networks are built without memory and run without computing; nothing is loaded. Exit status 1 if it does
-    not fit.
+    Networks are built without memory and run without computing; no weights are loaded. Exit status 1 if it
+    does not fit.
 
     Attributes:
+        training: GRPO in imagination, or training of the world model.
         preset: The bundled world and policy, or those of the paper at their sizes.
         task: With --preset paper: coffee, stack-three, three-piece-assembly or square.
         world: Another world (directory, hub id or task name); only its configuration is read.
         policy: Another policy, likewise.
         machines: GPUs and the memory of one in GB, like 1x80, or 4x8x80 for four machines with eight; here is
-            this machine. By default 1x80 and 4x8x80 for the paper, else here.
+            this machine. By default 1x80 and 4x8x80 for the paper (1x80 and 8x80 for its world model), else
+            here.
         n_groups: Groups per iteration.
         group_size: Rollouts per group.
         n_epochs: Passes over the rollouts of an iteration.
         rows_at_once: Rollouts imagined at once.
         offload: Keep the world on the CPU while the policy is updated.
         fsdp: Spread the policy over the GPUs.
+        steps: With --training world-model: its optimiser steps.
+        batch_size: With --training world-model: rows per step, of all devices together.
+        peak_tflops: With --training world-model: assumed peak of a device in 10^12 operations per second; by
+            default that of an NVIDIA A100 in bfloat16.
+        utilisation: With --training world-model: assumed share of that peak.
         json: File for the figures.
-        memory: How the policy is kept. Without these options, --offload and --fsdp, all ways are tried.
+        memory: How the policy is kept. Without these options, --offload and --fsdp, all ways are tried. For
+            the world model only --micro-batch applies.
     """
 
+    training: Literal["grpo", "world-model"] = "grpo"
     preset: Literal["bundled", "paper"] = "bundled"
     task: str = "coffee"
     world: str = "move-block"
@@ -46,42 +58,133 @@ class Command:
     rows_at_once: int | None = None
     offload: bool = False
     fsdp: bool = False
+    steps: int | None = None
+    batch_size: int | None = None
+    peak_tflops: float | None = None
+    utilisation: float | None = None
     json: Path | None = None
     memory: Flat[PolicyMemory] = field(default_factory=PolicyMemory)
 
     def run(self) -> int:
         """Count and print."""
-        from wmpo_gym.capacity.estimate import Estimator, Option
-        from wmpo_gym.capacity.fit import Machine, make_plan, plan_text
-
-        default = ("1x80", "4x8x80") if self.preset == "paper" else ("here",)
-        machines = [Machine.parse(text) for text in self.machines or default]
-        estimator = Estimator(self._workload())
-        memory = replace(self.memory, micro_batch=None)  # which is the workload's
-        wanted = None
-        if memory.changes() or self.offload or self.fsdp:
-            wanted = [Option(memory, self.offload, self.fsdp)]
-        plans = [make_plan(estimator, machine, wanted) for machine in machines]
+        self._refuse_options()
+        fits, content, text = self._grpo() if self.training == "grpo" else self._world_model()
         if self.json is not None:
-            content = {"parameters": estimator.parameters, "plans": [plan.to_dict() for plan in plans]}
             write_json_atomic(self.json, content)
-        print(plan_text(estimator, plans))
-        return int(any(plan.best is None for plan in plans))
+        print(text)
+        return int(not fits)
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        """Those of some options that were given."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
+
+    def _refuse_options(self) -> None:
+        """Refuse options that the chosen training does not have.
+
+        Raises:
+            ValueError: Naming them.
+        """
+        if self.training == "grpo":
+            foreign = self._given(*_WORLD_MODEL_OPTIONS)
+        else:
+            foreign = self._given(*_GRPO_OPTIONS) | replace(self.memory, micro_batch=None).changes()
+        if foreign:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+            other = "world-model" if self.training == "grpo" else "grpo"
+            raise ValueError(
+                f"{named} cannot be given with --training {self.training}; leave it out, or give --training "
+                f"{other}."
+            )
+
+    def _machines(self, *paper: str) -> list[Any]:
+        from wmpo_gym.capacity.fit import Machine
+
+        default = paper if self.preset == "paper" else ("here",)
+        return [Machine.parse(text) for text in self.machines or default]
+
+    def _grpo(self) -> tuple[bool, dict[str, Any], str]:
+        from wmpo_gym.capacity.estimate import Estimator, Option
+        from wmpo_gym.capacity.fit import make_plan, plan_text
+
+        machines, estimator = self._machines("1x80", "4x8x80"), Estimator(self._workload())
+        memory = replace(self.memory, micro_batch=None)  # which is the workload's
+        considered = None
+        if memory.changes() or self.offload or self.fsdp:
+            considered = [Option(memory, self.offload, self.fsdp)]
+        plans = [make_plan(estimator, machine, considered) for machine in machines]
+        content = {"parameters": estimator.parameters, "plans": [plan.to_dict() for plan in plans]}
+        return all(plan.best is not None for plan in plans), content, plan_text(estimator, plans)
 
     def _workload(self) -> Any:
-        from wmpo_gym.capacity.workload import published_workload, saved_workload
-        from wmpo_gym.cli.train_grpo import MICRO_BATCH, usual_rows
-        from wmpo_gym.cli.train_grpo import Command as Train
+        from wmpo_gym.capacity.workload import default_rows_at_once, published_workload, saved_workload
+        from wmpo_gym.pipeline.presets import GRPOSettings
 
-        given: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in ("n_groups", "group_size", "n_epochs", "rows_at_once")
-            if getattr(self, name) is not None
-        }
+        given = self._given("n_groups", "group_size", "n_epochs", "rows_at_once")
         if self.memory.micro_batch is not None:
             given["micro_batch"] = self.memory.micro_batch
         if self.preset == "paper":
             return published_workload(self.task, **given)
-        usual = {name: getattr(Train, name) for name in ("n_groups", "group_size", "n_epochs")}
-        usual |= {"micro_batch": MICRO_BATCH, "rows_at_once": usual_rows(choose_device("auto"))}
+        default = GRPOSettings()
+        usual = {name: getattr(default, name) for name in ("n_groups", "group_size", "n_epochs")}
+        usual |= {
+            "micro_batch": default.micro_batch_size,
+            "rows_at_once": default_rows_at_once(choose_device("auto")),
+        }
         return saved_workload(self.world, self.policy, **{**usual, **given})
+
+    def _world_model(self) -> tuple[bool, dict[str, Any], str]:
+        from wmpo_gym.capacity.training import Speed, TrainingEstimator, plan_training, training_text
+
+        machines, speed = self._machines("1x80", "8x80"), Speed(**self._given("peak_tflops", "utilisation"))
+        settings = self._given("steps", "batch_size")
+        for name, value in settings.items():
+            if value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        estimators = {
+            gpu: TrainingEstimator(**self._world_training(settings), bf16=gpu)
+            for gpu in {machine.gpu for machine in machines}
+        }
+        plans = [
+            plan_training(estimators[m.gpu], m, speed, micro_batch=self.memory.micro_batch) for m in machines
+        ]
+        estimator = estimators[machines[0].gpu]
+        content = {
+            "parameters": estimator.parameters,
+            "flops_per_step": estimator.flops(),
+            "assumed": asdict(speed),
+            "plans": [plan.to_dict() for plan in plans],
+        }
+        fits = all(plan.best is not None for plan in plans)
+        return fits, content, training_text(estimator, plans, speed)
+
+    def _world_training(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the estimator of a world model's training."""
+        from wmpo_gym.capacity.workload import Component, read_world
+        from wmpo_gym.pipeline.components import make_network
+        from wmpo_gym.pipeline.presets import PRESETS
+        from wmpo_gym.tasks import get_task
+        from wmpo_gym.world.networks.autoencoder import SDXL_AUTOENCODER
+        from wmpo_gym.world.training import WorldModelTraining
+        from wmpo_gym.world.world import find_pretrained
+
+        if self.preset == "paper":
+            import torch
+
+            recipe, task = PRESETS["paper"], get_task(self.task)
+            autoencoder = Component("LatentAutoencoder", SDXL_AUTOENCODER).build()
+            with torch.device("meta"):
+                network = make_network(recipe, task, autoencoder)
+            name, settings, steps = f"paper, world model of {task.name}", recipe.align, recipe.denoising_steps
+        else:
+            parts, task = read_world(find_pretrained(self.world, "world"))
+            network, autoencoder = parts.network.build(), parts.autoencoder.build()
+            steps = parts.sampling.denoising_steps
+            name, settings = f"world model of {task.name} ({self.world})", WorldModelTraining()
+        return {
+            "name": name,
+            "network": network,
+            "autoencoder": autoencoder,
+            "image_size": task.image_size,
+            "settings": replace(settings, **changes),
+            "denoising_steps": steps,
+        }

@@ -8,21 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wmpo_gym.cli.common import BUNDLED, Flat, load_world, policy_and_world, policy_task
+from wmpo_gym.pipeline.presets import GRPOSettings
 from wmpo_gym.policies.memory import PolicyMemory
 from wmpo_gym.tasks import Task, get_task
 from wmpo_gym.utils.config import keep_settings
 from wmpo_gym.utils.device import check_precision, resolve_device
 from wmpo_gym.utils.io import write_json_atomic
 from wmpo_gym.utils.progress import progress_wanted
-
-MICRO_BATCH = 128  # decisions at once, where nothing is said
-
-
-def usual_rows(device: str) -> int | None:
-    """Rollouts imagined at once, where nothing is said (by other networks fewer); None is all of them."""
-    from wmpo_gym.world.networks.conv import ConvWorldModel
-
-    return ConvWorldModel.cpu_batch if device == "cpu" else None
 
 
 @dataclass(frozen=True)
@@ -65,10 +57,10 @@ class Command:
     world: str | None = None
     task: str | None = None
     iterations: int = 25
-    n_groups: int = 32
-    group_size: int = 8
-    learning_rate: float = 5e-4
-    n_epochs: int = 2
+    n_groups: int = GRPOSettings.n_groups
+    group_size: int = GRPOSettings.group_size
+    learning_rate: float = GRPOSettings.learning_rate
+    n_epochs: int = GRPOSettings.n_epochs
     clip_range: float = 0.2
     clip_range_high: float = 0.28
     batch_size: int | None = None
@@ -129,7 +121,7 @@ class Command:
             group_size=self.group_size,
             n_groups=self.n_groups,
             batch_size=self.batch_size,
-            micro_batch_size=self.memory.micro_batch or MICRO_BATCH,
+            micro_batch_size=self.memory.micro_batch or GRPOSettings.micro_batch_size,
             recompute_log_probs="bf16" in (self.memory.precision, mixed_precision()),
             n_epochs=self.n_epochs,
             clip_range=self.clip_range,
@@ -165,7 +157,7 @@ class Command:
         from wmpo_gym.algorithms.distributed import sharding_enabled
         from wmpo_gym.capacity.estimate import Option
         from wmpo_gym.capacity.fit import require_room
-        from wmpo_gym.capacity.workload import saved_workload
+        from wmpo_gym.capacity.workload import default_rows_at_once, saved_workload
 
         device, real = self._device, self.env == "simulated"
         workload = saved_workload(
@@ -174,8 +166,8 @@ class Command:
             n_groups=self.n_groups,
             group_size=self.group_size,
             n_epochs=self.n_epochs,
-            micro_batch=self.memory.micro_batch or MICRO_BATCH,
-            rows_at_once=self.rows_at_once or usual_rows(device),
+            micro_batch=self.memory.micro_batch or GRPOSettings.micro_batch_size,
+            rows_at_once=self.rows_at_once or default_rows_at_once(device),
             **({"horizon": get_task(str(self.task)).horizon} if real else {}),
         )
         sharded = n_processes > 1 and sharding_enabled()

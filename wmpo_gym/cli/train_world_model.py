@@ -14,7 +14,7 @@ from wmpo_gym.cli.common import Flat, load_episodes, load_world, split_episodes,
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import Task
 from wmpo_gym.training.presets import SymmetryChoice, hints_for
-from wmpo_gym.training.runtime import ComputeSettings
+from wmpo_gym.training.runtime import ComputeSettings, process_count
 from wmpo_gym.utils.config import keep_settings
 from wmpo_gym.utils.io import read_json, write_json_atomic
 from wmpo_gym.world.proprio import ProprioTraining, learn_proprio, proprio_size
@@ -81,7 +81,7 @@ class Command:
 
     def run(self) -> None:
         """Train, measure, save."""
-        self.compute.checked()
+        compute = self.compute.checked()
         if self.network_size != "small" and self.network != "stdit":
             raise ValueError(
                 f"--network-size {self.network_size} is a size of the transformer; give --network stdit too, "
@@ -97,6 +97,7 @@ class Command:
         state_dim = proprio_size([*episodes, *play], symmetries) if self.proprio else 0
         world = known or self._new_world(task, episodes, state_dim)
         self._check_proprio(world, [*episodes, *play])
+        self._require_room(world, compute)
         world.start_frames = world.start_frames.with_episodes(episodes)
         logs = self.out.with_name(self.out.name + ".training")
         places = ("out", "frame_cache", "compute")
@@ -163,6 +164,20 @@ class Command:
                 "network conv, a task without symmetries, and episodes that all have the state recorded; "
                 "drop the option otherwise."
             )
+
+    def _require_room(self, world: World, compute: ComputeSettings) -> None:
+        from wmpo_gym.capacity.training import TrainingEstimator, require_training_room
+
+        estimator = TrainingEstimator(
+            f"Training the world model of {world.task.name}",
+            world.network,
+            world.autoencoder,
+            world.task.image_size,
+            self.training,
+            denoising_steps=world.config.denoising_steps,
+            bf16=compute.precision == "bf16",
+        )
+        require_training_room(estimator, compute.device, process_count(), compute.micro_batch_size)
 
     def _new_world(self, task: Task, episodes: list[Episode], state_dim: int) -> World:
         from wmpo_gym.world.components import STDIT_SIZES, make_autoencoder, make_network

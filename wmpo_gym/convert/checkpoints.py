@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from wmpo_gym.utils.io import ArtifactError, load_safetensors, read_json
+from wmpo_gym.utils.memory import available_memory
 from wmpo_gym.utils.progress import progress_bar
 
 WRAPPERS = ("rm_model_state_dict", "model_state_dict", "state_dict", "model")
@@ -227,21 +228,6 @@ def check_memory(needed: int, what: str) -> None:
             f"{what} takes {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are available. Close "
             "other programs or use a larger machine."
         )
-
-
-def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping, or None where the system does not say."""
-    limits = []
-    try:
-        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
-        limits.append(int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024)  # type: ignore[index]
-        group = Path("/sys/fs/cgroup")  # a container's limit
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        if limit != "max":
-            limits.append(int(limit) - int((group / "memory.current").read_text(encoding="ascii")))
-    except (OSError, TypeError, ValueError):
-        pass
-    return min(limits, default=None)
 
 
 # -- writing -----------------------------------------------------------------------------------------------

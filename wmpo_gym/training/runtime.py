@@ -48,7 +48,7 @@ class ComputeSettings:
         return replace(self, device=str(device), precision=precision)
 
 
-def _process_count() -> int:
+def process_count() -> int:
     """Processes of this training, over all machines."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
@@ -66,7 +66,7 @@ def _check_launch(device: torch.device, precision: str) -> None:
                 f"{precision!r}; give --precision {mixed if mixed == 'bf16' else 'fp32'}, or set "
                 "mixed_precision: no in accelerate's configuration."
             )
-    if _process_count() == 1:
+    if process_count() == 1:
         return
     if sharded := [name for name in SHARDING if os.environ.get(name, "false").lower() == "true"]:
         raise ValueError(
@@ -113,7 +113,7 @@ class Runtime:
         self.device, self.precision = torch.device(compute.device), compute.precision
         self.micro_batch_size = compute.micro_batch_size
         self.index, self.size = 0, 1
-        if _process_count() > 1:
+        if process_count() > 1:
             state = _join(cpu=self.device.type != "cuda")
             self.index, self.size = state.process_index, state.num_processes
             if self.device.type == "cuda":

@@ -92,11 +92,14 @@ class ChunkObjective:
         pure_noise: Share of rows trained at noise level 1, which is where one-step sampling happens.
         context_noise: Largest noise level of the context.
         denoising_steps: Steps the network will be sampled with.
+        self_forcing: Whether rows continue from the model's own prediction, which must then be sampled;
+            otherwise the recorded frames stand for it.
     """
 
     pure_noise: float
     context_noise: float
     denoising_steps: int
+    self_forcing: bool = True
 
     def draw(
         self, target_shape: tuple[int, ...], context_shape: tuple[int, ...], generator: torch.Generator
@@ -118,6 +121,8 @@ class ChunkObjective:
             losses, estimate = self._frame_loss(network, batch, draws)
         else:
             losses, estimate = self._velocity_loss(network, batch, draws)
+        if not self.self_forcing:
+            return ChunkLoss(losses, estimate, batch.targets)
         if hasattr(network, "predict") and self.denoising_steps == 1:
             return ChunkLoss(losses, estimate, estimate.detach())
         return ChunkLoss(losses, estimate, self._sample(network, batch, draws["noise"]))

@@ -329,7 +329,10 @@ class WorldModelTrainer(Trainer):
         tensorboard: str | Path | None = None,
     ) -> None:
         if objective is None:
-            objective = ChunkObjective(config.pure_noise, config.context_noise, denoising_steps)
+            # Where every chunk begins a new trajectory, no prediction is ever continued.
+            objective = ChunkObjective(
+                config.pure_noise, config.context_noise, denoising_steps, self_forcing=config.restart < 1
+            )
         world_model = WorldModelTask(
             network, autoencoder, task, episodes, config, context_frames=context_frames, objective=objective,
             weights=weights, symmetries=symmetries, validate=validate, component=component,

@@ -379,7 +379,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     """RMS normalisation of the last dimension; in two passes over ``x`` where :func:`lean` allows it."""
     if not lean(x):
-        return norm(x)
+        # Under autocast the weight is float32 and x is not, for which PyTorch has no fused kernel.
+        return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
     assert norm.eps is not None
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
     return (x * square.add_(norm.eps).rsqrt_()).mul_(norm.weight)
