@@ -10,6 +10,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OPTIONS = {
+    "gpu_checks.py": ["--device", "cpu", "--tiny", "--steps", "3", "--rows", "2"],
     "random_rollout.py": ["--episodes", "1"],
     "compare.py": [
         *["--methods", "base", "dpo", "--budgets", "32", "--episodes", "4", "--selection-episodes", "2"],
