@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from wmpo_gym.bench.paper import bench_paper, published_parts
-from wmpo_gym.bench.peak import flops_of, matmul_peak, timed
+from wmpo_gym.bench.timing import flops_of, matmul_peak, timed
 from wmpo_gym.bench.transformer import Sampling, bench_transformer
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.pipeline.presets import PRESETS

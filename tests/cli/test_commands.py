@@ -281,7 +281,7 @@ def test_bench(made, tmp_path, capsys, monkeypatch):
     assert wmpo(*command, "--json", tmp_path / "bench.json") == 0
     result = read_json(tmp_path / "bench.json")
     assert "glue %" in capsys.readouterr().out and result["imagined"][0]["rows"] == 2
-    assert result["transformer"]["rows"] == 16 and result["ratio_to_plain_bundled"] > 0
+    assert result["transformer"]["rows"] == 16 and result["ratio_to_reference_bundled"] > 0
 
 
 @pytest.mark.parametrize(

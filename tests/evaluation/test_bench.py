@@ -1,4 +1,4 @@
-"""The benchmark's clock adds up and its shortcuts change nothing but the time."""
+"""The benchmark's clock adds up and its optimisations change nothing but the time."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import json
 import numpy as np
 import pytest
 
-from wmpo_gym.bench import shortcuts, stopwatch
+from wmpo_gym.bench import reference, timing
 from wmpo_gym.bench.bench import bench, bench_imagined, bench_simulated, bench_text
-from wmpo_gym.bench.shortcuts import (
+from wmpo_gym.bench.reference import (
     RandomPolicy,
     Uncached,
-    bench_plain,
+    bench_reference,
     classify_at_the_end,
-    imagine_plainly,
-    plain_way,
+    imagine_by_reference,
+    reference_kernels,
 )
-from wmpo_gym.bench.stopwatch import Stopwatch, timed_methods
+from wmpo_gym.bench.timing import Stopwatch, timed_methods
 from wmpo_gym.rollouts.rollout import make_rollout_env
 
 
@@ -36,7 +36,7 @@ class Worker:
 
 def test_inner_time_does_not_count_twice(monkeypatch):
     worker, watch = Worker(), Stopwatch()
-    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: worker.clock)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: worker.clock)
     with timed_methods([(worker, ["outer", "missing"], "outer"), (worker, ["inner"], "inner")], watch):
         worker.outer()
         worker.clock += 10.0
@@ -64,7 +64,7 @@ def test_split_adds_up_and_networks_are_left_as_they_were(tiny_world):
     assert set(vars(tiny_world.network)) == before
 
 
-def test_twin_is_measured_alike():
+def test_simulator_is_measured_alike():
     r = bench_simulated("move-block", 2, repeats=1)
     assert set(r["split"]) == {"physics", "renderer", "glue"} and r["frames_per_second"] > 0
 
@@ -77,19 +77,21 @@ def test_own_methods_of_an_instance_are_put_back():
     assert worker.inner is own
 
 
-def test_early_stop_is_what_plain_wastes(tiny_world):
+def test_early_stop_saves_the_frames_after_success(tiny_world):
     tiny_world.classifier.threshold = 0.0  # claims at the first full window
     try:
-        r = bench_plain(tiny_world, rows=4, repeats=3)
+        r = bench_reference(tiny_world, rows=4, repeats=3)
     finally:
         tiny_world.classifier.threshold = 1.0
-        never = bench_plain(tiny_world, rows=4, repeats=1)
-    assert r["plain_wasted_frames"] == pytest.approx(1 - 1 / 20) and r["ratio"] > 1 and r["loop"] > 1
+        never = bench_reference(tiny_world, rows=4, repeats=1)
+    assert (
+        r["reference_frames_after_success"] == pytest.approx(1 - 1 / 20) and r["ratio"] > 1 and r["loop"] > 1
+    )
     assert r["finish"] == [1] * 4 and r["same_finish"] == never["same_finish"] == 1.0
-    assert never["plain_wasted_frames"] == 0.0 and never["finish"] == [20] * 4
+    assert never["reference_frames_after_success"] == 0.0 and never["finish"] == [20] * 4
 
 
-def test_the_plain_way_imagines_the_same_episodes(tiny_world):
+def test_the_reference_loop_imagines_the_same_episodes(tiny_world):
     """Same actions and noise: the same frames up to the claim, and the same claim."""
     import torch
 
@@ -109,21 +111,21 @@ def test_the_plain_way_imagines_the_same_episodes(tiny_world):
     tiny_world.classifier.threshold = float(
         np.nanquantile(scores, 0.9)
     )  # claimed by some, not by all at once
-    finish = shortcuts._run_ours(env, actions, ids, seeds)[1]
+    finish = reference._run_environment(env, actions, ids, seeds)[1]
 
     imagination = tiny_world.imagination()
     imagination.network = Uncached(tiny_world.network)
-    with plain_way():
-        seconds, claimed, chosen = shortcuts._run_plain(
-            tiny_world, imagination, shortcuts._repeating(actions), ids, seeds
+    with reference_kernels():
+        seconds, claimed, chosen = reference._run_reference(
+            tiny_world, imagination, reference._repeating(actions), ids, seeds
         )
         generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
-        made, _ = imagine_plainly(
+        made, _ = imagine_by_reference(
             imagination,
             tiny_world.classifier,
             torch.from_numpy(tiny_world.start_frames.frames[[0, 1, 1]]),
             np.zeros(n, np.int64),
-            shortcuts._repeating(actions),
+            reference._repeating(actions),
             lambda: torch.stack([torch.randn(imagination.noise_shape, generator=g) for g in generators]),
             5,
         )
@@ -151,8 +153,8 @@ def test_whole_benchmark_prints_and_is_json(tiny_world):
     r = bench(tiny_world, rows=(1, 2), repeats=1, transformer=TINY_STDIT, progress=False)
     r = json.loads(json.dumps(r, allow_nan=False))
     assert list(r)[:7] == [
-        "frames_per_second", "split", "ratio_to_plain_bundled", "ratio_to_plain", "ratio_to_plain_few_step",
-        "max_abs_frame_difference", "peak_fraction",
+        "frames_per_second", "split", "ratio_to_reference_bundled", "ratio_to_reference",
+        "ratio_to_reference_few_step", "max_abs_frame_difference", "peak_fraction",
     ]  # fmt: skip
     assert r["frames_per_second"] == r["imagined"][1]["frames_per_second"]
     assert 0 <= r["max_abs_frame_difference"] < 1e-5 and 0 < r["peak_fraction"] < 1
@@ -171,7 +173,11 @@ def test_whole_benchmark_prints_and_is_json(tiny_world):
         assert needle in text
     assert len(r["imagined"]) == len(r["simulated"]) == 2
     low, high = r["transformer"]["ratio_range"]
-    assert low <= r["ratio_to_plain"] <= high and 0 < r["training"]["peak_fraction"] < 1
+    assert low <= r["ratio_to_reference"] <= high
+    assert all(0 < r[name]["peak_fraction"] < 1 for name in ("training", "training_bundled"))
+    by_length = r["transformer"]["ratio_by_mean_length"]
+    assert by_length["0.50"] == pytest.approx(2 * by_length["1.00"])
+    assert r["ratio_to_reference"] == pytest.approx(by_length["1.00"] * r["transformer"]["early_stop"])
 
 
 def test_random_policy_repeats():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from wmpo_gym.bench.paper import bench_paper, paper_text, published_parts
-from wmpo_gym.bench.peak import flops_of, matmul_peak, timed
+from wmpo_gym.bench.timing import flops_of, matmul_peak, timed
 from wmpo_gym.bench.transformer import (
     Sampling,
     _Run,
@@ -49,7 +49,7 @@ def test_random_weights_put_something_out_and_leave_the_generator_alone():
     assert out.abs().max() > 0.01
 
 
-def test_finished_rows_are_dropped_and_plain_ones_are_not(tiny_world, monkeypatch):
+def test_finished_rows_are_dropped_and_not_by_the_reference_loop(tiny_world, monkeypatch):
     imagination = cpu_imagination(tiny_world, **TINY)
     assert imagination.nfe_per_chunk == 30 and imagination.noise_shape == (3, 8, 40, 40)
     assert imagination.network.x_embedder.stride == (5, 5)  # 64 tokens per frame
@@ -64,7 +64,7 @@ def test_finished_rows_are_dropped_and_plain_ones_are_not(tiny_world, monkeypatc
     monkeypatch.setattr(type(imagination), "step", counted)
     finish = [8, 20, 9, 16] * 3  # every length as often in the batch
     r = bench_transformer(imagination, tiny_world.classifier, finish, 20, rows=4, repeats=1)
-    one_batch = [(4, 1), (3, 1), (1, 1)], [(4, 1)] * 3  # ours, plain
+    one_batch = [(4, 1), (3, 1), (1, 1)], [(4, 1)] * 3  # environment, reference
     assert calls == 2 * (one_batch[0] + one_batch[1])
     assert imagination.nfe_per_chunk == 30  # only a copy did fewer
     assert r["early_stop"] == 12 / 8 and r["executed_steps"] == 1
@@ -80,6 +80,20 @@ def test_rows_beyond_the_caches_are_taken_in_parts(tiny_world):
         imagination, tiny_world.classifier, [8], 8, rows=5, repeats=1, sampling=Sampling(steps=2, few=1)
     )
     assert r["early_stop"] == 1.0 and np.isfinite(r["ratio"])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_cached_context_never_computes_more_than_recomputing(tiny_world, steps):
+    """Counted operations: the context once and 8 of 12 frames per step, against 12 frames per step."""
+    imagination = cpu_imagination(tiny_world, **TINY)
+    noise, context = torch.zeros(2, *imagination.noise_shape), torch.zeros(2, 3, 4, 40, 40)
+    inputs = (imagination.network, noise, context, torch.zeros(2, 8, imagination.action_dim), steps)
+    cached, recomputed = (
+        flops_of(lambda cached=cached: imagination.flow.sample(*inputs, cached=cached))
+        for cached in (True, False)
+    )
+    assert cached <= recomputed
+    assert cached / recomputed == pytest.approx((4 + 8 * steps) / (12 * steps), rel=0.05)
 
 
 def test_the_published_sizes_need_a_gpu(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""How fast imagination is, where the time goes, what its shortcuts save, and the same table for the twin.
+"""Speed of imagination and of the paired simulator, the split of the time, and what optimisations save.
 
 Policies are left out: actions are random unless a policy is given, and its time never counts.
 """
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wmpo_gym.bench.peak import synchronizer
-from wmpo_gym.bench.shortcuts import REPEATS, RandomPolicy, bench_plain
-from wmpo_gym.bench.stopwatch import Stopwatch, Targets, timed_methods
+from wmpo_gym.bench.reference import REPEATS, RandomPolicy, bench_reference
+from wmpo_gym.bench.timing import Stopwatch, Targets, synchronizer, timed_methods
 from wmpo_gym.bench.transformer import bench_training, bench_transformer, cpu_imagination
 from wmpo_gym.rollouts.imagined import device_of
 from wmpo_gym.rollouts.protocol import installed_versions
@@ -62,7 +61,7 @@ def bench_imagined(
 
 
 def bench_simulated(task: Any, rows: int, *, repeats: int = REPEATS, seed: int = 0) -> dict[str, Any]:
-    """Speed of the twin; the parts are physics, renderer and glue. Arguments as :func:`bench_imagined`."""
+    """Speed of the paired simulator; parts are physics, renderer, glue. See :func:`bench_imagined`."""
     env = make_rollout_env("WMPO-Simulated-v0", rows, task=task)
     env.reset(seed=seed)  # makes the simulators
     simulators = env.unwrapped.simulators  # type: ignore[attr-defined]
@@ -150,27 +149,28 @@ def bench(
 
     Args:
         world: The world.
-        policy: Whose episodes are timed in the comparisons with the plain way; None is random actions.
+        policy: Whose episodes are timed in the comparisons with the reference loop; None is random actions.
         rows: Batch sizes.
         repeats: Repeats of every measurement.
-        simulated: Measure the twin too.
+        simulated: Measure the paired simulator too.
         transformer: Changes to :data:`~wmpo_gym.bench.transformer.CPU_STDIT` and its ``rows``.
         seed: Root seed.
         progress: Show a progress bar.
         **options: Of the imagined environment: ``device``, ``dtype``, ``compile``.
 
     Returns:
-        JSON-able. First what is asked for most: ``frames_per_second`` and ``split`` (largest batch of this
-        world), ``ratio_to_plain_bundled`` (this world), ``ratio_to_plain``, ``ratio_to_plain_few_step``,
-        ``max_abs_frame_difference`` and ``peak_fraction`` (the transformer). Then everything: ``imagined``
-        and ``simulated`` (one entry per batch size), ``plain``, ``transformer``, ``training`` (of that
-        transformer), ``seconds`` (of the whole benchmark), ``machine``.
+        JSON-able. First the headline numbers: ``frames_per_second`` and ``split`` (largest batch of this
+        world), ``ratio_to_reference_bundled`` (this world), ``ratio_to_reference``,
+        ``ratio_to_reference_few_step``, ``max_abs_frame_difference`` and ``peak_fraction`` (the transformer).
+        Then everything: ``imagined`` and ``simulated`` (one entry per batch size), ``reference``,
+        ``transformer``, ``training`` (of that transformer), ``training_bundled`` (of this world's network),
+        ``seconds`` (of the whole benchmark), ``machine``.
     """
     result: dict[str, Any] = {"imagined": [], "simulated": []}
     most, began = max(rows), time.perf_counter()
 
     def compare() -> None:
-        result["plain"] = bench_plain(world, policy, rows=most, repeats=repeats, seed=seed, **options)
+        result["reference"] = bench_reference(world, policy, rows=most, repeats=repeats, seed=seed, **options)
 
     def compare_transformer() -> None:
         size = {"rows": 16, **(transformer or {})}
@@ -179,7 +179,7 @@ def bench(
         result["transformer"] = bench_transformer(
             imagination,
             world.classifier,
-            result["plain"]["finish"],
+            result["reference"]["finish"],
             world.task.horizon,
             rows=n,
             repeats=min(repeats, 3),
@@ -188,6 +188,8 @@ def bench(
         result["training"] = bench_training(
             imagination.network, world.task.image_size, repeats=repeats, seed=seed
         )
+        side = world.task.image_size // world.autoencoder.downscale
+        result["training_bundled"] = bench_training(world.network, side, rows=24, repeats=repeats, seed=seed)
 
     def measure(name: str, function: Callable[..., dict[str, Any]], what: Any, n: int, **more: Any) -> None:
         result[name].append(function(what, n, repeats=repeats, seed=seed, **more))
@@ -195,7 +197,7 @@ def bench(
     jobs: list[Callable[[], None]] = []
     jobs += [partial(measure, "imagined", bench_imagined, world, n, **options) for n in rows]
     jobs += [partial(measure, "simulated", bench_simulated, world.task, n) for n in rows if simulated]
-    # First the plain way, which a heap that others have grown would spare what it costs by itself.
+    # The reference loop first: on a heap that others have grown it would not pay for its own memory.
     for job in progress_bar([compare, *jobs, compare_transformer], desc="bench", disable=not progress):
         job()
     largest = max(result["imagined"], key=lambda entry: entry["rows"])
@@ -203,9 +205,9 @@ def bench(
     headline = {
         "frames_per_second": largest["frames_per_second"],
         "split": largest["split"],
-        "ratio_to_plain_bundled": result["plain"]["ratio"],
-        "ratio_to_plain": ours["ratio"],
-        "ratio_to_plain_few_step": ours["ratio_few_step"],
+        "ratio_to_reference_bundled": result["reference"]["ratio"],
+        "ratio_to_reference": ours["ratio"],
+        "ratio_to_reference_few_step": ours["ratio_few_step"],
         "max_abs_frame_difference": ours["largest_difference"],
         "peak_fraction": ours["peak_fraction"],
     }
@@ -246,31 +248,38 @@ def bench_text(result: Mapping[str, Any]) -> str:
             speed = f"{e['frames_per_second']:,.0f}"
             rows.append((f"{e['rows']} rows", speed, f"{low:,.0f} – {high:,.0f}", *times, *shares))
         lines += [aligned(rows), ""]
-    plain = result["plain"]
+    reference = result["reference"]
+    low, high = reference["ratio_range"]
     lines.append(
-        f"plain way, this world: {plain['ratio']:.2f} times the time per episode (loop {plain['loop']:.2f}, "
-        f"kernels {plain['kernels']:.2f}); {100 * plain['plain_wasted_frames']:.0f} % of its frames come "
-        f"after the claim, {100 * plain['same_finish']:.1f} % of the episodes end at the same frame"
+        f"reference loop, this world: {reference['ratio']:.2f} ({low:.2f} to {high:.2f}) times the time per "
+        f"episode (loop {reference['loop']:.2f}, kernels {reference['kernels']:.2f}); "
+        f"{100 * reference['reference_frames_after_success']:.0f} % of its frames come after the claim, "
+        f"{100 * reference['same_finish']:.1f} % of the episodes end at the same frame"
     )
-    lines += [*transformer_text(result["transformer"]), *training_text(result["training"])]
+    lines += [*transformer_text(result["transformer"]), *training_text(result)]
     return "\n".join([*lines, *target_lines(result), machine_text(result["machine"])])
 
 
-def training_text(t: Mapping[str, Any]) -> list[str]:
-    """Line about the result of :func:`~wmpo_gym.bench.transformer.bench_training`."""
-    memory = "" if t["peak_memory_gib"] is None else f", peak memory {t['peak_memory_gib']:.1f} GiB"
-    return [
-        f"training of the transformer, {t['rows']} rows: {t['steps_per_second']:.3f} steps/s, "
-        f"{t['gflops_per_second']:,.0f} GFLOP/s, {100 * t['peak_fraction']:.0f} % of the matmul peak{memory}"
-    ]
+def training_text(result: Mapping[str, Any]) -> list[str]:
+    """Lines about the results of :func:`~wmpo_gym.bench.transformer.bench_training`."""
+    lines = []
+    for name, entry in (("transformer", "training"), ("this world's network", "training_bundled")):
+        t = result[entry]
+        memory = "" if t["peak_memory_gib"] is None else f", peak memory {t['peak_memory_gib']:.1f} GiB"
+        lines.append(
+            f"training of {name}, {t['rows']} rows: {t['steps_per_second']:.3f} steps/s, "
+            f"{t['gflops_per_second']:,.0f} GFLOP/s, {100 * t['peak_fraction']:.0f} % of the matmul "
+            f"peak{memory}"
+        )
+    return lines
 
 
 def target_lines(result: Mapping[str, Any]) -> list[str]:
     """A line per target of speed: the measured median, its range over the repeats, and the target."""
     t, training = result["transformer"], result["training"]
     rows = [
-        ("same steps, times the plain way", t["ratio"], t["ratio_range"], 2.5),
-        ("few steps, times the plain way", t["ratio_few_step"], t["ratio_few_step_range"], 12.0),
+        ("same steps, times the reference loop", t["ratio"], t["ratio_range"], 2.5),
+        ("few steps, times the reference loop", t["ratio_few_step"], t["ratio_few_step_range"], 12.0),
         ("cached context, times recomputing", t["cached_context"], t["cached_context_range"], 1.0),
         ("denoising step, share of peak", t["peak_fraction"], t["peak_fraction_range"], 0.6),
         ("training, share of peak", training["peak_fraction"], training["peak_fraction_range"], 0.5),
@@ -302,9 +311,11 @@ def transformer_text(t: Mapping[str, Any]) -> list[str]:
         f"transformer with random weights, {t['rows']} rows{measured}:",
         f"  {t['frames_per_second']:.1f} frames/s with {t['denoising_steps']} steps ({split}), "
         f"{t['frames_per_second_few_step']:.1f} with {t['few_steps']}",
-        f"  plain way: {t['ratio']:.2f} times the time per episode with as many steps (early stop "
+        f"  reference loop: {t['ratio']:.2f} times the time per episode with as many steps (early stop "
         f"{t['early_stop']:.2f}, cached context {t['cached_context']:.2f}, kernels {t['kernels']:.2f}), "
         f"{t['ratio_few_step']:.1f} times that with {t['few_steps']}",
+        "  the same for episodes that last on average "
+        + ", ".join(f"{float(k):.0%} of the horizon {v:.2f}" for k, v in t["ratio_by_mean_length"].items()),
         f"  largest difference of the frames {t['largest_difference']:.1e}; {t['gflops_per_second']:,.0f} "
         f"GFLOP/s in a step, {100 * t['peak_fraction']:.0f} % of the machine's matmul peak",
     ]

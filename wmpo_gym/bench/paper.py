@@ -1,4 +1,4 @@
-"""The published sizes on one GPU, with random weights: speed does not ask what they have learned."""
+"""Benchmark of the published sizes on one GPU, with random weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def bench_paper(*, repeats: int = 3, compile: bool = False, seed: int = 0) -> di
     device = torch.device("cuda")
     imagination, classifier = published_parts(device, torch.bfloat16, compile=compile, seed=seed)
     horizon = N_CHUNKS * imagination.chunk
-    figures = bench_transformer(
+    result = bench_transformer(
         imagination,
         classifier,
         [horizon] * ROWS,
@@ -61,7 +61,7 @@ def bench_paper(*, repeats: int = 3, compile: bool = False, seed: int = 0) -> di
         "dtype": "bfloat16",
         "compiled": compile,
         "network_parameters": sum(p.numel() for p in imagination.network.parameters()),
-        **figures,
+        **result,
         "machine": machine(device),
     }
 
@@ -101,7 +101,7 @@ def published_parts(
     with torch.random.fork_rng(), device:
         stdit: Any = random_stdit(seed, **(CONFIGS["xl"] if network is None else network)).to(dtype)
         autoencoder = LatentAutoencoder(AutoencoderKL(**vae).to(dtype))
-        judge = VideoMAESuccessClassifier(model=classifier).eval()
+        success_classifier = VideoMAESuccessClassifier(model=classifier).eval()
     imagination = Imagination(
         CompiledNetwork(stdit) if compile else stdit,
         autoencoder,
@@ -112,7 +112,7 @@ def published_parts(
         action_dim=stdit.config.action_dim,
         flow=RectifiedFlow(context_noise=RELEASE_CONTEXT_NOISE),
     )
-    return imagination, judge
+    return imagination, success_classifier
 
 
 def paper_text(result: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""How fast the published kind of network imagines, and what it costs the plain way.
+"""Speed of imagination with an ``STDiT``, against the reference loop, and speed of training.
 
 A transformer with random weights imagines whole episodes. Weights do not decide how long a frame takes, but
 they do decide when an episode ends; the lengths are therefore given: those of a real policy in a real world.
@@ -14,9 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from wmpo_gym.bench.peak import flops_of, matmul_peak, synchronizer, timed
-from wmpo_gym.bench.shortcuts import RandomPolicy, Uncached, imagine_plainly, plain_way
-from wmpo_gym.bench.stopwatch import Stopwatch, timed_methods
+from wmpo_gym.bench.reference import RandomPolicy, Uncached, imagine_by_reference, reference_kernels
+from wmpo_gym.bench.timing import (
+    Stopwatch,
+    flops_of,
+    matmul_peak,
+    median_and_range,
+    synchronizer,
+    timed,
+    timed_methods,
+)
 from wmpo_gym.rollouts.policy_runner import Act
 from wmpo_gym.utils.kernels import ordinary_kernels
 from wmpo_gym.world.world import World
@@ -30,6 +37,9 @@ CPU_STDIT: dict[str, Any] = {
     "predict_sigma": False,
 }
 """A size that a CPU bears; with patches of an eighth of the side a frame has 64 tokens."""
+
+LENGTHS = (0.25, 0.5, 0.75, 1.0)
+"""Mean episode lengths, as shares of the horizon, for which the ratio is reported."""
 
 
 @dataclass(frozen=True)
@@ -117,20 +127,20 @@ def bench_transformer(
     repeats: int = 3,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Time whole episodes of given lengths with every shortcut and the plain way, in turn.
+    """Time whole episodes of given lengths with every optimisation and the reference loop, in turn.
 
     Args:
         imagination: See :func:`cpu_imagination`.
         classifier: Success classifier for its frames; what it says decides nothing here.
         finish: Frames that episodes last; the batch takes ``rows`` of them, evenly from shortest to longest.
-        horizon: Frames that the plain way imagines of each.
+        horizon: Frames that the reference loop imagines of each.
         sampling: Denoising steps.
         rows: Batch size.
         repeats: How often the batch is imagined each way, in turn; ratios are those of neighbours in time.
         seed: Seed of frames, actions and noise.
 
     Returns:
-        ``ratio`` and ``ratio_few_step`` (plain over ours; medians, and beside them their ranges
+        ``ratio`` and ``ratio_few_step`` (reference loop over ours; medians, and beside them their ranges
         ``…_range``); what they are made of: ``early_stop``,
         ``cached_context`` and ``kernels``; ``frames_per_second`` with all and with few steps; ``split``;
         ``largest_difference`` of the frames (on [-1, 1], before they are rounded to levels); and
@@ -142,25 +152,29 @@ def bench_transformer(
     places = (np.arange(rows) + 0.5) / rows
     batch = np.quantile(np.asarray(finish), places, method="nearest")
     job = partial(_episodes, imagination, classifier, batch, horizon, seed)
-    pairs = [(job(plain=False), job(plain=True)) for _ in range(repeats + 1)][1:]  # the first warms up
+    pairs = [(job(by_reference=False), job(by_reference=True)) for _ in range(repeats + 1)][
+        1:
+    ]  # the first warms up
     times, few_times = sampling.steps / executed, sampling.few / executed
     ours = min((run for run, _ in pairs), key=lambda run: run.counting(times))
-    plain = min((run for _, run in pairs), key=lambda run: run.counting(times))
+    reference = min((run for _, run in pairs), key=lambda run: run.counting(times))
     seconds, few_seconds = ours.counting(times), ours.counting(few_times)
     ratio = median_and_range([other.counting(times) / run.counting(times) for run, other in pairs])
     ratio_few = median_and_range([other.counting(times) / run.counting(few_times) for run, other in pairs])
+    early_stop = reference.frames / ours.frames
     return {
         "rows": rows,
         "denoising_steps": sampling.steps,
         "few_steps": sampling.few,
         "executed_steps": executed,
         "seconds_per_episode": seconds / rows,
-        "plain_seconds_per_episode": plain.counting(times) / rows,
+        "reference_seconds_per_episode": reference.counting(times) / rows,
         "ratio": ratio[0],
         "ratio_range": ratio[1:],
         "ratio_few_step": ratio_few[0],
         "ratio_few_step_range": ratio_few[1:],
-        "early_stop": plain.frames / ours.frames,
+        "early_stop": early_stop,
+        "ratio_by_mean_length": {f"{share:.2f}": ratio[0] / early_stop / share for share in LENGTHS},
         "frames_per_second": ours.frames / seconds,
         "frames_per_second_few_step": ours.frames / few_seconds,
         "split": ours.split(times),
@@ -170,15 +184,15 @@ def bench_transformer(
 
 
 def _episodes(
-    imagination: Any, classifier: Any, finish: np.ndarray, horizon: int, seed: int, *, plain: bool
+    imagination: Any, classifier: Any, finish: np.ndarray, horizon: int, seed: int, *, by_reference: bool
 ) -> _Run:
     """Imagine one batch of episodes."""
     import torch
 
     device, rows, chunk = imagination.device, len(finish), imagination.chunk
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    pictures = rng.integers(0, 256, (rows, *imagination.image_size, 3), dtype=np.uint8)
-    first, task_ids = torch.as_tensor(pictures, device=device), np.zeros(rows, np.int64)
+    frames = rng.integers(0, 256, (rows, *imagination.image_size, 3), dtype=np.uint8)
+    first, task_ids = torch.as_tensor(frames, device=device), np.zeros(rows, np.int64)
     policy, n_chunks = RandomPolicy((chunk, imagination.action_dim), seed), -(-horizon // chunk)
     watch = Stopwatch(synchronizer(device))
 
@@ -188,15 +202,15 @@ def _episodes(
     def noise(n: int = rows) -> Any:
         return torch.randn((n, *imagination.noise_shape), generator=generator)
 
-    def plainly() -> int:
+    def run_reference() -> int:
         slow = copy.copy(imagination)
         slow.network = Uncached(imagination.network)
-        with plain_way():
-            imagine_plainly(slow, classifier, first, task_ids, act, noise, n_chunks)
+        with reference_kernels():
+            imagine_by_reference(slow, classifier, first, task_ids, act, noise, n_chunks)
         return rows * n_chunks * chunk
 
-    def quickly() -> int:
-        return _imagine_quickly(imagination, classifier, first, task_ids, act, noise, finish)
+    def run_environment() -> int:
+        return _imagine_as_environment(imagination, classifier, first, task_ids, act, noise, finish)
 
     targets = [
         (imagination.network, ("denoise", "forward"), "step"),
@@ -205,11 +219,11 @@ def _episodes(
         (classifier, ("start", "update", "preprocess", "probabilities"), "classifier"),
     ]
     with timed_methods(targets, watch):
-        seconds, made = timed(plainly if plain else quickly, device)
+        seconds, made = timed(run_reference if by_reference else run_environment, device)
     return _Run(seconds, watch.seconds, made)
 
 
-def _imagine_quickly(
+def _imagine_as_environment(
     imagination: Any,
     classifier: Any,
     first: Any,
@@ -222,15 +236,15 @@ def _imagine_quickly(
     at_once = (
         getattr(imagination.network, "cpu_batch", len(first)) if first.device.type == "cpu" else len(first)
     )
-    dream, judge = imagination.start(first), classifier.start(first)
+    state, verdicts = imagination.start(first), classifier.start(first)
     running, age, made = np.arange(len(first)), 0, 0
     while len(running):
         for rows in np.split(running, range(at_once, len(running), at_once)):
             actions = act({"task_id": task_ids[rows]})
-            frames, dreamt = imagination.step(dream.rows(rows), actions, noise(len(rows)))
-            _, judged = classifier.update(judge.rows(rows), frames, task_ids[rows])
-            dream.assign(rows, dreamt)
-            judge.assign(rows, judged)
+            frames, next_state = imagination.step(state.rows(rows), actions, noise(len(rows)))
+            _, next_verdicts = classifier.update(verdicts.rows(rows), frames, task_ids[rows])
+            state.assign(rows, next_state)
+            verdicts.assign(rows, next_verdicts)
             made += frames.shape[0] * frames.shape[1]
         age += imagination.chunk
         running = running[finish[running] > age]
@@ -253,21 +267,21 @@ def _step_figures(imagination: Any, rows: int, repeats: int, seed: int) -> dict[
         with ordinary_kernels():
             return step()
 
-    def plain_step() -> Any:
-        with plain_way():
+    def reference_step() -> Any:
+        with reference_kernels():
             return network(whole, time_, actions, mask)
 
     with torch.no_grad():
         cache = network.encode_context(context)
         original = getattr(network, "original", network)  # what is compiled cannot be counted
         flops = flops_of(lambda: original.denoise(z, time_, actions, cache))
-        works, rounds = (step, ordinary_step, plain_step), []
+        works, rounds = (step, ordinary_step, reference_step), []
         for _ in range(repeats + 1):
             seconds = [timed(work, device)[0] for work in works]
             rounds.append((*seconds, matmul_peak(device, z.dtype)))
-    ours, ordinary, plain, peak = np.array(rounds[1:]).T
+    ours, ordinary, reference, peak = np.array(rounds[1:]).T
     share = median_and_range(flops / ours / peak)
-    cached = median_and_range(plain / ordinary)
+    cached = median_and_range(reference / ordinary)
     return {
         "step_ms": 1000 * float(np.median(ours)),
         "cached_context": cached[0],
@@ -279,18 +293,13 @@ def _step_figures(imagination: Any, rows: int, repeats: int, seed: int) -> dict[
     }
 
 
-def median_and_range(values: Any) -> list[float]:
-    """Median, smallest and largest of some numbers."""
-    return [float(np.median(values)), float(np.min(values)), float(np.max(values))]
-
-
 def bench_training(
     network: Any, image_size: int, *, rows: int = 4, repeats: int = 3, seed: int = 0
 ) -> dict[str, Any]:
-    """Time training steps (forward, backward, AdamW) of an ``STDiT`` on random latents.
+    """Time training steps of a world model (forward, backward, AdamW) on random latents.
 
     Args:
-        network: On the device and of the floating-point type to measure; its weights change.
+        network: On the device and of the floating-point type to measure; is left as it is.
         image_size: Side of the latents.
         rows: Batch size.
         repeats: Steps, after one to warm up; the matmul peak is measured anew after each of them.
@@ -302,39 +311,45 @@ def bench_training(
     """
     import torch
 
-    from wmpo_gym.world.flow import RectifiedFlow
+    from wmpo_gym.world.objectives import ChunkObjective, LatentBatch
 
-    config, parameter = network.config, next(network.parameters())
-    device, generator = parameter.device, torch.Generator().manual_seed(seed)
-    n_frames = config.context_frames + config.chunk
+    network, parameter = copy.deepcopy(network).train(), next(network.parameters())
+    config, device, generator = network.config, parameter.device, torch.Generator().manual_seed(seed)
+    channels = config.in_channels if "in_channels" in config else config.channels
+    state_dim = config.get("state_dim", 0) or 0
 
     def drawn(*shape: int) -> Any:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator).clamp(-1, 1).to(device)
 
-    latents = drawn(rows, config.in_channels, n_frames, image_size, image_size)
-    noise, actions = drawn(*latents.shape), drawn(rows, config.chunk, config.action_dim).clamp(-1, 1)
-    mask = (torch.arange(n_frames, device=device) < config.context_frames).expand(rows, -1)
-    timestep = RectifiedFlow().sample_timesteps(rows, generator).to(device)
+    context = drawn(rows, channels, config.context_frames, image_size, image_size)
+    batch = LatentBatch(
+        context,
+        drawn(rows, channels, config.chunk, image_size, image_size),
+        drawn(rows, config.chunk, config.action_dim),
+        drawn(rows, config.action_dim + state_dim),
+        context[:, :, -1:],
+        torch.ones(rows, 1, config.chunk, image_size, image_size, device=device),
+        torch.ones(rows, device=device),
+    )
+    objective = ChunkObjective(0.5, 0.05, 1, self_forcing=False)
+    draws = objective.draw(tuple(batch.targets.shape), tuple(context.shape), generator)
+    draws = {name: value.to(device) for name, value in draws.items()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
 
     def loss_and_gradient() -> None:
-        loss = RectifiedFlow().loss(network, latents, actions, mask, timestep=timestep, noise=noise)
-        loss.mean().backward()
+        objective(network, batch, draws).losses.mean().backward()
 
     def step() -> None:
         loss_and_gradient()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    was_training = network.training
-    network.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with torch.enable_grad():
         flops = flops_of(loss_and_gradient, gradients=True)
         optimizer.zero_grad(set_to_none=True)
         rounds = [(timed(step, device)[0], matmul_peak(device, parameter.dtype)) for _ in range(repeats + 1)]
-    network.train(was_training)
     seconds, peak = np.array(rounds[1:]).T
     share = median_and_range(flops / seconds / peak)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
@@ -349,15 +364,15 @@ def bench_training(
 
 
 def largest_difference(imagination: Any, steps: int, *, rows: int = 2, seed: int = 0) -> float:
-    """Largest difference between a chunk sampled with every shortcut and the plain way, before rounding."""
+    """Largest difference of a chunk, before rounding, between all optimisations and the reference loop."""
     import torch
 
     z, context, actions, _ = _inputs(imagination, rows, seed)
     with torch.no_grad():
         fast = imagination.flow.sample(imagination.network, z, context, actions, steps)
-        with plain_way():
-            plain = imagination.flow.sample(imagination.network, z, context, actions, steps, cached=False)
-    return float((fast - plain).abs().max())
+        with reference_kernels():
+            reference = imagination.flow.sample(imagination.network, z, context, actions, steps, cached=False)
+    return float((fast - reference).abs().max())
 
 
 def _inputs(imagination: Any, rows: int, seed: int) -> tuple[Any, Any, Any, Any]:

@@ -1,4 +1,4 @@
-"""``wmpo bench``: how fast imagination is here, and where the time goes."""
+"""``wmpo bench``: speed of imagination on this machine, and the split of its time."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from wmpo_gym.utils.io import write_json_atomic
 
 @dataclass(frozen=True)
 class Command:
-    """Measure imagined and simulated frames per second, the split of the time, and what the shortcuts save.
+    """Measure imagined and simulated frames per second, the split of the time, and what optimisations save.
 
     Attributes:
-        preset: This machine with a world and a transformer that a CPU bears; or the published sizes with
+        preset: This machine with a world and a transformer of a size for a CPU; or the published sizes with
             random weights on one CUDA card, to which the options on world, policy, rows, device and dtype do
             not apply.
         world: Directory, hub id or task name.
         policy: Who acts where the length of episodes matters (directory, hub id or task name).
         rows: Batch sizes.
         repeats: Repeats of every measurement.
-        simulated: Measure the twin too.
+        simulated: Measure the paired simulator too.
         threads: Threads of torch; its own choice by default.
         device: Where the world imagines.
         dtype: What its network computes in; the convolutional one knows float32 only.
         compile: Compile the network with torch.compile, which takes minutes.
         seed: Decides everything random.
-        json: File for the figures.
+        json: File for the numbers.
     """
 
     preset: Literal["here", "paper"] = "here"
     world: str = "move-block"
     policy: str = "move-block"
     rows: tuple[int, ...] = (1, 8, 64)
-    repeats: int = 5
+    repeats: int = 3
     simulated: bool = True
     threads: int | None = None
     device: str = "cpu"
