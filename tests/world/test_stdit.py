@@ -336,3 +336,24 @@ def test_wrong_shapes_are_named(golden, published_stdit):
         network(tensors["in.latents_sq"], tensors["in.t_a"], tensors["in.actions"][..., :6], mask)
     with pytest.raises(ValueError, match="change hidden_size or num_heads"):
         STDiT(hidden_size=48, num_heads=5)
+
+
+def test_training_on_fast_kernels_gives_the_gradients_of_the_ordinary_ones():
+    torch.manual_seed(0)
+    network = STDiT(hidden_size=48, depth=2, num_heads=4, in_channels=3, action_dim=2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    latents, actions = torch.randn(2, 3, 12, 8, 8), torch.randn(2, 8, 2)
+    mask = (torch.arange(12) < 4).expand(2, -1)
+
+    def gradients() -> list[torch.Tensor]:
+        network.zero_grad()
+        network(latents, torch.full((2,), 500.0), actions, mask).square().mean().backward()
+        return [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
+
+    fast = gradients()
+    with ordinary_kernels():
+        ordinary = gradients()
+    scale = max(float(gradient.abs().max()) for gradient in ordinary)
+    assert max(float((a - b).abs().max()) for a, b in zip(fast, ordinary, strict=True)) < 4e-6 * scale

@@ -22,7 +22,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from wmpo_gym.utils.kernels import Linear, lean
+from wmpo_gym.utils.kernels import Linear, fast_on_cpu, lean
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -378,10 +378,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     """RMS normalisation of the last dimension; in two passes over ``x`` where :func:`lean` allows it."""
+    assert norm.eps is not None
     if not lean(x):
         # Under autocast the weight is float32 and x is not, for which PyTorch has no fused kernel.
         return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
-    assert norm.eps is not None
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
     return (x * square.add_(norm.eps).rsqrt_()).mul_(norm.weight)
 
@@ -389,7 +389,7 @@ def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotary embedding: turn each adjacent pair of ``(..., d)`` by its angle ``(..., d / 2)``."""
     cos, sin = angles.cos(), angles.sin()
-    if lean(x):
+    if fast_on_cpu(x):  # a product of complex numbers: one pass forwards, one backwards
         turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
         return torch.view_as_real(turned).flatten(-2)
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(dim=-1)
