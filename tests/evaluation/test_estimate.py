@@ -236,7 +236,7 @@ def test_operations_of_training_are_those_that_running_counts(kind):
     network = make(**sizes, context_frames=2, chunk=4, action_dim=2)
     rows, steps = 3, 2
     for restart in (0.5, 1.0):
-        settings = WorldModelTraining(steps=10, batch_size=rows, restart=restart)
+        settings = WorldModelTraining(steps=10, batch_size=rows, restart_prob=restart)
         estimator = TrainingEstimator(
             "tiny", network, PixelAutoencoder(), 16, settings, denoising_steps=steps, bf16=False
         )

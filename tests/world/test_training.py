@@ -204,7 +204,7 @@ def test_a_walk_that_went_another_way_returns_to_its_recording(diverged: float, 
 
 def test_chunks_that_are_never_continued_need_no_sampling() -> None:
     """With a new trajectory at every chunk the objective samples nothing, and the same is learned."""
-    settings = WorldModelTraining(steps=3, batch_size=4, restart=1.0, warmup=1)
+    settings = WorldModelTraining(steps=3, batch_size=4, restart_prob=1.0, warmup_steps=1)
     learned = []
     for self_forcing in (False, True):
         trained = STDiT(

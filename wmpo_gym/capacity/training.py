@@ -174,7 +174,7 @@ class TrainingEstimator:
     def _samples(self) -> bool:
         """Whether predicted contexts are sampled beside the training pass, as the objective decides."""
         one_pass = hasattr(self.network, "predict") and self.denoising_steps == 1
-        return self.settings.restart < 1 and not one_pass
+        return self.settings.restart_prob < 1 and not one_pass
 
     def flops(self) -> dict[str, float]:
         """Operations per optimiser step of all devices, by what they are for."""

@@ -331,7 +331,7 @@ class WorldModelTrainer(Trainer):
         if objective is None:
             # Where every chunk begins a new trajectory, no prediction is ever continued.
             objective = ChunkObjective(
-                config.pure_noise, config.context_noise, denoising_steps, self_forcing=config.restart < 1
+                config.pure_noise, config.context_noise, denoising_steps, self_forcing=config.restart_prob < 1
             )
         world_model = WorldModelTask(
             network, autoencoder, task, episodes, config, context_frames=context_frames, objective=objective,
