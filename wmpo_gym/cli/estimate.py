@@ -160,7 +160,7 @@ class Command:
     def _world_training(self, changes: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the estimator of a world model's training."""
         from wmpo_gym.capacity.workload import Component, read_world
-        from wmpo_gym.pipeline.components import make_network
+        from wmpo_gym.pipeline.components import new_network
         from wmpo_gym.pipeline.presets import PRESETS
         from wmpo_gym.tasks import get_task
         from wmpo_gym.world.networks.autoencoder import SDXL_AUTOENCODER
@@ -173,7 +173,7 @@ class Command:
             recipe, task = PRESETS["paper"], get_task(self.task)
             autoencoder = Component("LatentAutoencoder", SDXL_AUTOENCODER).build()
             with torch.device("meta"):
-                network = make_network(recipe, task, autoencoder)
+                network = new_network(recipe, task, autoencoder)
             name, settings, steps = f"paper, world model of {task.name}", recipe.align, recipe.denoising_steps
         else:
             parts, task = read_world(find_pretrained(self.world, "world"))
