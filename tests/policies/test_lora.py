@@ -147,7 +147,7 @@ def test_a_checkpoint_of_adapters_leaves_the_base_out(base, tmp_path, monkeypatc
     monkeypatch.setattr("wmpo_gym.policies.sft.CHECKPOINT_EVERY", 1)
 
     def interrupt(step, *_):
-        if step == 1:
+        if step == 2:  # before the second checkpoint
             raise KeyboardInterrupt
 
     expected = trained(base)

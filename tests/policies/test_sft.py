@@ -208,3 +208,25 @@ def test_unfit_episodes_are_named():
         train_sft([bad], "move-block")
     with pytest.raises(ValueError, match="no symmetry 'rotate'.*mirror"):
         train_sft([episode(3)], "move-block", settings=SFTSettings(symmetries=("rotate",)))
+
+
+def test_a_device_or_precision_that_does_not_fit_is_refused_first():
+    with pytest.raises(ValueError, match="no device 'cuda:7'"):
+        train_sft([], "move-block", device="cuda:7")
+    with pytest.raises(ValueError, match="bf16 on a CPU"):
+        train_sft([], "move-block", precision="bf16")
+
+
+def test_dropout_is_off_in_training():
+    config = VLAConfig.tiny()
+    tower = config.towers[0]
+    tower = replace(tower, settings={**tower.settings, "drop_path_rate": 0.5})
+    config = replace(config, towers=(tower,))
+    settings = SFTSettings(steps=1, batch=4, lr=1e-9, shift=0)
+    modes = []
+    policy = train_sft([episode(6)], "move-block", config=config, settings=settings)
+    drops = [m for m in policy.network.modules() if "Drop" in type(m).__name__]
+    for drop in drops:
+        drop.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    train_sft([episode(6)], "move-block", settings=settings, policy=policy)
+    assert drops and modes and not any(modes)

@@ -26,6 +26,7 @@ from wmpo_gym.training.checkpoint import TrainingState
 from wmpo_gym.training.presets import TrainingHints, hints_for
 from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.training.trainer import Loss, Trainer, TrainingSettings, TrainingTask
+from wmpo_gym.utils.device import Precision
 
 Progress = Callable[[int, int, dict[str, float]], None]
 CHECKPOINT_EVERY = 100  # steps
@@ -191,6 +192,7 @@ def train_sft(
     policy_kwargs: Mapping[str, Any] | None = None,
     hints: TrainingHints | None = None,
     device: torch.device | str | None = None,
+    precision: Precision | None = None,
     micro_batch: int | None = None,
     progress: Progress | None = None,
     log_dir: str | Path | None = None,
@@ -210,10 +212,13 @@ def train_sft(
         policy: Go on from this policy instead of a new one; ``config`` is then ignored.
         policy_kwargs: Further arguments of the new policy, where there is none to go on from.
         hints: Holds the symmetries that the settings name; None is the table's hints for the task.
-        device: Where to train; None is where the policy is, or the CPU.
+        device: Where to train, see :func:`~wmpo_gym.utils.device.resolve_device`; None is where the policy
+            is, for a new one the CPU.
+        precision: ``"fp32"`` or ``"bf16"``, see :class:`VLAPolicy`; None is the policy's own.
         micro_batch: Windows per forward and backward pass, a bound on memory; None for the whole batch. The
             gradient is the same up to rounding.
-        progress: Called after each step with (steps done, steps, {"loss", "accuracy", "lr"}).
+        progress: Called after each step, before its checkpoint, with (steps done, steps, {"loss", "accuracy",
+            "lr"}).
         log_dir: Directory for TensorBoard curves.
         checkpoint_dir: Where to keep checkpoints; a complete one of the same settings is gone on from and
             gives the same weights as an uninterrupted training.
@@ -222,9 +227,18 @@ def train_sft(
         The policy, ready to sample.
 
     Raises:
-        ValueError: If there is nothing to learn from, or actions or images do not fit the task.
+        ValueError: If there is nothing to learn from, actions or images do not fit the task, this machine
+            does not have the device or precision, the policy was loaded in another precision, or the
+            checkpoint is of another training.
     """
     task, settings = get_task(task), settings or SFTSettings()
+    place = device if device is not None else policy.device if policy is not None else "cpu"
+    compute = ComputeSettings(str(place), precision or "fp32", micro_batch).checked()
+    if policy is not None and precision not in (None, policy.precision):
+        raise ValueError(
+            f"The policy computes in {policy.precision} and the training is to compute in {precision}; load "
+            f"the policy with precision={precision!r}, or leave the precision of the training out."
+        )
     symmetries = _find_symmetries(task, hints or hints_for(task), settings.symmetries)
     windows = WindowDataset(episodes, task.chunk)
     _check_fit(windows, task)
@@ -232,11 +246,9 @@ def train_sft(
         size = task.image_size
         config = config or VLAConfig.tiny(chunk=task.chunk, action_dim=task.action_dim, image_size=size)
         spaces = make_spaces(config, (size, size, 3), len(task.instructions))
-        policy = VLAPolicy(
-            *spaces, config=config, instructions=task.instructions, seed=seed, **(policy_kwargs or {})
-        )
-    if device is not None:
-        policy.to(device)
+        options = {**(policy_kwargs or {}), **({"precision": precision} if precision else {})}
+        policy = VLAPolicy(*spaces, config=config, instructions=task.instructions, seed=seed, **options)
+    policy.to(compute.device)
     training = FineTuning(policy, windows, symmetries, settings, seed)
 
     def show(step: int, metrics: Mapping[str, float]) -> None:
@@ -247,14 +259,12 @@ def train_sft(
     trainer = Trainer(
         training,
         training.training_settings(),
-        compute=ComputeSettings(device=str(policy.device), micro_batch_size=micro_batch),
+        compute=replace(compute, precision=policy.precision),
         checkpoint_dir=checkpoint_dir,
         tensorboard=log_dir,
         on_step=show,
     )
-    policy.set_training_mode(True)
     trainer.train(progress=False)
-    policy.set_training_mode(False)
     return policy
 
 

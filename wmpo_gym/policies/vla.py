@@ -19,6 +19,10 @@ from wmpo_gym.policies.vla_config import TowerConfig, VLAConfig
 __all__ = ["TowerConfig", "VLAConfig", "VLANetwork"]
 
 
+# Layers whose output in training is random or depends on the rest of the batch.
+_RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+
+
 class Projector(nn.Module):
     """MLP with GELU between its layers ``fc1``, ``fc2``, ...; from patch features to word embeddings."""
 
@@ -113,6 +117,17 @@ class VLANetwork(nn.Module):
             scale = language.initializer_range
             self.placeholders = nn.Parameter(torch.randn(config.n_tokens, language.hidden_size) * scale)
         self._action_ids = slice(config.action_tokenizer().first_token_id, config.text_vocabulary)
+
+    def train(self, mode: bool = True) -> VLANetwork:
+        """Switch between training and evaluation mode, but keep dropout and batch statistics off.
+
+        Otherwise the ratio of new to old probabilities would not be one before the first update.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _RANDOM_LAYERS) or type(module).__name__.endswith("DropPath"):
+                module.eval()
+        return self
 
     def forward(
         self, images: Sequence[torch.Tensor], text: torch.Tensor, length: torch.Tensor

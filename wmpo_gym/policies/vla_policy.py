@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
-from torch import nn
 
 from wmpo_gym.policies.base import GroupPolicy, Observation
 from wmpo_gym.policies.processor import InstructionTable, prepare_images
@@ -38,8 +37,6 @@ from wmpo_gym.policies.weights import (
 from wmpo_gym.utils.io import plain, save_safetensors, write_dir_atomic
 
 NAMED_CONFIGS = {"tiny": VLAConfig.tiny, "openvla-oft-7b": VLAConfig.openvla_oft_7b}
-# Layers whose output depends on chance or on the rest of the batch while training.
-_RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
 class VLAPolicy(GroupPolicy):
@@ -202,16 +199,6 @@ class VLAPolicy(GroupPolicy):
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Restore :meth:`get_extra_state`."""
         self._generator.set_state(state.cpu())
-
-    def set_training_mode(self, mode: bool) -> None:
-        """Switch modes, but leave dropout and batch statistics off.
-
-        Otherwise the ratio of new to old probabilities would not be one before the first update.
-        """
-        self.train(mode)
-        for module in self.network.modules():
-            if isinstance(module, _RANDOM_LAYERS) or type(module).__name__.endswith("DropPath"):
-                module.eval()
 
     # -- files -----------------------------------------------------------------------------------------------
     def save_pretrained(
