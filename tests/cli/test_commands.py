@@ -144,6 +144,31 @@ def test_stdit_trains_too(made, tmp_path):
     )
 
 
+def test_reward_trains_a_videomae_from_saved_weights(made, tmp_path):
+    from wmpo_gym.reward.training import make_classifier
+    from wmpo_gym.world.world import World
+
+    model = {"image_size": 16, "patch_size": 8, "num_frames": 4, "hidden_size": 24, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "intermediate_size": 32}  # fmt: skip
+    make_classifier("videomae", "move-block", model=model).save_pretrained(tmp_path / "start")
+    command = [
+        "train",
+        "reward",
+        "--episodes",
+        made / "demos",
+        "--world",
+        made / "world",
+        "--kind",
+        "videomae",
+    ]
+    command += ["--init", tmp_path / "start", "--no-imagined", "--device", "cpu", "--micro-batch-size", 4]
+    assert wmpo(*command, "--out", tmp_path / "full", "--steps", 2) == 0
+    world = World.from_pretrained(tmp_path / "full")
+    assert world.classifier.kind == "videomae" and world.card["reward"]["config"]["learning_rate"] == 1e-4
+    assert wmpo(*command, "--out", tmp_path / "x", "--device", "cuda:9") == 2
+    assert not (tmp_path / "x.training").exists()
+
+
 def test_reward_needs_successes(made, tmp_path, capsys):
     shutil.copytree(made / "demos", tmp_path / "failures")
     for directory in EpisodeStore(tmp_path / "failures").directories():

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wmpo_gym.cli.common import Flat, choose_device, load_episodes, load_policy, task_of
+from wmpo_gym.cli.common import Flat, load_episodes, load_policy, task_of
 from wmpo_gym.policies.memory import PolicyMemory
 from wmpo_gym.policies.sft import SFTSettings, instruction_gap, train_sft
 from wmpo_gym.training.presets import hints_for
+from wmpo_gym.utils.device import check_precision, resolve_device
 
 if TYPE_CHECKING:
     from wmpo_gym.policies.vla_policy import VLAPolicy
@@ -34,7 +35,7 @@ class Command:
         frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
             by default.
         settings: How to train.
-        memory: How the policy is kept.
+        memory: Precision, adapters and batching of the policy.
     """
 
     episodes: tuple[Path, ...]
@@ -52,6 +53,8 @@ class Command:
         """Train and save."""
         from wmpo_gym.utils.progress import progress_bar
 
+        device = resolve_device(self.device)
+        check_precision(self.memory.precision, device)
         task = task_of(self.task, self.episodes)
         episodes = load_episodes(self.episodes, task, self.frame_cache)
         kwargs = self.memory.policy_kwargs()
@@ -72,7 +75,7 @@ class Command:
                 seed=self.seed,
                 policy=start,
                 policy_kwargs=kwargs,
-                device=choose_device(self.device),
+                device=device,
                 micro_batch=self.memory.micro_batch,
                 progress=show,
                 log_dir=logs,
@@ -111,5 +114,5 @@ class Command:
         workload = saved_workload(
             None, self.policy, n_groups=1, group_size=1, n_epochs=1, micro_batch=at_once
         )
-        require_room(workload, Option(self.memory), choose_device(self.device))
+        require_room(workload, Option(self.memory), str(resolve_device(self.device)))
         return load_policy(self.policy, seed=self.seed, **kwargs)
