@@ -172,19 +172,6 @@ class GroupAlgorithm(ResumableAlgorithm):
 
     # ------------------------------------------------------------------ construction
 
-    @classmethod
-    def from_policy(
-        cls: type[SelfGroupAlgorithm], policy: GroupPolicy, env: Any, **kwargs: Any
-    ) -> SelfGroupAlgorithm:
-        """An algorithm whose policy starts as a copy of one in memory.
-
-        Args:
-            policy: Is copied, not changed.
-            env: What to train in.
-            **kwargs: Arguments of the algorithm.
-        """
-        return cls(policy, env, **kwargs)
-
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         """SB3's hook of ``__init__``, ``load`` and ``set_env``; also accepts a Gymnasium ``VectorEnv``."""

@@ -196,7 +196,6 @@ def measure_learnable(
         **grpo: Further arguments of :class:`~wmpo_gym.algorithms.grpo.GRPO`.
     """
     from wmpo_gym.algorithms.grpo import GRPO
-    from wmpo_gym.evaluation.learning import grpo_from_policy
     from wmpo_gym.rollouts.rollout import evaluate_policy_on, make_rollout_env
 
     def outcomes(candidate: Any) -> np.ndarray:
@@ -206,7 +205,7 @@ def measure_learnable(
 
     env = make_rollout_env("WMPO-Simulated-v0", n_groups * group_size, task=task)
     ids = list(task.split_ids("train"))
-    model = grpo_from_policy(GRPO, policy, env, group_size=group_size, start_state_ids=ids, seed=seed, **grpo)
+    model = GRPO(policy, env, group_size=group_size, start_state_ids=ids, seed=seed, **grpo)
     before, iterations = outcomes(policy), 0
     while iterations < MAX_ITERATIONS:
         rounds = min(block, MAX_ITERATIONS - iterations)

@@ -23,7 +23,6 @@ from wmpo_gym.algorithms.trajectories import Trajectories
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.envs.ledger import Ledger
 from wmpo_gym.envs.simulated.scripted import record_expert
-from wmpo_gym.evaluation.learning import grpo_from_policy
 from wmpo_gym.experiments.plan import ExperimentPlan, Trial
 from wmpo_gym.pipeline import method as stages
 from wmpo_gym.pipeline.components import policy_config
@@ -224,8 +223,7 @@ def train_grpo_real(context: TrialContext) -> Trained:
     settings, groups = context.plan.baselines, context.trial.budget // GROUP
     iterations = min(settings.grpo_iterations, groups)
     with closing(context.simulated(groups // iterations * GROUP)) as env:
-        model = grpo_from_policy(
-            GRPO,
+        model = GRPO(
             context.base_policy(),
             env,
             learning_rate=settings.grpo_learning_rate,
@@ -265,8 +263,7 @@ def _dpo(
 ) -> Trained:
     settings, size = context.plan.baselines, context.plan.baselines.dpo_group_size
     with closing(make_env(min(n_groups * size, 128))) as env:
-        model = grpo_from_policy(
-            ValidatedDPO,
+        model = ValidatedDPO(
             context.base_policy(),
             env,
             learning_rate=settings.dpo_learning_rate,

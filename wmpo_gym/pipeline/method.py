@@ -29,7 +29,6 @@ from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.envs.ledger import Ledger
 from wmpo_gym.envs.simulated.scripted import record_expert, record_play
 from wmpo_gym.evaluation.gates import gates_text
-from wmpo_gym.evaluation.learning import grpo_from_policy
 from wmpo_gym.evaluation.metrics import moved_object_error
 from wmpo_gym.evaluation.twin import TwinComparison, compare_with_twin
 from wmpo_gym.evaluation.validation import measure_learnable
@@ -639,8 +638,8 @@ def optimise(
             device=str(workspace.device),
         )
         with workspace.stage("grpo", heading), closing(env):
-            model = grpo_from_policy(
-                ShuffledGRPO if settings.shuffle_rewards else GRPO,
+            algorithm = ShuffledGRPO if settings.shuffle_rewards else GRPO
+            model = algorithm(
                 policy,
                 env,
                 learning_rate=settings.rate,
