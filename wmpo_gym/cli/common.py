@@ -26,15 +26,6 @@ BUNDLED = "move-block"  # the task whose weights come with the package
 Flat = Annotated[T, tyro.conf.OmitArgPrefixes]
 
 
-def choose_device(device: str) -> str:
-    """The device asked for; ``"auto"`` is the GPU if there is one, else the CPU."""
-    import torch
-
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def load_policy(name_or_dir: str, *, seed: int = 0, device: str = "cpu", **kwargs: Any) -> VLAPolicy:
     """A policy from a directory, a hub id or the name of a task with a bundled one.
 

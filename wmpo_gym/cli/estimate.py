@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from wmpo_gym.cli.common import Flat, choose_device
+from wmpo_gym.cli.common import Flat
 from wmpo_gym.policies.memory import PolicyMemory
+from wmpo_gym.utils.device import resolve_device
 from wmpo_gym.utils.io import write_json_atomic
 
 _GRPO_OPTIONS = ("n_groups", "group_size", "n_epochs", "rows_at_once", "offload", "fsdp")
@@ -128,7 +129,7 @@ class Command:
         usual = {name: getattr(default, name) for name in ("n_groups", "group_size", "n_epochs")}
         usual |= {
             "micro_batch": default.micro_batch_size,
-            "rows_at_once": default_rows_at_once(choose_device("auto")),
+            "rows_at_once": default_rows_at_once(str(resolve_device("auto"))),
         }
         return saved_workload(self.world, self.policy, **{**usual, **given})
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from wmpo_gym.cli.common import Flat, load_episodes, load_world, split_episodes
 from wmpo_gym.training.presets import SymmetryChoice, hints_for
-from wmpo_gym.training.runtime import ComputeSettings
+from wmpo_gym.training.runtime import ComputeSettings, is_main_process
 from wmpo_gym.utils.config import keep_settings
 from wmpo_gym.utils.io import write_json_atomic
 from wmpo_gym.utils.text import aligned
@@ -85,6 +85,8 @@ class Command:
         settings = {k: v for k, v in asdict(self).items() if k not in places}
         keep_settings(logs / "command.json", settings, started=(logs / "checkpoint").exists())
         history = trainer.train(description=f"distillation to {self.denoising_steps} step(s)")
+        if not is_main_process():
+            return
         quality = self._quality(teacher, student, teacher_steps, held) if held else {}
         write_json_atomic(logs / "quality.json", quality)
         student.card = {

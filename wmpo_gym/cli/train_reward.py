@@ -13,7 +13,7 @@ import tyro
 from wmpo_gym.cli.common import Flat, load_episodes, load_world, option_value
 from wmpo_gym.reward.training import ClassifierTraining, make_classifier, train_classifier
 from wmpo_gym.training.presets import SymmetryChoice, hints_for
-from wmpo_gym.training.runtime import ComputeSettings
+from wmpo_gym.training.runtime import ComputeSettings, is_main_process
 from wmpo_gym.utils.config import keep_settings
 
 
@@ -95,6 +95,8 @@ class Command:
             checkpoint_dir=logs / "checkpoint",
             tensorboard=logs,
         )
+        if not is_main_process():
+            return
         world.card = {**world.card, "reward": {"command": " ".join(["wmpo", *sys.argv[1:]]), **metrics}}
         world.card.pop("gates", None)  # they were measured with another classifier
         world.save_pretrained(self.out)

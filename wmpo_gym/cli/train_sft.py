@@ -11,6 +11,7 @@ from wmpo_gym.cli.common import Flat, load_episodes, load_policy, task_of
 from wmpo_gym.policies.memory import PolicyMemory
 from wmpo_gym.policies.sft import SFTSettings, instruction_gap, train_sft
 from wmpo_gym.training.presets import hints_for
+from wmpo_gym.training.runtime import is_main_process
 from wmpo_gym.utils.device import check_precision, resolve_device
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class Command:
                 log_dir=logs,
                 checkpoint_dir=logs / "checkpoint",
             )
+        if not is_main_process():
+            return
         save = policy.save_merged if self.merge and policy.lora else policy.save_pretrained
         save(
             self.out,

@@ -14,7 +14,7 @@ from wmpo_gym.cli.common import Flat, load_episodes, load_world, split_episodes,
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.tasks import Task
 from wmpo_gym.training.presets import SymmetryChoice, hints_for
-from wmpo_gym.training.runtime import ComputeSettings, process_count
+from wmpo_gym.training.runtime import ComputeSettings, is_main_process, process_count
 from wmpo_gym.utils.config import keep_settings
 from wmpo_gym.utils.io import read_json, write_json_atomic
 from wmpo_gym.world.proprio import ProprioTraining, learn_proprio, proprio_size
@@ -130,6 +130,8 @@ class Command:
             validate=judge if held else None,
         )
         history = trainer.train()
+        if not is_main_process():
+            return
         made = self._provenance(len(kept), len(play), history) | {"motion": motion}
         world.card = {**world.card, "world_model": made}
         world.card.pop("gates", None)  # they were measured with other weights

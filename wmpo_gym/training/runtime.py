@@ -53,6 +53,11 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
+def is_main_process() -> bool:
+    """Whether this process writes what a command makes; the others only compute their share."""
+    return process_count() == 1 or os.environ.get("RANK", "0") == "0"
+
+
 def _check_launch(device: torch.device, precision: str) -> None:
     """Refuse a launch by torchrun or ``accelerate launch`` that does not fit this machine or these settings.
 
