@@ -23,6 +23,7 @@ from wmpo_gym.capacity.estimate import ADAM_MOMENTS, FLOAT32, RESERVE
 from wmpo_gym.capacity.fit import Machine, TooLittleMemoryError, format_flops, format_size
 from wmpo_gym.capacity.meter import Cost, measure
 from wmpo_gym.world.networks.autoencoder import Autoencoder
+from wmpo_gym.world.proprio import robot_state_size
 from wmpo_gym.world.training import WorldModelTraining
 
 PEAK_TFLOPS = 312.0
@@ -141,7 +142,7 @@ class TrainingEstimator:
             context = torch.empty(*shape, config.context_frames, side, side)
             targets = torch.empty(*shape, config.chunk, side, side)
             actions, level = torch.empty(rows, config.chunk, config.action_dim), torch.empty(rows)
-            previous = torch.empty(rows, config.action_dim + state_dim)
+            previous = torch.empty(rows, config.action_dim + robot_state_size(state_dim))
             mask = torch.empty(rows, config.context_frames + config.chunk, dtype=torch.bool)
         inputs = [context, targets, actions, level, previous, mask]
         for parameter in network.parameters():

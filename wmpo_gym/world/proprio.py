@@ -79,6 +79,11 @@ class ProprioTraining:
         return cls(steps=steps, reader_steps=reader, points_steps=points, seed=seed)
 
 
+def robot_state_size(state_dim: int) -> int:
+    """Numbers M of a robot state of :class:`ProprioModel` with ``state_dim`` measured ones; 0 for none."""
+    return 2 * state_dim + 2 * KEYPOINTS if state_dim else 0
+
+
 class ProprioModel(nn.Module):
     """Estimates the robot's state in the first frame and predicts it from the actions.
 
