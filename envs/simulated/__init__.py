@@ -9,14 +9,17 @@ from typing import Protocol
 
 import numpy as np
 
+from wmpo_gym.envs.simulated.locate import locate_coloured_block
 from wmpo_gym.tasks import PANDA_TASKS, ROBOSUITE, Task, get_task
 
 
 class Simulator(Protocol):
     """What ``WMPO-Simulated-v0`` asks of a simulator; every row of a batch has its own.
 
-    One whose robot knows its own state may also offer ``proprio() -> float32 (P,)``, which is recorded with
-    the frames, so that a world model can learn to follow it.
+    A simulator may also offer ``proprio() -> float32 (P,)``, the robot's own state, which is recorded with
+    the frames; and ``displace(offset)``, which shifts the named object by metres ``(2,)``, together with
+    ``to_pixels(point)``, which maps metres to pixels of the observation. The *physics* gate needs these two
+    and is not measurable without them.
     """
 
     task_id: int
@@ -52,15 +55,33 @@ SIMULATORS: dict[str, str | SimulatorFactory] = {
 }
 
 
-def register_simulator(task: str | Task, factory: str | SimulatorFactory) -> None:
+# Finds the named object in frames: (uint8 (N, ..., H, W, 3), task ids (N,)) -> pixels (N, ..., 2).
+Locator = Callable[[np.ndarray, np.ndarray], np.ndarray]
+LOCATORS: dict[str, Locator] = {
+    name: locate_coloured_block for name in ("move-block", "lift", "lift-close", "stack", "stack-three")
+}
+
+
+def find_locator(task: Task) -> Locator | None:
+    """What finds a task's named object in frames, or None if nothing was registered."""
+    return LOCATORS.get(task.name, LOCATORS.get(task.base_name))
+
+
+def register_simulator(
+    task: str | Task, factory: str | SimulatorFactory, *, locate: Locator | None = None
+) -> None:
     """Name the simulator of a task of your own.
 
     Args:
         task: The task, known to :func:`wmpo_gym.tasks.register_task`.
         factory: Called with ``variant`` and ``task``, or a string ``"module:name"`` of such a callable
             (needed where another process has to find it).
+        locate: What finds the named object in frames, see :data:`LOCATORS`; without it the *faithful* gate
+            cannot measure the object's position.
     """
     SIMULATORS[get_task(task).name] = factory
+    if locate is not None:
+        LOCATORS[get_task(task).name] = locate
 
 
 def find_simulator(task: Task) -> str | SimulatorFactory | None:

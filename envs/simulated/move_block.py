@@ -100,7 +100,7 @@ class MoveBlockSim:
         adr = self._qpos[name]
         self.data.qpos[adr : adr + 2] = xy
 
-    def displace_block(self, offset: tuple[float, float] | np.ndarray) -> None:
+    def displace(self, offset: tuple[float, float] | np.ndarray) -> None:
         """Shift the named block by ``offset`` metres (x, y); used to measure how chaotic the physics is."""
         name = BLOCKS[self.task_id]
         self._place(name, self.position(name) + np.asarray(offset))

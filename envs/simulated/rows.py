@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wmpo_gym.envs.simulated import Simulator, make_simulator
+from wmpo_gym.envs.simulated.rollout import run_simulator
 from wmpo_gym.tasks import Task
 
 
@@ -65,20 +66,17 @@ class SimulatorRows:
 
 
 def _run(simulator: Simulator, actions: np.ndarray, all_frames: bool) -> RowChunk:
-    frames: list[np.ndarray] = []
-    proprio = getattr(simulator, "proprio", None) if all_frames else None
-    states = [] if proprio is None else [proprio()]
-    for n_frames, action in enumerate(actions, start=1):
-        simulator.step(action)
-        success = simulator.success
-        over = success or n_frames == len(actions)
-        if over or all_frames:
-            frames.append(simulator.render())
-        if proprio is not None:
-            states.append(proprio())
-        if over:
-            break
-    return RowChunk(frames, n_frames, success, states)
+    read = all_frames and hasattr(simulator, "proprio")
+    before = [simulator.proprio()] if read else []  # type: ignore[attr-defined]
+    run = run_simulator(
+        simulator,
+        actions,
+        len(actions),
+        stop_at_success=True,
+        frames="all" if all_frames else "last",
+        proprio=read,
+    )
+    return RowChunk(run.frames, len(run.actions), run.success, before + run.proprio)
 
 
 class WorkerRows:

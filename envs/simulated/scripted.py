@@ -14,6 +14,7 @@ import numpy as np
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.envs.simulated import make_simulator
 from wmpo_gym.envs.simulated.move_block import BLOCKS, REACH, STEP_LENGTH, WORKSPACE, MoveBlockSim
+from wmpo_gym.envs.simulated.rollout import run_simulator
 from wmpo_gym.envs.simulated.tabletop.expert import ArmExpertConfig, arm_expert, arm_play
 from wmpo_gym.envs.simulated.tabletop.sim import RobosuiteSim
 from wmpo_gym.tasks import Task, get_task
@@ -193,18 +194,11 @@ class Recording:
 
 def record(sim: Any, act: Controller, *, horizon: int, stop_at_success: bool) -> Recording:
     """Run a controller from the present state."""
-    tells = hasattr(sim, "proprio")
-    frames, actions, proprio = [sim.render()], [], [sim.proprio()] if tells else None
-    for _ in range(horizon):
-        actions.append(act(sim))
-        sim.step(actions[-1])
-        frames.append(sim.render())
-        if proprio is not None:
-            proprio.append(sim.proprio())
-        if stop_at_success and sim.success:
-            break
-    states = None if proprio is None else np.stack(proprio)
-    return Recording(np.stack(frames), np.stack(actions), sim.success, states)
+    read = hasattr(sim, "proprio")
+    first, before = sim.render(), [sim.proprio()] if read else []
+    run = run_simulator(sim, act, horizon, stop_at_success=stop_at_success, frames="all", proprio=read)
+    states = np.stack(before + run.proprio) if read else None
+    return Recording(np.stack([first, *run.frames]), np.stack(run.actions), run.success, states)
 
 
 def record_expert(

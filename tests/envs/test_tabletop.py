@@ -422,7 +422,7 @@ def test_displacement_moves_the_object_that_matters() -> None:
     sim = sim_of("stack")
     sim.reset(0)
     before = {n: sim.scene.data.body(n).xpos.copy() for n in ("cubeA_main", "cubeB_main")}
-    sim.displace_block((0.002, -0.001))
+    sim.displace((0.002, -0.001))
     after = {n: sim.scene.data.body(n).xpos for n in before}
     assert np.allclose(after["cubeA_main"] - before["cubeA_main"], (0.002, -0.001, 0), atol=1e-12)
     assert np.array_equal(after["cubeB_main"], before["cubeB_main"])
@@ -474,7 +474,7 @@ def test_any_registered_environment_runs() -> None:
     env = gymnasium.make("WMPO-Simulated-v0", task="robosuite:Door")
     assert env.reset(seed=0)[0]["pixels"].shape == (256, 256, 3)
     with pytest.raises(ValueError, match="not known which object"):
-        door.displace_block((0.0, 0.01))
+        door.displace((0.0, 0.01))
 
 
 def test_other_controllers_go_through_robosuites_own_code() -> None:

@@ -173,8 +173,8 @@ def twin_world():
 def tiny_world():
     """A real world with untrained networks."""
     pytest.importorskip("mujoco")
-    from wmpo_gym.evaluation.twin import start_frames
     from wmpo_gym.reward.conv import ConvSuccessClassifier
+    from wmpo_gym.rollouts.simulated import start_frames
     from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
     from wmpo_gym.world.networks.conv import ConvWorldModel
     from wmpo_gym.world.world import StartFrames, World

@@ -20,9 +20,9 @@ from wmpo_gym.evaluation.gates import (
     physics_gate,
 )
 from wmpo_gym.evaluation.metrics import action_sensitivity
-from wmpo_gym.evaluation.twin import Replay, replay, simulate_full_horizon, start_frames
 from wmpo_gym.evaluation.validation import measure_learnable, validate
 from wmpo_gym.rollouts.rollout import make_rollout_env, rollout
+from wmpo_gym.rollouts.simulated import Replay, replay, simulate_full_horizon, start_frames
 from wmpo_gym.statistics import precision_recall
 from wmpo_gym.tasks import GATES, get_task
 
@@ -174,3 +174,12 @@ def test_objects_that_a_recording_moved_are_looked_for_where_it_left_them(monkey
     assert error(still, still) is None  # nothing moved
     world.task = replace(TASK, name="unknown")
     assert error(still, episodes) is None  # nothing can be located
+
+
+def test_physics_is_not_measurable_without_what_it_needs(monkeypatch) -> None:
+    class Plain:
+        """A simulator that follows the protocol and nothing more."""
+
+    monkeypatch.setattr(gates_module, "make_simulator", lambda task, variant: Plain())
+    result = gates_module.physics_gate(TASK, np.zeros(0), np.zeros(0), Replay(np.zeros(0), None))
+    assert result.passed is None and "no displace and no to_pixels" in result.explanation

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wmpo_gym.evaluation.locate import locate_coloured_block, object_error
-from wmpo_gym.evaluation.twin import compare_with_twin, replay, start_frames
+from wmpo_gym.envs.simulated.locate import locate_coloured_block
+from wmpo_gym.evaluation.metrics import object_error
+from wmpo_gym.evaluation.twin import compare_with_twin
 from wmpo_gym.rollouts.imagined import imagine_actions, imagine_episodes, imagine_full_horizon
 from wmpo_gym.rollouts.rollout import make_rollout_env, rollout
+from wmpo_gym.rollouts.simulated import replay, start_frames
 from wmpo_gym.tasks import get_task
 
 pytest.importorskip("mujoco")

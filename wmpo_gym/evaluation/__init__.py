@@ -28,7 +28,7 @@ _HOMES = {
     "paired_difference": "wmpo_gym.statistics",
     "precision_recall": "wmpo_gym.statistics",
     "print_table": "wmpo_gym.report.results",
-    "replay": "wmpo_gym.evaluation.twin",
+    "replay": "wmpo_gym.rollouts.simulated",
     "rollout": "wmpo_gym.rollouts.rollout",
     "save_result": "wmpo_gym.rollouts.protocol",
     "save_video": "wmpo_gym.utils.video",

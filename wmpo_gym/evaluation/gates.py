@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from wmpo_gym.envs.simulated import make_simulator
-from wmpo_gym.evaluation.twin import Replay, replay
+from wmpo_gym.rollouts.simulated import Replay, replay
 from wmpo_gym.statistics import Agreement, paired_difference, success_rate
 from wmpo_gym.tasks import GATES, Task
 from wmpo_gym.utils.io import plain
@@ -74,7 +74,7 @@ def physics_gate(
     """Gate 1: replay the same actions with the object shifted a little, in a random direction per episode.
 
     Args:
-        task: The task; its simulator must have ``displace_block`` and ``to_pixels``.
+        task: The task. Without ``displace`` and ``to_pixels`` in its simulator the gate is not measurable.
         start_state_ids: int (N,).
         actions: float (N, T, D) over the full horizon.
         nominal: The replay of the same actions without a shift.
@@ -84,6 +84,16 @@ def physics_gate(
         progress: Show a progress bar.
     """
     simulator: Any = make_simulator(task, variant)
+    if missing := [name for name in ("displace", "to_pixels") if not hasattr(simulator, name)]:
+        return GateResult(
+            "physics",
+            None,
+            {},
+            "not measurable",
+            f"< {100 * MAX_FLIPS:.0f} % of outcomes flip at {displacement_px:g} px",
+            f"The simulator of {task.name!r} has no {' and no '.join(missing)}, so that its object cannot be "
+            "displaced.",
+        )
     pixels_per_metre = float(
         np.linalg.norm(simulator.to_pixels([1.0, 0.0]) - simulator.to_pixels([0.0, 0.0]))
     )

@@ -13,11 +13,42 @@ from typing import Any
 import numpy as np
 
 from wmpo_gym.data.episode import Episode
-from wmpo_gym.evaluation.locate import object_error
+from wmpo_gym.envs.simulated import find_locator
 from wmpo_gym.rollouts.imagined import imagine_actions, imagine_frames, imagined_replays, to_horizon
+from wmpo_gym.tasks import Task
 from wmpo_gym.world.world import World
 
 LEAST_SQUARED_ERROR = 1e-3  # of grey levels; keeps the PSNR of a perfect frame finite (78 dB)
+
+EPISODES_AT_ONCE = 32  # floating-point copies of more clips would fill the memory
+
+
+def object_error(
+    task: Task, imagined: np.ndarray, twin: np.ndarray, task_ids: np.ndarray
+) -> np.ndarray | None:
+    """Distance between the named object in two clips of the same actions.
+
+    Args:
+        task: Its simulator says how the object is located.
+        imagined: uint8 (N, T, H, W, 3).
+        twin: uint8 (N, T, H, W, 3).
+        task_ids: int (N,).
+
+    Returns:
+        float64 (N, T) in pixels: the picture's width where imagination has lost the object, NaN where the
+        twin does not show it either. None if nothing says how to locate the object of the task.
+    """
+    locate, task_ids = find_locator(task), np.asarray(task_ids)
+    if locate is None:
+        return None
+    parts = [slice(i, i + EPISODES_AT_ONCE) for i in range(0, len(imagined), EPISODES_AT_ONCE)]
+    here, there = (
+        np.concatenate([locate(clips[part], task_ids[part]) for part in parts]) for clips in (imagined, twin)
+    )
+    error = np.linalg.norm(here - there, axis=-1)
+    error[np.isnan(here).any(axis=-1)] = imagined.shape[-2]
+    error[np.isnan(there).any(axis=-1)] = np.nan
+    return error
 
 
 def world_quality(world: World, episodes: Sequence[Episode], *, seed: int = 0) -> dict[str, Any]:

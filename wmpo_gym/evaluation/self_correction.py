@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from wmpo_gym.evaluation.twin import simulate_full_horizon
+from wmpo_gym.rollouts.simulated import simulate_full_horizon
 from wmpo_gym.statistics import success_rate
 from wmpo_gym.tasks import Task, get_task
 

@@ -19,10 +19,10 @@ from wmpo_gym.evaluation.gates import (
     learnable_gate,
     physics_gate,
 )
-from wmpo_gym.evaluation.locate import object_error
-from wmpo_gym.evaluation.metrics import action_sensitivity, psnr_of_clips
-from wmpo_gym.evaluation.twin import TwinComparison, compare_with_twin, simulate_full_horizon
+from wmpo_gym.evaluation.metrics import action_sensitivity, object_error, psnr_of_clips
+from wmpo_gym.evaluation.twin import TwinComparison, compare_with_twin
 from wmpo_gym.rollouts.imagined import NEVER, Imagined, imagine_episodes
+from wmpo_gym.rollouts.simulated import simulate_full_horizon
 from wmpo_gym.statistics import paired_difference, precision_recall
 from wmpo_gym.tasks import GATES, Task
 from wmpo_gym.world.world import World

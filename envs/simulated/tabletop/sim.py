@@ -113,7 +113,7 @@ class RobosuiteSim:
         return "missed" if self._closing else None
 
     # -- for the gates ---------------------------------------------------------------------------------------
-    def displace_block(self, offset: tuple[float, float] | np.ndarray) -> None:
+    def displace(self, offset: tuple[float, float] | np.ndarray) -> None:
         """Shift the main object by ``offset`` metres (x, y); used to measure how chaotic the physics is.
 
         Raises:

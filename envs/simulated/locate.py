@@ -1,12 +1,10 @@
-"""Where the named object is in a picture, measured alike in imagined and in simulated frames."""
+"""The named object in a frame, located alike in imagined and in simulated frames."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
-
-from wmpo_gym.tasks import Task
 
 Locator = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -41,37 +39,3 @@ def locate_coloured_block(frames: np.ndarray, task_ids: np.ndarray) -> np.ndarra
         centre = centre / total[..., None]
     centre[total < LEAST_AREA * FULL_COLOUR] = np.nan
     return centre
-
-
-LOCATORS: dict[str, Locator] = {
-    name: locate_coloured_block for name in ("move-block", "lift", "lift-close", "stack", "stack-three")
-}
-EPISODES_AT_ONCE = 32  # floating-point copies of more clips would fill the memory
-
-
-def object_error(
-    task: Task, imagined: np.ndarray, twin: np.ndarray, task_ids: np.ndarray
-) -> np.ndarray | None:
-    """Distance between the named object in two clips of the same actions.
-
-    Args:
-        task: Names the locator in :data:`LOCATORS`.
-        imagined: uint8 (N, T, H, W, 3).
-        twin: uint8 (N, T, H, W, 3).
-        task_ids: int (N,).
-
-    Returns:
-        float64 (N, T) in pixels: the picture's width where imagination has lost the object, NaN where the
-        twin does not show it either. None if the task has no locator.
-    """
-    if task.base_name not in LOCATORS:
-        return None
-    locate, task_ids = LOCATORS[task.base_name], np.asarray(task_ids)
-    parts = [slice(i, i + EPISODES_AT_ONCE) for i in range(0, len(imagined), EPISODES_AT_ONCE)]
-    here, there = (
-        np.concatenate([locate(clips[part], task_ids[part]) for part in parts]) for clips in (imagined, twin)
-    )
-    error = np.linalg.norm(here - there, axis=-1)
-    error[np.isnan(here).any(axis=-1)] = imagined.shape[-2]
-    error[np.isnan(there).any(axis=-1)] = np.nan
-    return error
