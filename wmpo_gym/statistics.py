@@ -1,6 +1,6 @@
-"""Success rates with intervals, paired comparisons, and how far an imagined success can be believed.
+"""Success rates with confidence intervals, paired comparisons, and accuracy of claimed successes.
 
-Every number here is deterministic: intervals come from score formulas, not from resampling.
+All results are deterministic: intervals use score formulas, not resampling.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 @dataclass(frozen=True)
 class Rate:
-    """A proportion that cannot be printed without its count and interval.
+    """A proportion with its sample size and confidence interval.
 
     Attributes:
         successes: Number of successes.
@@ -73,14 +73,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Claimed successes judged by true outcomes of the same episodes.
+    """Accuracy of claimed successes against the true outcomes of the same episodes.
 
     Attributes:
-        precision: Of the claimed successes, how many are true.
-        recall: Of the true successes, how many are claimed.
-        specificity: Of the true failures, how many are not claimed; tells information from optimism
-            where almost everything succeeds.
-        accuracy: Episodes where claim and truth agree.
+        precision: Fraction of claimed successes that are true.
+        recall: Fraction of true successes that are claimed.
+        specificity: Fraction of true failures that are not claimed; exposes over-claiming if almost all
+            episodes succeed.
+        accuracy: Fraction of episodes whose claim is correct.
         claimed: Rate of claims.
         true: Rate of true successes.
         gap: Claimed minus true in points (the hallucination gap), paired.
@@ -96,15 +96,15 @@ class Agreement:
 
     @property
     def f1(self) -> float:
-        """Harmonic mean of precision and recall: 0 without a true claim, NaN if all is rightly unclaimed."""
+        """Harmonic mean of precision and recall: NaN without successes and claims."""
         hits, errors = self.precision.successes, self.accuracy.n - self.accuracy.successes
         return 2 * hits / (2 * hits + errors) if hits or errors else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form with one entry per figure."""
+        """JSON form with one entry per metric."""
         names = ("precision", "recall", "specificity", "accuracy", "claimed", "true")
-        figures: dict[str, Any] = {name: getattr(self, name).to_dict() for name in names}
-        return figures | {"f1": None if math.isnan(self.f1) else self.f1, "gap": self.gap.to_dict()}
+        metrics: dict[str, Any] = {name: getattr(self, name).to_dict() for name in names}
+        return metrics | {"f1": None if math.isnan(self.f1) else self.f1, "gap": self.gap.to_dict()}
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -112,14 +112,14 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
 
     Args:
         successes: Number of successes, 0 to ``n``.
-        n: Number of trials; 0 gives (0, 1), since nothing is known.
+        n: Number of trials; 0 gives (0, 1).
         confidence: Coverage in (0, 1).
 
     Returns:
         Lower and upper end, fractions in [0, 1].
 
     Raises:
-        ValueError: If the counts or the confidence are impossible.
+        ValueError: If the counts or the confidence are invalid.
     """
     if not 0 <= successes <= n:
         raise ValueError(f"successes={successes} of n={n} is impossible; give 0 <= successes <= n.")
@@ -148,7 +148,7 @@ def success_rate(outcomes: ArrayLike, confidence: float = 0.95) -> Rate:
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Difference:
-    """How much more often ``second`` succeeds than ``first`` on the same start states.
+    """Difference in success rate between ``second`` and ``first`` on the same start states.
 
     The interval is the hybrid score interval for paired proportions (R. G. Newcombe, Statistics in Medicine
     17, 1998, method 10): Wilson limits of both rates, joined with the correlation of the pairs. Unlike the
@@ -184,11 +184,11 @@ def paired_difference(first: ArrayLike, second: ArrayLike, confidence: float = 0
 
 
 def precision_recall(claimed: ArrayLike, true: ArrayLike) -> Agreement:
-    """Judge claimed successes by true outcomes.
+    """Compare claimed successes with true outcomes of the same episodes.
 
     Args:
-        claimed: Success as claimed, e.g. by the classifier in imagination, booleans (N,).
-        true: Success as it happened, e.g. in the twin replay of the same actions, booleans (N,).
+        claimed: Claimed success, e.g. by the classifier in imagination, booleans (N,).
+        true: True success, e.g. from replaying the same actions in the paired simulator, booleans (N,).
 
     Raises:
         ValueError: If the lengths differ or there are no episodes.
@@ -212,7 +212,7 @@ def hallucination_gap(claimed: ArrayLike, true: ArrayLike) -> Difference:
 
 
 def _outcomes(values: ArrayLike, name: str) -> np.ndarray:
-    """Boolean (N,) array; refuses anything that is not plainly success or failure."""
+    """Boolean (N,) array; rejects values other than 0 and 1."""
     array = np.asarray(values)
     if array.ndim != 1 or not np.isin(array, (0, 1)).all():
         raise ValueError(

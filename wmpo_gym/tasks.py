@@ -1,7 +1,7 @@
-"""The table of tasks: what is to be done, with which actions, from which start states.
+"""Task specifications: instructions, action space, horizon and start states.
 
-A :class:`Task` is plain data (JSON-able); the simulators, world models and policies read it and none of
-them repeats a number that stands here.
+A :class:`Task` is JSON-serialisable data and the single source of these values for simulators, world models
+and policies.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 SPLITS = ("train", "validation", "test")
-# What `wmpo validate` measures before anyone trains in a world.
+# Gates of `wmpo validate`, measured before a policy is trained in a world.
 GATES = ("physics", "learnable", "faithful", "honest")
-# Hints for trainings that saved tasks may hold; see wmpo_gym.training.presets.
+# Training hints in tasks saved by earlier releases; see wmpo_gym.training.presets.
 FORMER_FIELDS = ("motion_px", "symmetries", "gradual_steps")
 
 
 @dataclass(frozen=True)
 class StartStates:
-    """How many start states a task has per split, and the seed they are drawn from.
+    """Number of start states per split and the seed they are drawn from.
 
-    Ids run from 0: first train, then validation, then test. An id names the same physical start on every
-    machine. Collection and imagination use train ids, checkpoint choice uses validation ids, and reported
-    numbers use test ids only.
+    Ids run from 0: first train, then validation, then test. An id denotes the same physical start state on
+        every
+    machine. Collection and imagination use train ids, checkpoint selection uses validation ids, and reported
+    results use test ids only.
     """
 
     train: int
@@ -43,20 +44,20 @@ class Task:
 
     Attributes:
         name: Key in :data:`TASKS`.
-        instructions: The sentences; an observation's ``task_id`` indexes them.
+        instructions: Language instructions, indexed by the ``task_id`` of an observation.
         horizon: Episode limit in control steps; a multiple of ``chunk``.
         chunk: Actions per decision (K).
-        action_dim: Numbers per action (D), each in [-1, 1].
+        action_dim: Dimension of an action (D), each component in [-1, 1].
         control_hz: Control steps per second.
         image_size: Side of the square RGB observation in pixels.
         start_states: Start states per split.
         action_low: Physical value of action -1 per dimension (metres per step, or gripper command).
         action_high: Physical value of action +1 per dimension.
         success_tolerance_px: Radius of the success region in observation pixels, for the *faithful* gate;
-            None where objects cannot be located, as in recordings.
-        exclusive_instructions: Whether an episode can fulfil one instruction at most.
+            None if objects cannot be located, as in recordings.
+        exclusive_instructions: Whether an episode can fulfil at most one instruction.
         variants: Names of the scene variants of the simulator; the first is the nominal one.
-        simulator: Settings of the simulator that belong to the task, as JSON (see :func:`robosuite_task`).
+        simulator: Task-specific settings of the simulator, JSON-serialisable (see :func:`robosuite_task`).
     """
 
     name: str
@@ -83,7 +84,7 @@ class Task:
 
     @property
     def n_chunks(self) -> int:
-        """Decisions per full-length episode."""
+        """Action chunks per full-length episode."""
         return self.horizon // self.chunk
 
     @property
@@ -92,7 +93,7 @@ class Task:
         return self.name.partition("@")[0]
 
     def at(self, image_size: int) -> Task:
-        """The same task seen in pictures of another size, named ``"<name>@<image_size>"``.
+        """The same task at another image size, named ``"<name>@<image_size>"``.
 
         Args:
             image_size: Side of the observation in pixels.
@@ -131,7 +132,7 @@ class Task:
         return range(*bounds[split])
 
     def split_of(self, start_state_id: int) -> str:
-        """The split an id belongs to.
+        """Split of a start-state id.
 
         Raises:
             ValueError: If the id is not one of the task's start states.
@@ -145,17 +146,17 @@ class Task:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; :meth:`from_dict` restores it."""
+        """JSON-serialisable form; :meth:`from_dict` restores it."""
         data = asdict(self)
-        if not data["simulator"]:  # results and worlds from before there was such a thing compare as equal
+        if not data["simulator"]:  # as in files of earlier releases
             del data["simulator"]
         return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Task:
-        """Rebuild a task from :meth:`to_dict`, also after a trip through JSON (lists become tuples).
+        """Rebuild a task from :meth:`to_dict`, also from JSON (lists become tuples).
 
-        Hints for trainings, which tasks used to hold (:data:`FORMER_FIELDS`), are dropped.
+        Training hints stored by earlier releases (:data:`FORMER_FIELDS`) are dropped.
         """
 
         def tuples(value: Any) -> Any:
@@ -186,10 +187,10 @@ MOVE_BLOCK = Task(
 def _panda_task(
     name: str, instruction: str, horizon: int, tolerance_px: float, variants: tuple[str, ...]
 ) -> Task:
-    """A task of the Panda arm on robosuite; what all of them share is the published system's.
+    """A robosuite task of the Panda arm; the shared settings are those of the published system.
 
-    Chunks of 8 steps at 20 Hz; an action is a displacement of the hand in metres, a rotation vector in
-    radians and the gripper (closed above 0), as robosuite's operational-space controller takes them; one
+    Chunks of 8 steps at 20 Hz; an action is a displacement of the gripper in metres, a rotation vector in
+    radians and the gripper (closed above 0), as in robosuite's operational-space controller; one
     third-person camera at 256 x 256.
     """
     return Task(
@@ -213,7 +214,7 @@ MOVABLE = ("nominal", "moved-goal", "background", "texture")
 # Horizons and instructions of the last four are the published ones; docs/tasks.md has all sources.
 PANDA_TASKS = (
     _panda_task("lift", "lift the cube", 64, 10.0, LOOKS),
-    _panda_task("lift-close", "lift the cube", 64, 13.5, LOOKS),  # for small pictures: the camera sees less
+    _panda_task("lift-close", "lift the cube", 64, 13.5, LOOKS),  # for small images: closer camera
     _panda_task("stack", "stack the red cube on the green cube", 128, 10.0, LOOKS),
     _panda_task("square", "insert the square into the stick", 184, 15.0, MOVABLE),
     _panda_task("stack-three", "stack_three", 320, 10.0, LOOKS),
@@ -241,24 +242,24 @@ def robosuite_task(
     env_kwargs: dict[str, Any] | None = None,
     start_states: StartStates = PANDA_TASKS[0].start_states,
 ) -> Task:
-    """Any environment that is registered with robosuite, as a task of ``WMPO-Simulated-v0``.
+    """Task from any environment registered with robosuite, for ``WMPO-Simulated-v0``.
 
-    ``get_task("robosuite:<env_name>")`` is the same with the defaults.
+    ``get_task("robosuite:<env_name>")`` uses the defaults.
 
     Args:
-        env_name: Its name in robosuite's registry, for instance ``"Door"``.
-        instruction: What is to be done; None is the name.
+        env_name: Name in robosuite's registry, for instance ``"Door"``.
+        instruction: Language instruction; None is the name.
         horizon: Episode limit in control steps, a multiple of ``chunk``.
-        chunk: Actions per decision.
-        action_dim: Numbers per action of robot and controller.
+        chunk: Actions per chunk.
+        action_dim: Dimension of an action for this robot and controller.
         image_size: Side of the observation in pixels.
         camera: Name of the camera.
-        fovy: Vertical opening of the camera in degrees; None leaves it as it is.
+        fovy: Vertical field of view of the camera in degrees; None keeps the environment's.
         robots: Name of the robot.
         controller: Name, file or contents of a robosuite controller configuration; None is the robot's own.
-        packages: Packages to import first because they register the environment.
-        env_kwargs: Further arguments of ``robosuite.make``, as JSON.
-        start_states: Start states; an id seeds the environment's reset.
+        packages: Packages that register the environment, imported first.
+        env_kwargs: Further arguments of ``robosuite.make``, JSON-serialisable.
+        start_states: Start states; the id is the seed of the environment's reset.
     """
     settings: dict[str, Any] = {
         "env_name": env_name,
@@ -297,14 +298,14 @@ def register_task(task: Task) -> None:
 
 
 def get_task(task: str | Task) -> Task:
-    """Look a task up by name; a :class:`Task` is returned as it is.
+    """Look up a task by name; a :class:`Task` is returned unchanged.
 
     Args:
-        task: A name in :data:`TASKS` or ``"robosuite:<name of a robosuite environment>"``; ``"@64"`` behind
-            it asks for pictures of 64 x 64 pixels.
+        task: A name in :data:`TASKS` or ``"robosuite:<name of a robosuite environment>"``; the suffix
+            ``"@64"`` sets the image size to 64 x 64 pixels.
 
     Raises:
-        ValueError: If the name is unknown; the message lists the names and the nearest one.
+        ValueError: If the name is unknown; the message lists the names and the closest match.
     """
     if isinstance(task, Task):
         return task

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: imitate recorded episodes, token by token."""
+"""Supervised fine-tuning (behaviour cloning) on the action tokens of recorded episodes."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ CHECKPOINT_EVERY = 100  # steps
 
 @dataclass(frozen=True)
 class SFTSettings:
-    """How to fine-tune.
+    """Settings of supervised fine-tuning.
 
     Attributes:
         steps: Optimizer steps.
         batch: Windows per step.
         lr: Peak learning rate of the one-cycle schedule.
         weight_decay: Decoupled weight decay (AdamW).
-        warmup: Share of the steps in which the rate rises.
-        max_grad_norm: Gradients are scaled down to this norm.
-        shift: Augmentation: move the picture by up to this many pixels in each direction.
+        warmup: Fraction of the steps with learning-rate warm-up.
+        max_grad_norm: Gradients are clipped to this norm.
+        shift: Augmentation: maximum random image shift in pixels, in each direction.
         symmetries: Names of the task's symmetries (:mod:`wmpo_gym.training.presets`) to augment with. Leave
-            out one that would undo a bias of the demonstrator you want to keep.
+            out any that would remove a bias of the demonstrator that the policy should imitate.
     """
 
     steps: int = 500
@@ -63,23 +63,23 @@ class SFTSettings:
 
 
 def token_loss(policy: VLAPolicy, batch: Windows) -> tuple[torch.Tensor, float]:
-    """Mean cross-entropy (nats) of the recorded actions' tokens, and the share predicted exactly."""
+    """Mean cross-entropy (nats) of the recorded action tokens, and the token accuracy."""
     targets = policy.encode(batch.actions)
-    kept = batch.mask.repeat_interleave(policy.config.action_dim, dim=1)
-    logits = policy.logits({"pixels": batch.pixels, "task_id": batch.task_id})[kept]
-    targets = targets[kept].to(logits.device)
+    valid = batch.mask.repeat_interleave(policy.config.action_dim, dim=1)
+    logits = policy.logits({"pixels": batch.pixels, "task_id": batch.task_id})[valid]
+    targets = targets[valid].to(logits.device)
     return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean().item()
 
 
 class FineTuning(TrainingTask):
-    """Batches of recorded decisions and the cross-entropy of their action tokens.
+    """Training task: cross-entropy of the action tokens of recorded decisions.
 
     Args:
-        policy: The policy; frozen weights stay as they are.
+        policy: The policy; frozen weights are not changed.
         windows: The training examples.
         symmetries: Each is applied to a random half of a batch.
         settings: How to fine-tune.
-        seed: Seed of the order of the examples and of the augmentation.
+        seed: Seed of example order and augmentation.
     """
 
     component = "fine-tuning"
@@ -109,7 +109,7 @@ class FineTuning(TrainingTask):
         )
 
     def optimizers(self) -> dict[str, tuple[Optimizer, LRScheduler]]:
-        """AdamW on one cycle of the learning rate."""
+        """AdamW with a one-cycle schedule."""
         trainable = [p for p in self.network.parameters() if p.requires_grad]
         optimizer = AdamW(trainable, lr=self.sft.lr, weight_decay=self.sft.weight_decay)
         steps, warmup = self.sft.steps, self.sft.warmup
@@ -125,11 +125,11 @@ class FineTuning(TrainingTask):
 
     @staticmethod
     def tensors(batch: Windows) -> dict[str, torch.Tensor]:
-        """The fields of a batch, and in every row ``n_actions``, the recorded actions of the whole of it."""
+        """Fields of a batch plus ``n_actions``, its total number of recorded actions, in every row."""
         return {**vars(batch), "n_actions": batch.mask.sum().expand(len(batch))}
 
     def _read_from(self, step: int) -> Iterator[Windows]:
-        """Batches from a step on; those before are drawn, but not read."""
+        """Batches starting at a step; earlier ones are drawn but not read."""
         rng = np.random.default_rng([self.seed, 3])
         drawn = draws(
             len(self.windows),
@@ -142,7 +142,7 @@ class FineTuning(TrainingTask):
         return iter(prefetched(self.windows.draw(draw, self.symmetries) for draw in remaining))
 
     def compute_loss(self, batch: Mapping[str, torch.Tensor]) -> Loss:
-        """Cross-entropy of the tokens, as these examples' share of the mean over the whole batch."""
+        """Cross-entropy of the tokens, as their contribution to the mean over the whole batch."""
         windows = Windows(*(batch[name] for name in ("pixels", "task_id", "actions", "mask")))
         loss, accuracy = token_loss(self.policy, windows)
         share = windows.mask.sum() / batch["n_actions"][0]
@@ -150,7 +150,7 @@ class FineTuning(TrainingTask):
         return Loss(loss * share, metrics)
 
     def settings(self) -> dict[str, Any]:
-        """The examples, how they are varied, and the weights that stay as they are."""
+        """Examples, augmentation and identity of the frozen weights."""
         same = {
             "warmup": self.sft.warmup,
             "shift": self.sft.shift,
@@ -161,7 +161,7 @@ class FineTuning(TrainingTask):
         return {**same, "frozen weights": frozen} if frozen else same
 
     def state(self) -> TrainingState:
-        """The weights that change."""
+        """State dict of the trained weights."""
         weights = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         changing = changing_weights(weights, self.policy.kept_elsewhere()[0])
         state = TrainingState()
@@ -201,34 +201,34 @@ def train_sft(
     """Fine-tune a VLA policy on demonstrations.
 
     The same seed, episodes and settings give the same weights on one machine; torch's and numpy's global
-    generators are left alone.
+    generators are not changed.
 
     Args:
-        episodes: Demonstrations; failures are imitated like successes.
+        episodes: Demonstrations; failures are not filtered out.
         task: The task they belong to.
-        config: The network; None is :meth:`VLAConfig.tiny` for the task.
-        settings: How to train.
+        config: Configuration of the network; None is :meth:`VLAConfig.tiny` for the task.
+        settings: Settings of the training.
         seed: Seeds the initial weights, the order of the examples and the augmentation.
-        policy: Go on from this policy instead of a new one; ``config`` is then ignored.
-        policy_kwargs: Further arguments of the new policy, where there is none to go on from.
-        hints: Holds the symmetries that the settings name; None is the table's hints for the task.
-        device: Where to train, see :func:`~wmpo_gym.utils.device.resolve_device`; None is where the policy
-            is, for a new one the CPU.
+        policy: Policy to fine-tune instead of a new one; ``config`` is then ignored.
+        policy_kwargs: Further arguments of a new policy.
+        hints: Defines the symmetries named in the settings; None is the task's hints.
+        device: Training device, see :func:`~wmpo_gym.utils.device.resolve_device`; None is the policy's
+            device, or the CPU for a new one.
         precision: ``"fp32"`` or ``"bf16"``, see :class:`VLAPolicy`; None is the policy's own.
-        micro_batch: Windows per forward and backward pass, a bound on memory; None for the whole batch. The
+        micro_batch: Windows per forward and backward pass, to limit memory; None for the whole batch. The
             gradient is the same up to rounding.
         progress: Called after each step, before its checkpoint, with (steps done, steps, {"loss", "accuracy",
             "lr"}).
         log_dir: Directory for TensorBoard curves.
-        checkpoint_dir: Where to keep checkpoints; a complete one of the same settings is gone on from and
-            gives the same weights as an uninterrupted training.
+        checkpoint_dir: Directory of the checkpoints; training resumes from a complete one of the same
+            settings, with the same weights as without interruption.
 
     Returns:
         The policy, ready to sample.
 
     Raises:
-        ValueError: If there is nothing to learn from, actions or images do not fit the task, this machine
-            does not have the device or precision, the policy was loaded in another precision, or the
+        ValueError: If there are no examples, actions or images do not fit the task, the device
+            or precision is unavailable, the policy was loaded in another precision, or the
             checkpoint is of another training.
     """
     task, settings = get_task(task), settings or SFTSettings()
@@ -272,21 +272,22 @@ def train_sft(
 def instruction_gap(
     policy: VLAPolicy, episodes: Sequence[Episode], task: Task, *, windows: int = 512, batch: int = 64
 ) -> float | None:
-    """How much worse a policy explains recorded actions when it is told another instruction.
+    """Increase in token cross-entropy when a policy is conditioned on a wrong instruction.
 
-    Words are bound to things late and all at once; before, the mean over all instructions is imitated.
+    It measures whether the policy uses the instruction. In training it stays near 0 at first and then rises
+    abruptly.
 
     Args:
         policy: The policy.
         episodes: Demonstrations.
         task: The task they belong to.
-        windows: Control steps to look at, at most.
-        batch: So many at once.
+        windows: Maximum number of control steps to evaluate.
+        batch: Batch size.
 
     Returns:
         Mean cross-entropy per action token under a wrong instruction minus that under the right one, in nats:
-        near 0 if it is not read, see ``instruction_gap`` in
-        :class:`~wmpo_gym.training.presets.TrainingHints`. None if there is one instruction only.
+        near 0 if the instruction is ignored; see ``instruction_gap`` in
+        :class:`~wmpo_gym.training.presets.TrainingHints`. None if the episodes have a single instruction.
     """
     dataset = WindowDataset(episodes, task.chunk)
     given = np.unique(dataset.task_ids)

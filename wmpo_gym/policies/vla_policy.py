@@ -50,10 +50,10 @@ class VLAPolicy(GroupPolicy):
         base: Where the base policy of saved adapters is now; None for where it was when they were trained.
         config: Without ``model``: ``"tiny"``, ``"openvla-oft-7b"``, a :class:`VLAConfig` or its dictionary.
         instructions: The task's sentences, indexed by ``task_id``; with ``model`` only needed to change them.
-        temperature: Divides the logits, in :meth:`sample` and :meth:`log_prob` alike. None keeps that of
-            ``model``, or 1.
-        lora: Keyword arguments of ``peft.LoraConfig``, at least ``r``; adapters on the language model are
-            then trained and everything else is frozen. Saved adapters bring their own.
+        temperature: Softmax temperature in :meth:`sample` and :meth:`log_prob`. None is that of ``model``, or
+            1.
+        lora: Keyword arguments of ``peft.LoraConfig``, at least ``r``; only the
+            adapters of the language model are then trained. Saved adapters define their own.
         quantization: Keyword arguments of ``transformers.BitsAndBytesConfig`` with ``load_in_4bit=True``, for
             the language model's frozen weights.
         precision: ``"fp32"``, or ``"bf16"``: compute in bfloat16 on a GPU and keep frozen weights in it,
@@ -62,12 +62,12 @@ class VLAPolicy(GroupPolicy):
         gradient_checkpointing: In training, recompute the activations inside every transformer layer in the
             backward pass: a third more computation, a fraction of the memory, the same gradient.
         optimizer_class: Optimizer of the trainable parameters.
-        optimizer_kwargs: Its further keyword arguments.
+        optimizer_kwargs: Further keyword arguments of the optimizer.
         seed: Seeds the initial weights and the sampling generator.
 
     Raises:
-        ValueError: If spaces, configuration and instructions do not fit together.
-        ArtifactError: If saved files are missing or damaged, or do not fit each other.
+        ValueError: If spaces, configuration and instructions are inconsistent.
+        ArtifactError: If saved files are missing or damaged, or are inconsistent.
         ImportError: If transformers (or peft for ``lora``, bitsandbytes for ``quantization``) is missing.
     """
 
@@ -162,7 +162,7 @@ class VLAPolicy(GroupPolicy):
     def _draw(self, log_probs: torch.Tensor) -> torch.Tensor:
         """One token per position by inverting the cumulative distribution at a uniform number.
 
-        The numbers are drawn on the CPU, so a seed means the same on every device.
+        The uniform numbers are drawn on the CPU, so that a seed gives the same noise on every device.
         """
         uniform = self.draw(
             lambda n: torch.rand(n, log_probs.shape[1], generator=self._generator, dtype=torch.float64),
@@ -193,7 +193,7 @@ class VLAPolicy(GroupPolicy):
         self._generator.manual_seed(seed)
 
     def get_extra_state(self) -> torch.Tensor:
-        """State of the sampling generator, so that a checkpoint resumes to the same draws."""
+        """State of the sampling generator, for exact resumption from a checkpoint."""
         return self._generator.get_state()
 
     def set_extra_state(self, state: torch.Tensor) -> None:
@@ -208,23 +208,23 @@ class VLAPolicy(GroupPolicy):
         *,
         state_dict: Mapping[str, torch.Tensor] | None = None,
     ) -> Path:
-        """Write ``config.json``, ``policy.json`` and the weights, all or nothing.
+        """Write ``config.json``, ``policy.json`` and the weights, atomically.
 
-        With LoRA the weights are the adapters alone, a few megabytes, and the card says which base policy
-        they belong to; :meth:`from_pretrained` puts them together again.
+        With LoRA the weights are the adapters alone, a few megabytes, and the card identifies their base
+        policy; :meth:`from_pretrained` combines both.
 
-        A tokenizer that came from a directory goes along in ``tokenizer/``.
+        A tokenizer loaded from a directory is copied to ``tokenizer/``.
 
         Args:
-            directory: Where to.
-            meta: JSON-able provenance (task, training, results).
-            state_dict: The network's weights, if they do not lie in it whole (FSDP); None takes its own.
+            directory: Target directory.
+            meta: JSON-serialisable provenance (task, training, results).
+            state_dict: The network's full weights if they are sharded (FSDP); None takes the network's own.
 
         Returns:
             The directory.
 
         Raises:
-            ValueError: If there are adapters on a base that was not saved, or weights in 4 bits.
+            ValueError: If the base of the adapters was not saved, or the weights are quantised to 4 bits.
         """
         if self.lora and self._base is None:
             raise ValueError(
@@ -242,12 +242,12 @@ class VLAPolicy(GroupPolicy):
         return Path(directory)
 
     def save_merged(self, directory: str | Path, meta: Mapping[str, Any] | None = None) -> Path:
-        """Write a whole policy with the adapters added to its weights; this policy stays as it is.
+        """Write a complete policy with the adapters merged into its weights; this policy is not changed.
 
         Arguments and return value as for :meth:`save_pretrained`.
 
         Raises:
-            ValueError: If there are no adapters, or they cannot be added to the weights.
+            ValueError: If there are no adapters, or they cannot be merged.
         """
         if not self.lora:
             raise ValueError("This policy has no adapters to merge; save_pretrained writes all of it.")
@@ -259,7 +259,7 @@ class VLAPolicy(GroupPolicy):
     def _written(
         self, directory: str | Path, meta: Mapping[str, Any] | None, base: Base | None
     ) -> Iterator[Path]:
-        """A directory with configuration and card, which appears once the weights are in it too."""
+        """Context manager: directory with configuration and card, written atomically with the weights."""
         with write_dir_atomic(directory) as temporary:
             write_policy_card(
                 temporary,
@@ -274,7 +274,7 @@ class VLAPolicy(GroupPolicy):
             yield temporary
 
     def kept_elsewhere(self) -> tuple[set[str], str]:
-        """See :meth:`GroupPolicy.kept_elsewhere`: what LoRA froze, if it comes from a saved policy."""
+        """See :meth:`GroupPolicy.kept_elsewhere`: LoRA's frozen weights, if the base policy is saved."""
         if self._base is None:
             return set(), ""
         frozen = {name for name, p in self.named_parameters() if not p.requires_grad}

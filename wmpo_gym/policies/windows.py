@@ -1,4 +1,4 @@
-"""Training examples of a policy: what was seen at a control step, and which actions came next."""
+"""Training examples of a policy: the observation at a control step and the following actions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Draw:
-    """Which examples make a batch of B, and how they are varied.
+    """Example indices and augmentation of a batch of size B.
 
     Attributes:
         index: int64 ``(B,)`` numbers of the examples.
@@ -92,7 +92,7 @@ class WindowDataset:
         return _tensors(*self._read(index))
 
     def draw(self, draw: Draw, symmetries: Sequence[Symmetry]) -> Windows:
-        """A varied batch.
+        """An augmented batch.
 
         Args:
             draw: Which examples, and how they are varied.
@@ -128,7 +128,7 @@ def draws(n: int, batch: int, *, n_symmetries: int, shift: int, rng: np.random.G
         batch: Examples per batch.
         n_symmetries: Symmetries S; each is applied to a random half of the batch.
         shift: Largest shift of an image in pixels; 0 for none.
-        rng: Decides everything.
+        rng: Random generator.
     """
     order = np.empty(0, np.int64)
     while True:

@@ -25,7 +25,7 @@ from wmpo_gym.utils.io import (
 from wmpo_gym.utils.rows import TensorRows
 
 FORMAT_VERSION = 1
-FRAMES_PER_UPDATE = 32  # of a recorded episode; bounds the memory for large images
+FRAMES_PER_UPDATE = 32  # for recorded episodes; limits memory for large images
 KINDS = {
     "conv": ("wmpo_gym.reward.conv", "ConvSuccessClassifier"),
     "videomae": ("wmpo_gym.reward.videomae", "VideoMAESuccessClassifier"),
@@ -37,16 +37,16 @@ class Calibration:
     """A threshold and its quality on ``n`` episodes.
 
     Attributes:
-        threshold: Probability from which on a window counts as success.
-        precision: Share of the claimed successes that are real; NaN if none is claimed.
-        recall: Share of the real successes that are claimed.
+        threshold: Minimum probability of a window that counts as success.
+        precision: Fraction of claimed successes that are true; NaN without claims.
+        recall: Fraction of true successes that are claimed.
         f1: Harmonic mean of the two.
-        n: Episodes it was measured on.
-        n_success: Successes among them.
+        n: Number of calibration episodes.
+        n_success: True successes among them.
         precision_ci95: 95 % Wilson interval of the precision.
         recall_ci95: 95 % Wilson interval of the recall.
-        plateau: Scores next to the threshold; any other between them claims the same episodes.
-        finish_error: Median of claimed minus real finish step over rightly claimed successes; NaN if none is.
+        plateau: Scores below and above the threshold; any threshold between them gives the same claims.
+        finish_error: Median of claimed minus true finish step over true positives; NaN without any.
     """
 
     threshold: float
@@ -61,17 +61,17 @@ class Calibration:
     finish_error: float = math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; numbers that are not finite become None."""
+        """JSON-serialisable form; non-finite numbers become None."""
         values = asdict(self)
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Calibration:
-        """Rebuild from :meth:`to_dict`, also after a trip through JSON.
+        """Rebuild from :meth:`to_dict`, also from JSON.
 
         Raises:
             TypeError: If an entry is missing or unknown.
-            ValueError: If the threshold is no probability.
+            ValueError: If the threshold is not a probability.
         """
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         for name in ("precision", "recall", "f1", "finish_error"):
@@ -83,7 +83,7 @@ class Calibration:
 
 @dataclass
 class StreamState(TensorRows):
-    """The latest frames of each episode, which the next windows begin with; one row per episode.
+    """State of streaming classification: the latest frames of each episode, one row per episode.
 
     Attributes:
         pixels: float32 ``(B, window - 1, 3, h, w)``, preprocessed frames; zeros before the first one.
@@ -95,17 +95,17 @@ class StreamState(TensorRows):
 
 
 class SuccessClassifier(nn.Module, abc.ABC):
-    """Probability that the last frame of a window shows its instruction fulfilled.
+    """Classifier of whether the last frame of a window fulfils the instruction.
 
-    A network gives two logits per instruction; the pair of the row's instruction is used and the score is the
-    sigmoid of its second logit (as published; the first only takes part in the training loss).
+    The network has two logits per instruction; the score is the sigmoid of the second logit of the row's
+    instruction (as published; the first logit is only used in the training loss).
 
     Args:
         window: Frames per window.
         n_instructions: Instructions of the task.
 
     Attributes:
-        calibration: Threshold and how good it is; None before :func:`~wmpo_gym.reward.calibration.calibrate`.
+        calibration: Threshold and its quality; None before :func:`~wmpo_gym.reward.calibration.calibrate`.
     """
 
     kind: ClassVar[str]
@@ -124,11 +124,11 @@ class SuccessClassifier(nn.Module, abc.ABC):
     # -- the network -----------------------------------------------------------------------------------------
     @abc.abstractmethod
     def arguments(self) -> dict[str, Any]:
-        """JSON-able keyword arguments that build this classifier anew."""
+        """JSON-serialisable constructor arguments of this classifier."""
 
     @abc.abstractmethod
     def preprocess(self, frames: Tensor) -> Tensor:
-        """Frames as the network takes them, in training and in use.
+        """Preprocess frames for the network, in training and inference.
 
         Args:
             frames: uint8 ``(N, H, W, 3)``.
@@ -156,13 +156,13 @@ class SuccessClassifier(nn.Module, abc.ABC):
 
     def probabilities(self, clips: Tensor, task_ids: Tensor) -> Tensor:
         """Success probability ``(B,)`` of clips; arguments as :meth:`forward`."""
-        # In float64 and rounded: the float32 function differs in the last digit with a row's position.
+        # Rounded from float64: the float32 sigmoid depends on the row's position in the last bit.
         return torch.sigmoid(self(clips, task_ids)[:, 1].double()).float()
 
     # -- threshold -------------------------------------------------------------------------------------------
     @property
     def threshold(self) -> float:
-        """Probability from which on a window counts as success: set by hand, else calibrated, else 0.5."""
+        """Minimum probability of success: set explicitly, else calibrated, else 0.5."""
         if self._threshold is not None:
             return self._threshold
         return 0.5 if self.calibration is None else self.calibration.threshold
@@ -174,12 +174,12 @@ class SuccessClassifier(nn.Module, abc.ABC):
         self._threshold = float(value)
 
     def reset_threshold(self) -> None:
-        """Forget a threshold set by hand and the calibration, as before a new training."""
+        """Remove an explicitly set threshold and the calibration, before a new training."""
         self._threshold = self.calibration = None
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return next(self.parameters()).device
 
     # -- streaming -------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ class SuccessClassifier(nn.Module, abc.ABC):
         """Score the next K frames; each frame is preprocessed once. ``state`` is not changed.
 
         Args:
-            state: From :meth:`start` or the update before.
+            state: From :meth:`start` or the previous update.
             frames: uint8 ``(B, K, H, W, 3)``.
             task_ids: int64 ``(B,)``.
 

@@ -1,4 +1,4 @@
-"""Which windows of an episode are judged, what they are trained as, and what their scores decide."""
+"""Windows of the success classifier: sampling of labelled training clips and the success rule."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 # -- the rule ------------------------------------------------------------------------------------------------
 def check_window_fits(n_frames: int, window: int) -> None:
-    """Refuse an episode that no window fits into.
+    """Raise an error if an episode is shorter than a window.
 
     Args:
         n_frames: Frames of the episode, its horizon + 1.
         window: Frames per window.
 
     Raises:
-        ValueError: If the window is longer than the episode. The published rule calls that a failure, which
-            nobody notices.
+        ValueError: If the window is longer than the episode. The published rule would silently count it as a
+            failure.
     """
     if n_frames < window:
         raise ValueError(
@@ -38,19 +38,20 @@ def check_window_fits(n_frames: int, window: int) -> None:
 
 
 def first_success(probs: np.ndarray, threshold: float) -> tuple[bool, int]:
-    """Outcome of an episode: it succeeds at the first frame whose window reaches the threshold.
+    """Outcome of an episode: success at the first frame whose window reaches the threshold.
 
-    Every window that fits counts, the one that ends on the last frame included.
+    All full windows count, including the one that ends at the last frame.
 
     Args:
-        probs: ``(T+1,)`` success probability of the window that ends at each frame; NaN where none does.
-        threshold: A probability equal to it counts.
+        probs: ``(T+1,)`` success probability of the window that ends at each frame; NaN where the window is
+            not full.
+        threshold: Success threshold, inclusive.
 
     Returns:
         Whether the episode succeeds, and its finish step: the frame of the success, else T.
 
     Raises:
-        ValueError: If no window was evaluated at all.
+        ValueError: If no window was evaluated.
     """
     probs = np.asarray(probs)
     if np.isnan(probs).all():
@@ -62,18 +63,19 @@ def first_success(probs: np.ndarray, threshold: float) -> tuple[bool, int]:
 # -- clips to train on ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ClipTable:
-    """Every clip of a set of episodes with its label, sorted into pools to draw from.
+    """Index of all labelled clips of a set of episodes, grouped into sampling pools.
 
-    It holds numbers; the frames of a clip are read when it is drawn.
+    Only indices and labels are in memory; frames are read when a clip is drawn.
 
     Attributes:
         episodes: Frames of each episode, uint8 ``(T+1, H, W, 3)``.
-        first: int64 ``(N,)`` number of each episode's first frame, the episodes counted end to end.
-        end: int32 ``(M,)`` number of the frame in which a clip ends.
+        first: int64 ``(N,)`` global index of each episode's first frame, over the concatenated episodes.
+        end: int32 ``(M,)`` global index of a clip's last frame.
         label: int8 ``(M,)``, 1 for success.
-        task_id: int32 ``(M,)`` instruction the label is about.
-        pools: Clip numbers by name: ``positive``; ``negative``, anything else; ``late``, negatives near the
-            end of their episode, which look most like success; ``other``, successes of another instruction.
+        task_id: int32 ``(M,)`` instruction that the label refers to.
+        pools: Clip indices by pool: ``positive``; ``negative``, anything else; ``late``, negatives near the
+            end of their episode, which are hardest to distinguish from success; ``other``, successes of
+            another instruction.
         window: Frames per clip.
         loader: Reads the frames.
     """
@@ -101,23 +103,23 @@ class ClipTable:
     ) -> ClipTable:
         """Label every window of every episode.
 
-        The window that ends at the finish of a success is positive and every other one is negative.
+        The window that ends at the success frame is positive; all others are negative.
 
         Args:
-            episodes: Recorded episodes; each ends at its first success, as :class:`Episode` says.
+            episodes: Recorded episodes; each ends at its first success (see :class:`Episode`).
             window: Frames per clip.
-            imagined: World-model replays of recorded actions, labelled by the recorded outcome. The imagined
-                success may come a little early, so earlier windows of successes are left out.
-            late_steps: A negative within this many frames of the episode's end is a late one.
-            gradual_steps: So many windows right before a success are left out.
-            other_instructions: Task ids that are certainly unfulfilled where another one is fulfilled: the
-                positive clip of one is a negative of the others. Empty if that is not certain.
+            imagined: World-model replays of recorded actions, labelled by the recorded outcome. Success may
+                occur slightly earlier in imagination, so other windows of successful replays are excluded.
+            late_steps: A negative within this many frames of the episode's end belongs to the ``late`` pool.
+            gradual_steps: Number of windows right before a success to exclude.
+            other_instructions: Ids of mutually exclusive instructions: the positive clip of one is a
+                negative of the others. Empty if they are not exclusive.
             workers: Threads that read frames from disk, see :class:`~wmpo_gym.data.frames.FrameLoader`.
 
         Raises:
             ValueError: If an episode is shorter than the window.
         """
-        # Arrays of 32 bits or fewer: hours of recordings hold millions of clips.
+        # Compact arrays, since hours of recordings contain millions of clips.
         end, label, task = array("i"), array("b"), array("i")
         pools = {name: array("i") for name in ("positive", "negative", "late", "other")}
 
@@ -156,10 +158,10 @@ class ClipTable:
         )
 
     def draw(self, counts: Mapping[str, int], generator: torch.Generator) -> Tensor:
-        """Clip numbers, ``counts[name]`` of them from each pool with replacement.
+        """Sample clip indices with replacement, ``counts[name]`` from each pool.
 
-        The share of an empty pool goes to the next one that is not (late to any negative and the reverse), so
-        that the balance of positives and negatives stays.
+        An empty pool is replaced by another non-empty negative pool, which preserves the balance of positives
+        and negatives.
         """
         fallback = {
             "other": ("late", "negative"),
@@ -175,11 +177,11 @@ class ClipTable:
         return torch.cat(rows).long()
 
     def clips(self, rows: Tensor) -> Tensor:
-        """The frames of clips: uint8 ``(B, window, H, W, 3)``, a copy."""
+        """Frames of the clips, uint8 ``(B, window, H, W, 3)``, a copy."""
         return torch.from_numpy(np.stack(self.loader.read(self._requests(rows))))
 
     def prefetch(self, rows: Tensor) -> None:
-        """Begin to read the frames of clips that :meth:`clips` is asked for next."""
+        """Start reading the frames of clips that will be requested next with :meth:`clips`."""
         self.loader.prefetch(self._requests(rows))
 
     def _requests(self, rows: Tensor) -> list[tuple[FrameArray, np.ndarray]]:
@@ -201,11 +203,11 @@ def augment(
     Args:
         clips: uint8 ``(B, window, H, W, 3)``.
         task_ids: int64 ``(B,)``.
-        symmetries: Transformations under which outcomes stay what they are.
-        generator: Decides which clips.
+        symmetries: Transformations that preserve outcomes.
+        generator: Random generator that selects the clips.
 
     Returns:
-        New clips and the task ids they are about now.
+        Transformed clips and task ids.
     """
     frames, ids = clips.numpy(), task_ids.numpy()
     for symmetry in symmetries:

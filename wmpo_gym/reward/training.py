@@ -34,23 +34,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClassifierTraining:
-    """Settings of a training of the success classifier.
+    """Training settings of the success classifier.
 
     Attributes:
         steps: Optimiser steps.
-        learning_rate: Peak of the learning rate; linear warm-up over a tenth of the steps, cosine to zero.
+        learning_rate: Peak learning rate; linear warm-up over a tenth of the steps, then cosine decay to
+            zero.
         weight_decay: Decoupled weight decay (AdamW).
-        grad_clip: Gradients are scaled down to this norm.
-        positives: Clips per step that end at the finish of a success.
-        negatives: Clips per step with any other end.
-        late_negatives: Clips per step near the end of an episode that are no success.
-        other_instruction: Clips per step of a success of another instruction, as negatives; the task decides
-            whether there are any.
-        late_steps: Largest distance of a late clip from the end of its episode, in frames.
+        grad_clip: Gradients are clipped to this norm.
+        positives: Clips per step that end at a success.
+        negatives: Clips per step that end anywhere else.
+        late_negatives: Clips per step near the end of an episode that are not a success.
+        other_instruction: Clips per step that show a success of another instruction, as negatives; only for
+            tasks with exclusive instructions.
+        late_steps: Maximum distance of a late clip from the end of its episode, in frames.
         noise: Standard deviation of the noise added to the preprocessed pixels.
         holdout_fraction: Share of the episodes held out for calibration.
-        min_holdout: Smallest number of held-out episodes, as long as half of all are left for training; a
-            threshold chosen on fewer varies much.
+        min_holdout: Minimum number of held-out episodes, limited to half of all episodes; with fewer the
+            threshold has high variance.
         checkpoint_every: Steps between checkpoints.
     """
 
@@ -116,27 +117,28 @@ def train_classifier(
     The same seed gives the same result; the global random generators are not changed.
 
     Args:
-        episodes: Recorded episodes; those without an outcome or shorter than a window are left out, counted.
+        episodes: Recorded episodes; those without an outcome or shorter than a window are excluded and
+            counted in the log.
         task: The task, for its instructions. Where its instructions are exclusive, a success of one
-            is a negative of the others: a classifier that never saw the wrong object delivered
-            rewards it.
+            is a negative of the others: without such
+            negatives, the classifier also rewards delivering the wrong object.
         kind: ``"conv"`` or ``"videomae"``.
         steps: Optimiser steps; None is the config's.
         seed: Seed of weights, hold-out, clips and noise.
         imagined: World-model replays of recorded actions, labelled by the recorded outcome and cut at its
-            finish; see :meth:`ClipTable.from_episodes`. Those that begin in a held-out start state are not
-            trained on, but calibrated and reported on.
-        holdout: Start-state ids to calibrate on; None draws them. All episodes of one start state stay on one
-            side.
+            finish; see :meth:`ClipTable.from_episodes`. Those from a held-out start state are only
+            used for calibration and evaluation.
+        holdout: Start-state ids for calibration; None draws them. All episodes of a start state are in the
+            same split.
         config: Settings; None is the kind's defaults.
-        classifier: The classifier to train, in place, for instance a pre-trained VideoMAE; None makes a new
-            one.
-        hints: Symmetries to train with, and steps before a success that are left out.
-        device: Where to train and calibrate, see :func:`~wmpo_gym.utils.device.resolve_device`.
+        classifier: The classifier to train, in place, for instance a pre-trained VideoMAE; None creates a
+            new one.
+        hints: Symmetries for data augmentation, and steps before a success to exclude.
+        device: Device of training and calibration, see :func:`~wmpo_gym.utils.device.resolve_device`.
         precision: ``"fp32"``, or ``"bf16"`` for bfloat16 autocast with float32 weights.
-        micro_batch: Clips per forward and backward pass, a bound on memory; None for the whole batch.
-        checkpoint_dir: Where to keep checkpoints; a complete one of the same settings is resumed from and
-            gives the same result as an uninterrupted training.
+        micro_batch: Clips per forward and backward pass, to limit memory; None for the whole batch.
+        checkpoint_dir: Directory of the checkpoints; training resumes from a complete one of the same
+            settings, with the same result as without interruption.
         tensorboard: Directory for the loss as TensorBoard scalars, or None.
         progress: Show a progress bar.
 
@@ -147,8 +149,8 @@ def train_classifier(
 
     Raises:
         ValueError: If there are fewer than two successes or two failures (one to train on, one to calibrate
-            on), an unknown kind, a window longer than the task's episodes, a device or precision that this
-            machine does not have, or a checkpoint of another training.
+            on), an unknown kind, a window longer than the task's episodes, an unavailable device or
+            precision, or a checkpoint of another training.
     """
     task = get_task(task)
     config = config or ClassifierTraining.for_kind(kind)
@@ -191,7 +193,7 @@ def train_classifier(
 
 
 class ClipClassification(TrainingTask):
-    """Balanced batches of clips and the cross-entropy of their labels.
+    """Training task: cross-entropy on balanced batches of labelled clips.
 
     Args:
         classifier: The network.
@@ -230,7 +232,7 @@ class ClipClassification(TrainingTask):
         )
 
     def optimizers(self) -> dict[str, tuple[Optimizer, LRScheduler]]:
-        """AdamW, its rate rising over a tenth of the steps and then falling on a cosine to zero."""
+        """AdamW with linear warm-up over a tenth of the steps and cosine decay to zero."""
         config = self.config
         optimizer = AdamW(
             self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -250,13 +252,13 @@ class ClipClassification(TrainingTask):
         if self.config.noise > 0:
             noise = torch.randn((len(rows), *pixels.shape[1:]), generator=self.generator)
             pixels = pixels + self.config.noise * self.runtime.to_device(self.runtime.local(noise))
-        # The next clips are drawn with a copy of the generator, to read them while the network computes.
+        # Draw the next clips with a copy of the generator, to prefetch them while the network computes.
         following = torch.Generator().set_state(self.generator.get_state())
         self.table.prefetch(self.table.draw(self.counts, following))
         return batch | {"clips": pixels}
 
     def compute_loss(self, batch: Mapping[str, Tensor]) -> Loss:
-        """Cross-entropy of the labels, as the clips' share of the mean over the whole batch."""
+        """Cross-entropy of the clips, as their contribution to the mean over the whole batch."""
         logits = self.network(batch["clips"], batch["task_ids"])
         loss = F.cross_entropy(logits, batch["labels"]) * (len(logits) / self.batch_size)
         return Loss(loss, {"loss": float(loss.detach())})
@@ -285,13 +287,13 @@ class ClipClassification(TrainingTask):
 
 @dataclass(frozen=True)
 class _Data:
-    """Data of a training.
+    """Data split of a training.
 
     Attributes:
-        table: Clips to train on, recorded and imagined.
-        training: The recorded episodes among their sources.
-        n_imagined: The number of imagined ones.
-        held_out: Recorded episodes to calibrate on.
+        table: Training clips, recorded and imagined.
+        training: Recorded training episodes.
+        n_imagined: Number of imagined training episodes.
+        held_out: Recorded episodes for calibration.
         held_out_replays: Imagined episodes from the start states of ``held_out``.
     """
 
@@ -337,13 +339,13 @@ def _prepare(
 def make_classifier(
     kind: str, task: str | Task, *, seed: int = 0, pretrained: str | Path | None = None, **arguments: Any
 ) -> SuccessClassifier:
-    """A classifier for a task, to be trained.
+    """Create a classifier for a task, with new or pre-trained weights.
 
     Args:
         kind: ``"conv"`` or ``"videomae"``.
-        task: Gives the number of instructions and, for ``"conv"``, the image size.
+        task: Defines the number of instructions and, for ``"conv"``, the image size.
         seed: Seed of the new weights; the global generator is not changed.
-        pretrained: Where to take weights from: the directory of a saved classifier of this kind, or for
+        pretrained: Source of the weights: the directory of a saved classifier of this kind, or for
             ``"videomae"`` a VideoMAE of transformers (directory or hub id, ``"MCG-NJU/videomae-base"`` as
             published), which gets a new head. None draws all weights.
         arguments: Passed to the class, or for a VideoMAE of transformers to its ``from_transformers``.
@@ -377,7 +379,7 @@ def make_classifier(
 
 
 def _saved_classifier(directory: Path, kind: str, task: Task) -> SuccessClassifier:
-    """A classifier to train on, without its threshold; see :func:`make_classifier`."""
+    """Load a classifier for further training and reset its threshold; see :func:`make_classifier`."""
     classifier = SuccessClassifier.from_pretrained(directory)
     n = len(task.instructions)
     if (classifier.kind, classifier.n_instructions) != (kind, n):
@@ -391,7 +393,7 @@ def _saved_classifier(directory: Path, kind: str, task: Task) -> SuccessClassifi
 
 
 def _usable(episodes: Iterable[Episode], window: int, what: str) -> list[Episode]:
-    """Episodes with an outcome that fill a window; the others are counted in the log."""
+    """Episodes with an outcome of at least one window; logs the number of others."""
     found = list(episodes)
     labelled = [e for e in found if e.success is not None]
     usable = [e for e in labelled if len(e.frames) >= window]

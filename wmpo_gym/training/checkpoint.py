@@ -1,4 +1,4 @@
-"""Checkpoints of a training: safetensors and JSON, written at once or not at all."""
+"""Training checkpoints in safetensors and JSON, written atomically."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from wmpo_gym.utils.io import (
     write_json_atomic,
 )
 
-FORMAT = 2  # 1 was written without a number, by a trainer of its own for each network
+FORMAT = 2  # format 1 had no number and differed between networks
 
 
 @dataclass
 class TrainingState:
-    """Everything a training needs to continue to the same numbers.
+    """State from which a training resumes exactly.
 
     Attributes:
-        tensors: By dotted name.
-        values: JSON-able.
+        tensors: Tensors by dotted name.
+        values: JSON-serialisable values.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class TrainingState:
         self.tensors |= {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """What was added under ``prefix``."""
+        """Tensors added under ``prefix``."""
         start = f"{prefix}."
         return {k[len(start) :]: v for k, v in self.tensors.items() if k.startswith(start)}
 
@@ -49,12 +49,12 @@ class TrainingState:
 def save_checkpoint(
     directory: str | Path, component: str, settings: Mapping[str, Any], state: TrainingState
 ) -> None:
-    """Write a checkpoint; an earlier one stays until this one is complete.
+    """Write a checkpoint atomically, replacing an earlier one.
 
     Args:
-        directory: Holds the one checkpoint there is.
-        component: What is trained, for instance ``"world model"``.
-        settings: What must be equal on resuming, JSON-able.
+        directory: Directory of the single checkpoint.
+        component: Name of the trained component, for instance ``"world model"``.
+        settings: Settings that must match on resuming, JSON-serialisable.
         state: The state.
 
     Raises:
@@ -73,8 +73,8 @@ def load_checkpoint(
 
     Args:
         directory: As given to :func:`save_checkpoint`.
-        component: What is to be trained.
-        settings: The settings to train with.
+        component: Name of the component to train.
+        settings: Settings of the training.
 
     Raises:
         ValueError: If the checkpoint has another format or belongs to another component or other settings.
@@ -129,7 +129,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> None:
-    """Put :func:`pack_optimizer`'s result back, in place."""
+    """Restore an optimizer in place from the result of :func:`pack_optimizer`."""
     slots: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **state["slots"]}.items():
         index, name = key.split(".", 1)

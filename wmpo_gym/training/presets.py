@@ -1,7 +1,7 @@
-"""What trainings may assume about the bundled tasks: symmetries, initial motion, late successes, thresholds.
+"""Training hints for the bundled tasks: symmetries, initial motion, gradual successes, thresholds.
 
-A :class:`~wmpo_gym.tasks.Task` says what is to be done; what helps to learn it stands here, in one table by
-task name. A task of another specification has no hints, whatever its name.
+A :class:`~wmpo_gym.tasks.Task` specifies the task itself; prior knowledge that helps training is kept here,
+in one table by task name. A task whose specification differs from the bundled one has no hints.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ SymmetryChoice = Literal["task", "none"]
 
 @dataclass(frozen=True)
 class TrainingHints:
-    """What trainings may assume about a task.
+    """Prior knowledge about a task that training uses.
 
     Attributes:
-        symmetries: Transformations that map episodes of the task onto episodes; the world model and the
-            success classifier are trained on transformed examples too.
-        motion_px: Observation pixels (columns, rows) that one step of action components 0 and 1 at value 1
-            moves the tool by; initialises the convolutional world model. None if unknown.
-        gradual_steps: Control steps before a success in which the frame already looks like one, where success
-            is a line that is crossed slowly; the success classifier is not trained on them.
-        instruction_gap: Nats per action token by which a wrong instruction must make recorded actions less
-            likely under a policy that distinguishes the instructions, see
-            :func:`~wmpo_gym.policies.sft.instruction_gap`. None where no threshold is known.
+        symmetries: Transformations under which episodes remain valid; used as data augmentation for the world
+            model and the success classifier.
+        motion_px: Tool displacement in observation pixels (columns, rows) per step for action components 0
+            and 1 at value 1; initialises the convolutional world model. None if unknown.
+        gradual_steps: Control steps before a success whose frames are ambiguous because success is reached
+            gradually; excluded from the classifier's training.
+        instruction_gap: Minimum drop in log-likelihood of recorded actions, in nats per action token, when
+            the policy is given a wrong instruction; see
+            :func:`~wmpo_gym.policies.sft.instruction_gap`. None if no threshold is known.
     """
 
     symmetries: tuple[Symmetry, ...] = ()

@@ -20,13 +20,13 @@ SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_M
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """Where and in which precision to train; none of it decides what is learned, except for rounding.
+    """Device, precision and micro-batch size of a training; they affect the result only by rounding.
 
     Attributes:
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:<index>``.
         precision: ``fp32``, or ``bf16`` for bfloat16 autocast with float32 weights.
-        micro_batch_size: Rows per forward and backward pass of a process, a bound on memory; gradients of the
-            passes are accumulated. None for the whole batch at once.
+        micro_batch_size: Rows per forward and backward pass of a process, to limit memory; gradients are
+            accumulated. None for the whole batch at once.
     """
 
     device: str = "auto"
@@ -34,11 +34,11 @@ class ComputeSettings:
     micro_batch_size: int | None = None
 
     def checked(self) -> ComputeSettings:
-        """The same with the device and precision that this process will use.
+        """Copy with the resolved device and precision of this process.
 
         Raises:
-            ValueError: If this machine lacks the device or the precision, if it is configured otherwise by
-                ``accelerate``, or if it has fewer devices than processes.
+            ValueError: If the device or precision is unavailable, if they contradict the configuration of
+                ``accelerate``, or if there are fewer devices than processes.
         """
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1 row, got {self.micro_batch_size}.")
@@ -49,7 +49,7 @@ class ComputeSettings:
 
 
 def process_count() -> int:
-    """Processes of this training, over all machines."""
+    """Number of processes of this training, over all machines."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
@@ -59,10 +59,10 @@ def is_main_process() -> bool:
 
 
 def _check_launch(device: torch.device, precision: str) -> None:
-    """Refuse a launch by torchrun or ``accelerate launch`` that does not fit this machine or these settings.
+    """Check that a launch by torchrun or ``accelerate launch`` fits this machine and the settings.
 
     Raises:
-        ValueError: Saying which setting does not fit and what to change.
+        ValueError: If it does not; the message names the setting and what to change.
     """
     if (mixed := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", ""):
         if mixed != precision:
@@ -100,10 +100,10 @@ def _check_launch(device: torch.device, precision: str) -> None:
 
 
 class Runtime:
-    """The device of this process, and its share of a batch among the processes that train together.
+    """Device of this process and its slice of each batch in distributed training.
 
-    All processes draw the same random numbers for the whole batch; each computes its own rows, and what the
-    rows add up to is summed. Except for rounding, the number of processes therefore changes nothing. Methods
+    All processes draw the same random numbers for the whole batch; each computes its own rows, and losses and
+    gradients are summed. The number of processes therefore affects the result only by rounding. Methods
     marked *collective* are called by all processes in the same order.
 
     Args:
@@ -124,7 +124,7 @@ class Runtime:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", state.local_process_index)
             if not state.is_main_process:
-                logging.getLogger("wmpo_gym").setLevel(logging.ERROR)  # the main process logs it
+                logging.getLogger("wmpo_gym").setLevel(logging.ERROR)  # only the main process logs
 
     @property
     def is_main(self) -> bool:
@@ -132,11 +132,11 @@ class Runtime:
         return self.index == 0
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which losses are computed."""
+        """Autocast context for computing losses."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def to_device(self, batch: T) -> T:
-        """A tensor, or tensors in tuples, lists and dictionaries, on the device."""
+        """Move a tensor, or a nested structure of tensors, to the device."""
         from accelerate.utils import send_to_device
 
         return send_to_device(batch, self.device)
@@ -165,7 +165,7 @@ class Runtime:
         return slice_tensors(batch, self.local_rows(find_batch_size(batch)))
 
     def micro_batches(self, batch: T) -> Iterator[T]:
-        """The batch in micro-batches, as slices of its tensors' first dimension."""
+        """Split a batch into micro-batches along the first dimension."""
         if self.micro_batch_size is None:
             yield batch
             return
@@ -225,8 +225,8 @@ class Runtime:
 def _join(cpu: bool) -> Any:
     """Accelerate's state of this process, which joins the process group.
 
-    The state is shared by the whole Python process and remembers the first kind of device, so it is made anew
-    for another one.
+    The state is shared by the whole Python process and fixed to the first kind of device, so it is reset for
+    another one.
     """
     from accelerate.state import AcceleratorState, PartialState
 
@@ -237,6 +237,6 @@ def _join(cpu: bool) -> Any:
 
 @contextmanager
 def private_random_state(device: torch.device) -> Iterator[None]:
-    """Leave torch's global generators as they were found."""
+    """Context manager that restores torch's global random state on exit."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

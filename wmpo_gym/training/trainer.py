@@ -1,8 +1,9 @@
-"""The trainer of every network: world model, proprioception, distillation, classifier and fine-tuning.
+"""Trainer of all networks: world model, proprioception, distillation, classifier and fine-tuning.
 
-A training is a :class:`TrainingTask`: it draws batches and computes their loss. The :class:`Trainer` does the
-rest, the same for all: device and precision, micro-batches, processes, gradient clipping, schedule, averaged
-weights, logs and checkpoints from which an interrupted training continues to the same numbers.
+A :class:`TrainingTask` draws batches and computes their loss. The :class:`Trainer` implements everything
+else: device and precision, micro-batches, processes, gradient clipping, schedules, weight averaging (EMA),
+    logs, and
+checkpoints from which an interrupted training resumes exactly.
 """
 
 from __future__ import annotations
@@ -36,21 +37,22 @@ from wmpo_gym.utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-SEED_STRIDE = 1_000_003  # between the seeds of torch's global generator in trainings of neighbouring seeds
+SEED_STRIDE = 1_000_003  # between the torch seeds of trainings with consecutive seeds
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings that all trainings share.
+    """Settings shared by all trainings.
 
     Attributes:
         steps: Optimiser steps.
-        batch_size: Rows per step, of all processes together.
-        learning_rate: Peak of the learning rate.
+        batch_size: Rows per step, over all processes.
+        learning_rate: Peak learning rate.
         weight_decay: Decoupled weight decay.
-        max_grad_norm: Gradients are scaled down to this norm.
-        ema_decay: Decay of the averaged weights, which the network holds at the end; 0 keeps no average.
-        seed: Seed of everything random.
+        max_grad_norm: Gradients are clipped to this norm.
+        ema_decay: Decay of the exponential moving average of the weights, which replaces the weights at the
+            end; 0 for no average.
+        seed: Random seed.
         checkpoint_every: Steps between checkpoints, validations and entries of the history.
         log_every: Steps between points of the TensorBoard curves.
     """
@@ -71,9 +73,9 @@ class Loss:
     """Loss of a micro-batch, as its contribution to the loss of the whole batch.
 
     Attributes:
-        loss: Scalar to differentiate. The contributions of all micro-batches and processes add up.
-        metrics: Numbers to log, which add up in the same way.
-        outputs: Tensors whose first dimension is the row; joined over the micro-batches they are given to
+        loss: Scalar to differentiate; summed over micro-batches and processes.
+        metrics: Metrics to log, summed in the same way.
+        outputs: Tensors with a leading batch dimension, concatenated over micro-batches and passed to
             :meth:`TrainingTask.finish_step`.
     """
 
@@ -83,11 +85,11 @@ class Loss:
 
 
 class TrainingTask:
-    """What is trained and how a batch is judged.
+    """Definition of a training: network, optimizers, batches and loss.
 
     Attributes:
-        component: Name of what is trained; a checkpoint of another component is refused.
-        network: The network. It is trained in place and lies where it lay when the training ends.
+        component: Name of the trained component; checkpoints of other components are rejected.
+        network: The network. Trained in place; returns to its original device when training ends.
         runtime: Device and processes; set by the trainer before anything else is called.
     """
 
@@ -96,28 +98,28 @@ class TrainingTask:
     runtime: Runtime
 
     def modules(self) -> dict[str, nn.Module]:
-        """All modules with weights that change in training, by name."""
+        """All trained modules by name."""
         return {"network": self.network}
 
     def frozen_modules(self) -> list[nn.Module]:
-        """Modules that are only computed with."""
+        """Modules used in the forward pass but not trained."""
         return []
 
     def optimizers(self) -> dict[str, tuple[Optimizer, LRScheduler]]:
-        """Optimizers of the network, each with its schedule; made when the modules are on the device."""
+        """Optimizers of the network, each with its schedule; called once the modules are on the device."""
         raise NotImplementedError
 
     def draw(self, step: int) -> Any:
         """This process's rows of the next batch, on the device.
 
-        Random numbers are drawn for the whole batch from CPU generators, in every process alike
+        Random numbers are drawn for the whole batch from CPU generators, identically in every process
         (:meth:`~wmpo_gym.training.runtime.Runtime.local` selects the rows). Returns tensors in a tuple or
         dictionary.
         """
         raise NotImplementedError
 
     def compute_loss(self, batch: Any) -> Loss:
-        """Loss of some rows of what :meth:`draw` returned."""
+        """Loss of a micro-batch of the rows returned by :meth:`draw`."""
         raise NotImplementedError
 
     def finish_step(self, outputs: dict[str, Tensor]) -> dict[str, float]:
@@ -129,11 +131,11 @@ class TrainingTask:
         return {}
 
     def settings(self) -> dict[str, Any]:
-        """What must be equal on resuming beside the training's settings; JSON-able."""
+        """Further settings that must match on resuming; JSON-serialisable."""
         return {}
 
     def state(self) -> TrainingState:
-        """Weights, generators and whatever else :meth:`load_state` needs; called by all processes."""
+        """Weights, generators and all else that :meth:`load_state` restores; called by all processes."""
         state = TrainingState()
         for name, module in self.modules().items():
             state.add(name, module.state_dict())
@@ -146,18 +148,19 @@ class TrainingTask:
 
 
 class Trainer:
-    """Trains a task's network.
+    """Trainer of a :class:`TrainingTask`.
 
     Args:
-        task: What is trained.
-        settings: How.
-        compute: Device, precision and micro-batches; None is float32 where the network lies.
-        checkpoint_dir: Where to keep the checkpoint; a complete one found there is resumed from.
+        task: The training task.
+        settings: Settings of the training.
+        compute: Device, precision and micro-batches; None is float32 on the network's device.
+        checkpoint_dir: Directory of the checkpoint; training resumes from a complete one.
         tensorboard: Directory for TensorBoard curves, or None.
         on_step: Called after each step, before its checkpoint, with the steps done and the step's metrics.
 
     Raises:
-        ValueError: If the device, precision or processes are not to be had, or do not fit the batch.
+        ValueError: If device, precision or processes are unavailable, or the batch is not divisible among
+            them.
     """
 
     def __init__(
@@ -176,7 +179,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
         runtime = Runtime(compute or ComputeSettings(device=str(device_of(task.network))))
-        runtime.local_rows(settings.batch_size)  # refuses what cannot be divided
+        runtime.local_rows(settings.batch_size)  # raises if not divisible
         self.runtime = task.runtime = runtime
         modules = [*task.modules().values(), *task.frozen_modules()]
         self._original_devices = [(module, device_of(module)) for module in modules]
@@ -187,7 +190,7 @@ class Trainer:
 
     @property
     def network(self) -> nn.Module:
-        """The network that is trained."""
+        """The trained network."""
         return self.task.network
 
     def train(self, *, progress: bool = True, description: str | None = None) -> list[dict[str, float]]:
@@ -195,7 +198,7 @@ class Trainer:
 
         Args:
             progress: Show a progress bar.
-            description: Its title; None is the component.
+            description: Title of the progress bar; None is the component.
 
         Returns:
             The history: step, seconds, mean metrics and validation at every checkpoint.
@@ -234,7 +237,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.copy_to(self.task.network)
         for module in self.task.modules().values():
-            module.zero_grad(set_to_none=True)  # frees their memory; only weights are moved
+            module.zero_grad(set_to_none=True)  # free the gradients before moving the weights
         for module, device in self._original_devices:
             module.to(device)
         for module in self.task.modules().values():
@@ -299,7 +302,7 @@ class Trainer:
             writer.add_scalar(f"{self.task.component.replace(' ', '_')}/{name}", value, self.step)
 
     def _record(self, metrics: dict[str, float], writer: Any) -> dict[str, float]:
-        """Add the metrics since the last checkpoint, and the validation's, to the history."""
+        """Append the training metrics since the last checkpoint and the validation metrics to the history."""
         validation = self.runtime.on_main(lambda: self.task.validate(self.averaged_network(), self.step))
         entry = {"step": self.step, "seconds": round(self.seconds, 1), **metrics, **validation}
         self.history.append(entry)
@@ -323,7 +326,7 @@ class Trainer:
         for name, (optimizer, schedule) in self.optimizers.items():
             tensors, packed = pack_optimizer(optimizer)
             state.add(f"optimizer.{name}", tensors)
-            # What a schedule keeps beside numbers are functions and its own settings, which are made anew.
+            # Only the schedule's counters are stored; its functions and settings are recreated.
             packed["schedule"] = {"last_epoch": schedule.last_epoch, "_last_lr": schedule.get_last_lr()}
             state.values[f"optimizer.{name}"] = packed
         self.runtime.on_main(lambda: save_checkpoint(directory, self.task.component, self._settings(), state))
@@ -347,11 +350,11 @@ class Trainer:
 
 
 class AveragedWeights(EMAModel):
-    """Exponential moving average of a network's trained weights.
+    """Exponential moving average (EMA) of a network's trained weights.
 
-    The decay begins at 1/10 and rises to its final value as ``(i + 1) / (i + 10)`` at step i from 0, so that
-    the first weights are soon forgotten; diffusers' own warm-up would begin at 0. Frozen weights are left
-    out, as published.
+    The decay rises as ``(i + 1) / (i + 10)`` at step i (from 0) up to its final value, so that the initial
+    weights soon lose influence; the warm-up of diffusers would start at 0. Frozen weights are excluded, as
+    published.
 
     Args:
         network: The network.
@@ -372,13 +375,13 @@ class AveragedWeights(EMAModel):
         return dict(zip(self.names, self.shadow_params, strict=True))
 
     def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Restore :meth:`tensors` as they were after ``step`` steps."""
+        """Restore the averages :meth:`tensors` of step ``step``."""
         self.optimization_step = step
         for name, average in self.tensors().items():
             average.copy_(tensors[name])
 
     def copy_to(self, network: nn.Module) -> None:
-        """Give a network, this one or a copy of it, the averaged weights."""
+        """Copy the averaged weights into the network or a copy of it."""
         with torch.no_grad():
             parameters = dict(network.named_parameters())
             for name, average in self.tensors().items():
@@ -392,7 +395,7 @@ class Means:
         self._values: dict[str, list[float]] = {}
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """Take a step's metrics."""
+        """Add the metrics of a step."""
         for name, value in metrics.items():
             self._values.setdefault(name, []).append(value)
 
@@ -404,7 +407,7 @@ class Means:
 
 # -- learning-rate schedules -------------------------------------------------------------------------------
 def warmup_share(step: int, warmup: int) -> float:
-    """Share of the learning rate at an optimiser step (from 0) of a linear warm-up, as published."""
+    """Learning-rate factor of a linear warm-up at an optimiser step (from 0), as published."""
     return min(1.0, (step + 1) / (warmup + 1))
 
 
@@ -413,7 +416,7 @@ def _cosine(step: int, steps: int) -> float:
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int, warmup: int, final_share: float = 0.0) -> LambdaLR:
-    """Cosine from the peak to ``final_share`` of it, times a linear warm-up of ``warmup`` steps."""
+    """Cosine decay from the peak to ``final_share`` of it, times a linear warm-up over ``warmup`` steps."""
     return LambdaLR(
         optimizer,
         lambda i: (final_share + (1 - final_share) * _cosine(i, steps)) * warmup_share(i, warmup),
@@ -421,7 +424,7 @@ def warmup_cosine(optimizer: Optimizer, steps: int, warmup: int, final_share: fl
 
 
 def warmup_until_cosine(optimizer: Optimizer, steps: int, warmup: float = 0.1) -> LambdaLR:
-    """Linear rise over a share ``warmup`` of the steps, but never above the cosine from the peak to 0."""
+    """Minimum of a linear warm-up over the fraction ``warmup`` of the steps and a cosine decay to 0."""
     rise = max(1.0, warmup * steps)
     return LambdaLR(optimizer, lambda i: min((i + 1) / rise, _cosine(i, steps)))
 
@@ -434,7 +437,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Outputs of the micro-batches, as those of the whole batch."""
+    """Outputs of all micro-batches, concatenated."""
     if len(parts) == 1:
         return parts[0]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,4 +1,4 @@
-"""What a directory was begun with."""
+"""Consistency of the settings of an output directory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from wmpo_gym.utils.io import plain, read_json, write_json_atomic
 
 
 def keep_settings(file: str | Path, settings: dict[str, Any], *, started: bool = True) -> None:
-    """Remember what a directory was begun with, and refuse to go on with other settings.
+    """Store the settings of an output directory, and raise an error on resuming with different ones.
 
     Args:
         file: JSON file in that directory.
-        settings: What decides its content.
-        started: Whether the directory holds anything made with the settings of before; if not, they are
-            replaced, so that a command that was refused does not stand in the way of the corrected one.
+        settings: Settings that determine the directory's content.
+        started: Whether the directory has content produced with the stored settings; if not, they are
+            replaced, so that a failed command does not block its corrected version.
 
     Raises:
         ValueError: If the file holds other settings; the message names the first difference.

@@ -1,4 +1,4 @@
-"""Where and in which precision a network computes."""
+"""Validation of device and precision."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """The device that is asked for, if this machine has it.
+    """Resolve and check a requested device.
 
     Args:
         device: ``"auto"`` (a GPU if there is one, else the CPU), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or any
             other device of torch.
 
     Raises:
-        ValueError: If there is no such device here; the message lists those there are.
+        ValueError: If the device is unavailable; the message lists the available ones.
     """
     import torch
 
@@ -42,14 +42,14 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def check_precision(precision: str, device: str | torch.device) -> Precision:
-    """The precision that is asked for, if the device computes in it.
+    """Check that a device supports a requested precision.
 
     Args:
         precision: ``"fp32"``, or ``"bf16"`` for bfloat16 autocast with float32 weights.
-        device: Where the network computes, see :func:`resolve_device`.
+        device: Device of the computation, see :func:`resolve_device`.
 
     Raises:
-        ValueError: If the precision is unknown or the device does not have it.
+        ValueError: If the precision is unknown or the device does not support it.
     """
     import torch
 

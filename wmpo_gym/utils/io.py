@@ -1,4 +1,4 @@
-"""Files that are either there in full or not there at all.
+"""Atomic file input and output.
 
 Everything is written under a temporary name beside its target and renamed when it is complete, so that a
 crash, Ctrl-C or a full disk leaves the earlier version untouched. Reading names the file and the remedy when
@@ -81,7 +81,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def write_file_atomic(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
-    """Give a temporary path to write a file to; it takes the name ``path`` when the block ends well.
+    """Context manager: temporary path that replaces ``path`` when the block succeeds.
 
     Args:
         path: The file to make or replace.
@@ -123,7 +123,7 @@ def _set_aside(path: Path) -> Path:
 
 @contextmanager
 def write_dir_atomic(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
-    """Give a temporary directory to fill; it takes the name ``path`` when the block ends well.
+    """Context manager: temporary directory that replaces ``path`` when the block succeeds.
 
     An existing directory is replaced as a whole, but only if every file in it has a successor of the same
     name: what the new version does not contain is never deleted. One process at a time may write a path.

@@ -1,7 +1,7 @@
-"""How the world models compute where nothing is learned: the same numbers, to rounding, sooner on a CPU.
+"""Faster CPU inference kernels of the world models, equal to PyTorch's up to rounding.
 
-PyTorch's own way stays in use wherever a gradient is wanted, on an accelerator, and within
-:func:`ordinary_kernels`, which is there to compare with.
+PyTorch's own layers are used when gradients are enabled, on an accelerator, and within
+:func:`ordinary_kernels`, which serves as the reference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ordinary: ContextVar[bool] = ContextVar("ordinary_kernels", default=False)
 
 @contextmanager
 def ordinary_kernels() -> Iterator[None]:
-    """Within this block the world models call PyTorch's own layers in PyTorch's own memory layout."""
+    """Context manager in which world models use PyTorch's own layers and default memory layout."""
     token = _ordinary.set(True)
     try:
         yield
@@ -29,7 +29,7 @@ def ordinary_kernels() -> Iterator[None]:
 
 
 def in_ordinary_kernels() -> bool:
-    """Whether :func:`ordinary_kernels` is in force."""
+    """Whether :func:`ordinary_kernels` is active."""
     return _ordinary.get()
 
 
@@ -44,20 +44,20 @@ def fast_on_cpu(x: Tensor) -> bool:
 
 
 def lean(x: Tensor) -> bool:
-    """Whether ``x`` may take the short way: as :func:`fast_on_cpu`, where no gradient is wanted."""
+    """Whether ``x`` can use the inference kernels: :func:`fast_on_cpu` with gradients disabled."""
     return fast_on_cpu(x) and not torch.is_grad_enabled()
 
 
 class Linear(nn.Linear):
-    """A linear layer, if asked with a GELU behind it, that oneDNN computes where nothing is learned.
+    """Linear layer with an optional fused GELU, computed by oneDNN in CPU inference.
 
-    ``nn.Linear`` goes through MKL, which leaves half of an AMD processor's vector width unused, and the GELU
-    takes another pass: 95 and 62 against 220 and 195 GFLOP/s on one core of an EPYC (Zen 5).
+    ``nn.Linear`` goes through MKL, which uses only half of an AMD processor's vector width, and needs a
+    separate pass for the GELU.
 
     Args:
         in_features: Width of the input.
         out_features: Width of the output.
-        gelu: Put a tanh-approximated GELU behind it.
+        gelu: Apply a tanh-approximated GELU to the output.
     """
 
     def __init__(self, in_features: int, out_features: int, *, gelu: bool = False) -> None:
@@ -85,11 +85,11 @@ _onednn_linear = _find_onednn_linear()
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums of pictures ``(N, C, h, w)`` over their places, which is all a group norm needs to know of them.
+    """Spatial sums of images ``(N, C, h, w)``, from which group-norm statistics are computed.
 
     Attributes:
         sums: ``(2, N, C)``, of the values and of their squares.
-        places: h w.
+        places: Number of pixels, h w.
     """
 
     sums: Tensor
@@ -101,17 +101,17 @@ class Moments:
         return cls(torch.stack([x.sum(dim=(2, 3)), (x * x).sum(dim=(2, 3))]), x.shape[2] * x.shape[3])
 
     def enlarged(self) -> Moments:
-        """Those of the same pictures with every pixel repeated twice along each side."""
+        """Moments of the same images upsampled by 2 (nearest neighbour)."""
         return Moments(4 * self.sums, 4 * self.places)
 
     def beside(self, other: Moments) -> Moments:
-        """Those of the pictures with the channels of others of the same size behind their own."""
+        """Moments of the channel-wise concatenation with other images of the same size."""
         return Moments(torch.cat([self.sums, other.sums], dim=2), self.places)
 
     def affine(
         self, norm: nn.GroupNorm, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A group norm, and a modulation ``(N, C, 1, 1)`` behind it, as factor and summand per channel."""
+        """Group norm with optional modulation ``(N, C, 1, 1)``, as factor and summand per channel."""
         by_group = self.sums.unflatten(2, (norm.num_groups, -1))
         mean, square = (by_group.mean(dim=3, keepdim=True) / self.places).unbind()
         variance = torch.addcmul(square, mean, mean, value=-1).clamp_(min=0)
@@ -132,16 +132,15 @@ def affine_silu(x: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
 def norm_silu(
     norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
 ) -> Tensor:
-    """``silu(norm(x) * (1 + scale) + shift)``, without the modulation where there is none.
+    """``silu(norm(x) * (1 + scale) + shift)``, with optional modulation.
 
-    PyTorch's group norm is several times slower on pictures that hold a pixel's channels side by side, as its
-    convolutions like them best.
+    PyTorch's group norm is slow in channels-last memory format, in which convolutions are fastest.
 
     Args:
         norm: The group norm.
         x: ``(N, C, h, w)``.
         scale: ``(N, C, 1, 1)`` or None.
-        shift: Likewise.
+        shift: ``(N, C, 1, 1)`` or None.
     """
     if lean(x):
         return affine_silu(x, *Moments.of(x).affine(norm, scale, shift))

@@ -1,4 +1,4 @@
-"""Layers that the world models and the classifiers share."""
+"""Layers shared by world models and classifiers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 class RowLinear(nn.Linear):
-    """A linear layer computed in float64 and rounded, so that a row does not depend on its batch.
+    """Linear layer computed in float64 and rounded to float32, so that rows do not depend on the batch size.
 
-    The kernels of a matrix product, and with them the order of its sums, change with the number of rows.
+    The kernel of a matrix product, and thus its order of summation, depends on the number of rows.
     """
 
     quick = False
@@ -26,7 +26,7 @@ class RowLinear(nn.Linear):
 
 @contextmanager
 def rounded_quickly(network: nn.Module) -> Iterator[None]:
-    """Compute its :class:`RowLinear` in float32 meanwhile, as quickens the training of a small network."""
+    """Context manager that computes a network's :class:`RowLinear` layers in float32, for faster training."""
     layers = [layer for layer in network.modules() if isinstance(layer, RowLinear)]
     for layer in layers:
         layer.quick = True

@@ -1,4 +1,4 @@
-"""Memory that is free on a device."""
+"""Available memory of a device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def available_memory(device: str | torch.device = "cpu") -> int | None:
-    """Bytes that can be allocated at present, without swapping on a CPU; None where the system does not say.
+    """Bytes that can be allocated at present, without swapping on a CPU; None if unknown.
 
-    A container's limit counts (Linux control groups, version 2).
+    Container limits are respected (Linux control groups, version 2).
 
     Args:
         device: ``cpu``, or a CUDA device.

@@ -1,4 +1,4 @@
-"""Progress bars with the time left, the same everywhere."""
+"""Progress bars with remaining time."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-# WMPO_PROGRESS=always shows bars in log files and pipes too, WMPO_PROGRESS=never nowhere.
+# WMPO_PROGRESS=always also shows bars in log files and pipes, WMPO_PROGRESS=never disables them.
 _VARIABLE = "WMPO_PROGRESS"
 
 
 def progress_wanted() -> bool:
-    """Whether bars show here: in a terminal, or as ``WMPO_PROGRESS`` says."""
-    wish = os.environ.get(_VARIABLE, "auto")
-    return wish == "always" or (wish != "never" and sys.stderr.isatty())
+    """Whether progress bars are shown: in a terminal, or as set by ``WMPO_PROGRESS``."""
+    setting = os.environ.get(_VARIABLE, "auto")
+    return setting == "always" or (setting != "never" and sys.stderr.isatty())
 
 
 def progress_bar(
@@ -32,12 +32,12 @@ def progress_bar(
     ``WMPO_PROGRESS`` is ``always``: then a line is written every ten seconds. ``never`` silences it.
 
     Args:
-        iterable: What to walk through, or None to call ``update`` by hand.
-        total: Number of steps, if ``len(iterable)`` does not tell.
-        initial: Steps done before, of a run that is resumed.
-        desc: What is being done.
-        unit: What one step is called.
-        disable: Show nothing, whatever the variable says.
+        iterable: Iterable to wrap, or None to call ``update`` manually.
+        total: Number of steps, if ``len(iterable)`` is undefined.
+        initial: Steps completed before resuming.
+        desc: Label of the bar.
+        unit: Name of one step.
+        disable: Show nothing, regardless of the variable.
 
     Returns:
         The bar, also a context manager.

@@ -31,7 +31,7 @@ class Rows:
             value[index] = getattr(other, name)
 
     def to_dict(self) -> dict[str, np.ndarray]:
-        """Copies as NumPy arrays, to be stored; :meth:`from_dict` restores the same numbers."""
+        """Copies as NumPy arrays, for storage; :meth:`from_dict` restores them exactly."""
         return {name: np.array(value) for name, value in self._items()}
 
     @classmethod
@@ -62,21 +62,21 @@ class TensorRows(Rows):
     """Base class of a dataclass whose fields are tensors with the same leading dimension."""
 
     def assign(self, index: Any, other: Self) -> None:
-        """Overwrite some rows in place with those of ``other``, in order, whatever its device and dtype."""
+        """Overwrite some rows in place with those of ``other``, in order, converting device and dtype."""
         for name, value in self._items():
             value[_tensor_index(index)] = getattr(other, name).to(value)
 
     def to(self, device: Any) -> Self:
-        """The same rows on a device."""
+        """Copy on a device."""
         return type(self)(**{name: value.to(device) for name, value in self._items()})
 
     def to_dict(self) -> dict[str, np.ndarray]:
-        """Copies as NumPy arrays, to be stored; :meth:`from_dict` restores the same numbers on the CPU."""
+        """Copies as NumPy arrays, for storage; :meth:`from_dict` restores them exactly, on the CPU."""
         return {name: value.cpu().numpy().copy() for name, value in self._items()}
 
     @classmethod
     def concatenate(cls, parts: list[Self]) -> Self:
-        """The rows of several, in order."""
+        """Concatenate the rows of several instances."""
         import torch
 
         names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ class TensorRows(Rows):
     @staticmethod
     def _take(value: Any, index: Any) -> Any:
         taken = value[_tensor_index(index)]
-        return taken.clone() if isinstance(index, slice) else taken  # a slice would share its memory
+        return taken.clone() if isinstance(index, slice) else taken  # a slice shares memory
 
     @staticmethod
     def _restored(array: np.ndarray) -> Any:
@@ -95,7 +95,7 @@ class TensorRows(Rows):
 
 
 def pad_rows(values: Array, n: int) -> Array:
-    """Repeat the last row until there are ``n``; unchanged where there are as many already.
+    """Repeat the last row until there are ``n``; unchanged if there are at least ``n``.
 
     CPU kernels round small batches differently from larger ones, so a row in a batch that is too small would
     depend on its batch.

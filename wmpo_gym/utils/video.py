@@ -1,4 +1,4 @@
-"""Small frames as videos every browser plays, and two of them side by side."""
+"""Encode small frames as browser-compatible videos, also side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CODECS = (("libx264", "mp4", "video/mp4"), ("libvpx-vp9", "webm", "video/webm")
 
 
 def upscale(frames: np.ndarray, factor: int) -> np.ndarray:
-    """Enlarge frames by repeating pixels, so that a 32-pixel picture stays what the policy saw.
+    """Enlarge frames by repeating pixels, without interpolation.
 
     Args:
         frames: uint8 (..., H, W, 3).
@@ -37,7 +37,7 @@ def side_by_side(left: np.ndarray, right: np.ndarray, gap: int = 2) -> np.ndarra
         uint8 (max(T1, T2), H, 2 W + gap, 3).
 
     Raises:
-        ValueError: If the picture sizes differ or a clip is empty.
+        ValueError: If the frame sizes differ or a clip is empty.
     """
     if left.shape[1:] != right.shape[1:] or not len(left) or not len(right):
         raise ValueError(

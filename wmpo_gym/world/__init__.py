@@ -1,6 +1,7 @@
-"""World models: what the next frames look like, given the last ones and the robot's actions.
+"""World models: video prediction conditioned on past frames and robot actions.
 
-``flow`` says how noise becomes frames, ``stdit`` and ``conv`` are the networks that do it, ``autoencoder``
-maps frames to what a network works on, and ``imagination`` strings chunks together into episodes.
-Import the modules by name: this one stays empty so that ``import wmpo_gym.world`` does not load torch.
+``flow`` implements rectified flow, ``networks.stdit`` and ``networks.conv`` the networks,
+``networks.autoencoder`` maps frames to latents, and ``imagination`` samples trajectories chunk by chunk.
+Import the modules directly: this package imports nothing, so that ``import wmpo_gym.world`` does not load
+    torch.
 """

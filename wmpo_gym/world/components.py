@@ -1,4 +1,4 @@
-"""The parts of a world by name: networks and autoencoders, new or saved."""
+"""Construct or load the components of a world by name: networks and autoencoders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wmpo_gym.world.world import WorldConfig, find_pretrained
 
 NETWORKS: dict[str, type[Any]] = {"conv": ConvWorldModel, "stdit": STDiT}
 STDIT_SIZES: dict[str, dict[str, Any]] = {
-    # A transformer that a CPU can train on pixels.
+    # Small enough to train on pixels on a CPU.
     "small": {"hidden_size": 192, "depth": 4, "num_heads": 4, "patch_size": 4, "predict_sigma": False},
     "xl": {**CONFIGS["xl"], "patch_size": 2, "predict_sigma": True},
 }
@@ -34,7 +34,7 @@ def make_autoencoder(name: str) -> Autoencoder:
 
     Raises:
         ValueError: If there is no such directory.
-        ArtifactError: If it holds something else.
+        ArtifactError: If it holds another kind of model.
     """
     if name == "pixels":
         return PixelAutoencoder()
@@ -52,17 +52,17 @@ def make_network(
     hints: TrainingHints = NO_HINTS,
     sizes: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """An untrained world model for a task; the global random generator is left alone.
+    """An untrained world model for a task; the global random generator is not changed.
 
     Args:
         name: ``"conv"`` or ``"stdit"``.
-        task: Gives the sizes of frames, chunks and actions.
-        autoencoder: Gives the sizes of the latents.
-        sampling: Gives the context and its noise.
+        task: Defines the sizes of frames, chunks and actions.
+        autoencoder: Defines the size of the latents.
+        sampling: Defines the context length and context noise.
         seed: Seed of the weights.
-        state_dim: Numbers of the robot's state that a ``conv`` network models; 0 for none.
+        state_dim: Dimension of the robot state that a ``conv`` network models; 0 for none.
         hints: Initial motion of a ``conv`` network.
-        sizes: Further arguments of the network's class; of a transformer, on top of the small size.
+        sizes: Further arguments of the network's class; for a transformer they override the small size.
 
     Raises:
         ValueError: If the frames do not fit the autoencoder or the sizes do not fit the network.
@@ -103,7 +103,7 @@ def make_network(
 
 
 def load_network(directory: Path) -> nn.Module:
-    """A world model that was saved by ``save_pretrained``, in evaluation mode.
+    """Load a world model saved with ``save_pretrained``, in evaluation mode.
 
     Raises:
         ArtifactError: If the directory holds another kind of network.

@@ -1,9 +1,9 @@
-"""Distillation: a student reaches in one step where its teacher arrives in several.
+"""Distillation of a world model into a student that samples in fewer denoising steps.
 
-The integration from noise to frames is divided into as many intervals as the student will take steps. The
-teacher integrates each interval in small steps; from the interval's first sample the student must reach its
-last one in a single step (a consistency model per interval). The student is the same network with the same
-inputs; in the world's configuration only ``denoising_steps`` changes.
+The integration from noise to frames is divided into one interval per step of the student. The teacher
+integrates each interval in several small steps; the student is trained to map the sample at the start of an
+interval to the one at its end in a single step (a consistency model per interval). The student has the same
+architecture and inputs; in the world's configuration only ``denoising_steps`` changes.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from wmpo_gym.data.episode import Episode
     from wmpo_gym.world.world import World
 
-MOST_STEPS = 4  # of the student
+MOST_STEPS = 4  # maximum of the student
 
 
 @dataclass
 class DistillationObjective:
-    """Loss of the student against its teacher, see :class:`~wmpo_gym.world.objectives.Objective`.
+    """Squared error between student and teacher, an :class:`~wmpo_gym.world.objectives.Objective`.
 
     Attributes:
-        teacher: The network that is sampled in many steps; left as it is.
-        flow: The sampler's settings, those of imagination.
-        teacher_steps: Its steps, a multiple of ``steps``.
-        steps: The student's.
+        teacher: The network to distil, sampled in many steps; not trained.
+        flow: Sampler settings, the same as in imagination.
+        teacher_steps: Denoising steps of the teacher, a multiple of ``steps``.
+        steps: Denoising steps of the student.
     """
 
     teacher: nn.Module
@@ -47,7 +47,7 @@ class DistillationObjective:
     def draw(
         self, target_shape: tuple[int, ...], context_shape: tuple[int, ...], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """The noise that both integrate from."""
+        """Initial noise, shared by student and teacher."""
         return {"noise": torch.randn(target_shape, generator=generator)}
 
     def __call__(self, network: Any, batch: LatentBatch, draws: dict[str, Tensor]) -> ChunkLoss:
@@ -63,13 +63,13 @@ class DistillationObjective:
             losses = losses + weighted_row_means((reached - ends[i + 1]).square(), batch)
         if self.steps == 1:
             return ChunkLoss(losses, reached, reached.detach())
-        with torch.no_grad():  # on its own trajectory, which is not the teacher's
+        with torch.no_grad():  # along the student's own trajectory
             *_, sample = self.flow.integrate(self._velocity(network, batch), noise, self.steps)
         return ChunkLoss(losses, reached, sample)
 
     @torch.no_grad()
     def _teacher_samples(self, noise: Tensor, batch: LatentBatch) -> list[Tensor]:
-        """The teacher's sample before the first of the student's steps and after each of them."""
+        """The teacher's samples at the ends of all intervals, starting with the noise."""
         samples = list(self.flow.integrate(self._velocity(self.teacher, batch), noise, self.teacher_steps))
         every = self.teacher_steps // self.steps
         return [noise, *samples[every - 1 :: every]]
@@ -79,12 +79,13 @@ class DistillationObjective:
 
 
 def steps_to_imitate(world: World, denoising_steps: int, teacher_steps: int | None = None) -> int:
-    """Steps of the teacher of a student.
+    """Number of denoising steps the teacher takes, checked against the student's.
 
     Args:
         world: The teacher.
         denoising_steps: The student's steps, 1 to 4.
-        teacher_steps: A multiple of the student's that was asked for; None is the first from the world's own.
+        teacher_steps: Requested steps, a multiple of the student's; None takes the smallest multiple that is
+            at least the world's own number.
 
     Raises:
         ValueError: If the steps do not fit each other, or the world samples in as few steps already.
@@ -118,18 +119,18 @@ def distillation_trainer(
     teacher_steps: int | None = None,
     **kwargs: Any,
 ) -> tuple[World, WorldModelTrainer]:
-    """A world that samples in few steps, and what is to train its network.
+    """A student world that samples in few steps, and the trainer of its network.
 
     Args:
-        world: The teacher, left as it is.
-        episodes: Where chunks start and which actions they take; the frames that follow are the teacher's.
-        config: Settings of the training. Its ``pure_noise`` and ``context_noise`` have no meaning here.
-        denoising_steps: See :func:`steps_to_imitate`, which also says what is refused.
-        teacher_steps: Likewise.
-        **kwargs: Of :class:`~wmpo_gym.world.training.WorldModelTrainer`.
+        world: The teacher; not modified.
+        episodes: Provide contexts and actions; the target frames are the teacher's samples.
+        config: Settings of the training. ``pure_noise`` and ``context_noise`` are ignored.
+        denoising_steps: Denoising steps of the student; see :func:`steps_to_imitate`.
+        teacher_steps: Denoising steps of the teacher; see :func:`steps_to_imitate`.
+        **kwargs: Passed to :class:`~wmpo_gym.world.training.WorldModelTrainer`.
 
     Returns:
-        The student's world, not trained yet, and its trainer.
+        The untrained student's world and its trainer.
     """
     teacher_steps = steps_to_imitate(world, denoising_steps, teacher_steps)
     teacher = copy.deepcopy(world.network).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Training of the small networks beside the world model: one cycle of AdamW."""
+"""Training of the small auxiliary networks with AdamW and a one-cycle schedule."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FitTask(TrainingTask):
 
     Attributes:
         config: Settings.
-        rng: Draws the batches.
+        rng: Random generator of the batches.
         losses: Losses of the last tenth of the steps.
     """
 
@@ -47,7 +47,7 @@ class FitTask(TrainingTask):
         return {"adamw": (optimizer, OneCycleLR(optimizer, rate, self.config.steps))}
 
     def share(self, mean: Tensor, n: int) -> Loss:
-        """Contribution of ``n`` rows to the batch's mean loss, from their own mean."""
+        """The part of the batch's mean loss that ``n`` rows with the given mean contribute."""
         loss = mean * (n / self.config.batch_size)
         return Loss(loss, {"loss": float(loss.detach())})
 
@@ -77,9 +77,9 @@ def fit(
     Args:
         task: The task.
         settings: How to train.
-        compute: Device and precision; None is float32 where the network lies.
-        checkpoint_dir: Where to keep the checkpoint; one found there is resumed from. A training that was
-            complete is only loaded.
+        compute: Device and precision; None is float32 on the network's device.
+        checkpoint_dir: Directory of the checkpoint. Training resumes from an existing one; a finished
+            training is only loaded.
         progress: Show a progress bar.
 
     Returns:

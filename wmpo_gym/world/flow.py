@@ -6,8 +6,8 @@ noise, so 1000 is pure noise and 0 a clean latent::
     x_t      = (1 - sigma) * x0 + sigma * noise
     velocity = x0 - noise                        points from noise to data; diffusers uses the opposite sign
 
-Frames come in two kinds. *Context frames* are given, *predicted frames* are denoised; only the latter enter
-the loss and only the latter move while sampling.
+*Context frames* are given, *predicted frames* are denoised; only predicted frames enter the loss and change
+during sampling.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from torch import Tensor
 VelocityFunction = Callable[[Tensor, Tensor], Tensor]
 
 PAPER_CONTEXT_NOISE = 0.05
-"""Noise level of the context frames in training as the paper has it: 50 of 1000 diffusion steps (§3.2)."""
+"""Training noise level of the context frames in the paper: 50 of 1000 diffusion steps (§3.2)."""
 
 RELEASE_CONTEXT_NOISE = 0.015
-"""The same in the released code and weights: 15 of 1000."""
+"""Training noise level of the context frames in the released code and weights: 15 of 1000."""
 
 
 class WorldNetwork(Protocol):
-    """What the flow asks of a network.
+    """Interface of a world-model network.
 
     A network may also offer ``encode_context(context, prev_action, sigma) -> cache`` and
-    ``denoise(latents, timestep, actions, cache) -> velocity``, which give the same velocity of the predicted
-    frames without computing the context again at every step.
+    ``denoise(latents, timestep, actions, cache) -> velocity``, which compute the same velocity of the
+    predicted frames but encode the context only once per chunk.
     """
 
     def __call__(
@@ -48,7 +48,7 @@ class WorldNetwork(Protocol):
         prev_action: Tensor | None = None,
         context_sigma: Tensor | None = None,
     ) -> Tensor:
-        """Velocity ``(B, C, H + K, h, w)``; what it holds on the context frames is ignored.
+        """Velocity ``(B, C, H + K, h, w)``; its values at context frames are ignored.
 
         Args:
             latents: ``(B, C, H + K, h, w)``, the H context frames first.
@@ -56,7 +56,7 @@ class WorldNetwork(Protocol):
             actions: ``(B, K, D)``; action k leads to predicted frame k.
             context_mask: bool ``(B, H + K)``, True on context frames.
             prev_action: ``(B, D)``, the action that led to the last context frame.
-            context_sigma: ``(B,)`` noise level of the context frames; None for the network's own.
+            context_sigma: ``(B,)`` noise level of the context frames; None for the network's default.
         """
 
 
@@ -66,13 +66,13 @@ class RectifiedFlow:
 
     Attributes:
         n_train_timesteps: Timestep of pure noise.
-        context_noise: Noise level in [0, 1] of the context frames in training, against the drift of long
-            rollouts. When sampling, the context stays clean but the network is given this level, as in the
-            release; 0 gives it the true level instead.
+        context_noise: Noise level in [0, 1] of the context frames in training, which reduces drift in
+            long rollouts. When sampling, the context stays clean but the network is conditioned on this
+            level, as in the release; 0 conditions it on the true level.
         shift: Values above 1 allocate more steps to high noise levels, values below 1 to low ones; the
             published world models use 1.
-        round_timesteps: Give the network timesteps rounded to bfloat16, as the release does when its network
-            runs in bfloat16 (33.333 becomes 33.25). Needed only to reproduce those numbers.
+        round_timesteps: Round the timesteps given to the network to bfloat16, as the release does when its
+            network runs in bfloat16 (33.333 becomes 33.25). Only needed to reproduce the release.
     """
 
     n_train_timesteps: int = 1000
@@ -91,7 +91,8 @@ class RectifiedFlow:
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Point on the line between ``latents`` (timestep 0) and ``noise`` (timestep 1000).
 
-        diffusers' ``scale_noise`` knows only the timesteps of a sampling grid; training draws any number.
+        diffusers' ``scale_noise`` only supports the timesteps of a sampling grid; training draws them
+        continuously.
 
         Args:
             latents: ``(B, C, T, h, w)``.
@@ -108,9 +109,9 @@ class RectifiedFlow:
         context_mask: Tensor,
         context_sigma: Tensor | None = None,
     ) -> Tensor:
-        """Noise predicted frames to their ``timestep`` (B,) and context frames to their own level.
+        """Add noise to predicted frames at ``timestep`` (B,) and to context frames at their own level.
 
-        Both kinds share the one ``noise`` tensor. Shapes as in :meth:`add_noise`; ``context_mask`` is bool
+        Both use the same ``noise`` tensor. Shapes as in :meth:`add_noise`; ``context_mask`` is bool
         ``(B, T)``, True on context frames, and ``context_sigma`` ``(B,)`` the context's noise level in
         [0, 1], None for :attr:`context_noise`.
         """
@@ -121,7 +122,7 @@ class RectifiedFlow:
 
     @staticmethod
     def velocity(latents: Tensor, noise: Tensor) -> Tensor:
-        """What the network learns: the direction from ``noise`` to the clean ``latents``."""
+        """Regression target: the velocity from ``noise`` to the clean ``latents``."""
         return latents - noise
 
     def loss(
@@ -143,18 +144,18 @@ class RectifiedFlow:
             network: See :class:`WorldNetwork`.
             latents: Clean ``(B, C, T, h, w)``.
             actions: ``(B, K, D)``.
-            context_mask: bool ``(B, T)``, True on context frames; samples may differ in how many they have.
+            context_mask: bool ``(B, T)``, True on context frames; their number may differ between samples.
             timestep: ``(B,)`` in [0, 1000]; see :meth:`sample_timesteps`.
             noise: Standard normal, shape of ``latents``.
             prev_action: ``(B, D)`` or None.
             context_sigma: ``(B,)`` noise level of the context in [0, 1]; None for :attr:`context_noise`.
-            weights: Factors of the squared errors, broadcast to ``latents``; None for 1.
+            weights: Weights of the squared errors, broadcast to ``latents``; None for 1.
 
         Returns:
             ``(B,)``; its mean is the training loss.
 
         Raises:
-            ValueError: If a sample has nothing but context frames.
+            ValueError: If a sample has only context frames.
         """
         losses, _ = self.loss_and_estimate(
             network, latents, actions, context_mask, timestep=timestep, noise=noise, prev_action=prev_action,
@@ -175,9 +176,9 @@ class RectifiedFlow:
         context_sigma: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`loss`, and the clean latents ``(B, C, T, h, w)`` that the predicted velocity leads to.
+        """:meth:`loss` and the estimate of the clean latents ``(B, C, T, h, w)`` from the predicted velocity.
 
-        The estimate is differentiable and means nothing on context frames. Arguments as :meth:`loss`.
+        The estimate is differentiable and undefined on context frames. Arguments as in :meth:`loss`.
         """
         predicted = (~context_mask).to(latents.dtype)
         if not bool(predicted.any(dim=1).all()):
@@ -201,15 +202,15 @@ class RectifiedFlow:
         return losses, noisy + sigma * velocity
 
     def sample_timesteps(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Logit-normal training timesteps ``(batch,)`` in (0, 1000): middling noise most often."""
+        """Logit-normal training timesteps ``(batch,)`` in (0, 1000), densest at medium noise."""
         return torch.sigmoid(torch.randn(batch, generator=generator)) * self.n_train_timesteps
 
     # -- sampling ------------------------------------------------------------------------------------------
     def timesteps(self, steps: int) -> Tensor:
-        """Timesteps ``(steps,)`` the sampler stops at, from pure noise down; the last step goes on to 0.
+        """Timesteps ``(steps,)`` of the sampler in decreasing order; the last step ends at 0.
 
         Raises:
-            ValueError: If there are no steps.
+            ValueError: If ``steps`` is less than 1.
         """
         if steps < 1:
             raise ValueError(f"Sampling takes at least one denoising step, got {steps}.")
@@ -227,7 +228,7 @@ class RectifiedFlow:
         prev_action: Tensor | None = None,
         cached: bool = True,
     ) -> Tensor:
-        """Follow the flow from ``noise`` to a chunk of latents; differentiable, no guidance, no other noise.
+        """Sample a chunk of latents from ``noise``: deterministic, differentiable, without guidance.
 
         Args:
             network: See :class:`WorldNetwork`.
@@ -236,7 +237,7 @@ class RectifiedFlow:
             actions: ``(B, K, D)`` in [-1, 1].
             steps: Euler steps, each one network evaluation.
             prev_action: ``(B, D)`` or None.
-            cached: Compute the context once per chunk where the network can; the numbers are the same.
+            cached: Encode the context once per chunk if the network supports it; the result is the same.
 
         Returns:
             float32 ``(B, C, K, h, w)``.
@@ -246,7 +247,7 @@ class RectifiedFlow:
         return z
 
     def integrate(self, velocity: VelocityFunction, noise: Tensor, steps: int) -> Iterator[Tensor]:
-        """Euler integration from ``noise`` to the latents: the sample after each of the steps.
+        """Euler integration from ``noise`` to the latents; yields the sample after each step.
 
         Args:
             velocity: From :meth:`velocity_function`.
@@ -256,7 +257,7 @@ class RectifiedFlow:
         scheduler = copy.copy(_prepared_scheduler(self, steps, noise.device))
         z = noise.float()
         for t in scheduler.timesteps:
-            # The scheduler's velocity points from data to noise, ours from noise to data.
+            # The scheduler expects the velocity from data to noise, which is the negative of ours.
             (z,) = scheduler.step(-velocity(z, t), t, z, return_dict=False)
             yield z
 
@@ -271,7 +272,7 @@ class RectifiedFlow:
     ) -> VelocityFunction:
         """``(z, timestep) -> velocity`` of a chunk's predicted frames, in float32; one timestep for all rows.
 
-        Arguments as :meth:`sample`.
+        Arguments as in :meth:`sample`.
         """
         sigma = self._context_sigma(context)
 
@@ -301,16 +302,16 @@ class RectifiedFlow:
 
 
 def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Point at noise level ``sigma``, ``(B,)`` or ``(B, T)`` in [0, 1], between latents and noise."""
+    """Mix latents with noise at the level ``sigma``, ``(B,)`` or ``(B, T)`` in [0, 1]."""
     sigma = sigma.view(sigma.shape[0], 1, -1, 1, 1)
     return (1 - sigma) * latents + sigma * noise
 
 
 def shift_timestep(timestep: Tensor, shift: float, n_train_timesteps: int = 1000) -> Tensor:
-    """Bend timesteps towards noise (``shift`` above 1) or data (below 1); 0 and 1000 stay where they are.
+    """Shift timesteps towards noise (``shift`` above 1) or data (below 1); 0 and 1000 are fixed points.
 
-    The published formula may overshoot 1000 by a rounding error, at which its sampler gives up (for instance
-    at 64x96 pixels); the result is therefore cut off there.
+    The published formula may exceed 1000 by a rounding error, which makes its sampler fail (for instance at
+    64x96 pixels); the result is therefore clamped.
     """
     u = timestep / n_train_timesteps
     return (shift * u / (1 + (shift - 1) * u) * n_train_timesteps).clamp(max=n_train_timesteps)
@@ -318,10 +319,10 @@ def shift_timestep(timestep: Tensor, shift: float, n_train_timesteps: int = 1000
 
 @lru_cache(maxsize=8)
 def _prepared_scheduler(flow: RectifiedFlow, steps: int, device: torch.device) -> Any:
-    """Diffusers' Euler scheduler before its first step; a copy of it counts its own steps."""
+    """Diffusers' Euler scheduler before its first step; copy it before use, since it counts its steps."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=flow.n_train_timesteps)
     scheduler.set_timesteps(sigmas=(flow.timesteps(steps) / flow.n_train_timesteps).tolist(), device=device)
-    scheduler.set_begin_index(0)  # spares a search, which would wait for the GPU
+    scheduler.set_begin_index(0)  # avoids a search that would synchronise with the GPU
     return scheduler

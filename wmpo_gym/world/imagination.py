@@ -1,7 +1,7 @@
-"""Imagination: sample a world model chunk by chunk, each conditioned on the frames of the one before.
+"""Imagination: sample a world model chunk by chunk, each conditioned on the previous frames.
 
-It knows frames, actions and noise, and nothing of episodes, rewards or seeds; those belong to the
-environment. All randomness comes in through the ``noise`` argument, so a row depends on its own inputs only.
+It handles frames, actions and noise; episodes, rewards and seeds belong to the environment. All randomness
+enters through the ``noise`` argument, so each row depends only on its own inputs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class ImaginationState(TensorRows):
-    """What the next chunk depends on, one row per trajectory.
+    """State between two chunks, one row per trajectory.
 
     Attributes:
         context: float32 ``(B, C, H, h, w)``, the last H frames as latents.
         prev_action: float32 ``(B, D)``, the action that led to the last of them; zeros at the start.
-            ``(B, D + M)`` with where the robot is behind it, if the network follows that (its ``motion``).
+            ``(B, D + M)`` with the robot state appended if the network has a proprioception model.
     """
 
     context: Tensor
@@ -35,20 +35,20 @@ class ImaginationState(TensorRows):
 
 
 class Imagination:
-    """Generate frames, a chunk per step, for a batch of trajectories at once.
+    """Sampler of a world model: generates one chunk of frames per step for a batch of trajectories.
 
     Args:
         network: World model; see :class:`~wmpo_gym.world.flow.WorldNetwork`.
         autoencoder: Maps frames to latents and back.
         chunk: K, actions and frames per step.
-        context_frames: H, frames the network sees.
+        context_frames: H, the number of conditioning frames.
         denoising_steps: Euler steps per chunk.
         image_size: Side of the square frames, or ``(height, width)``, in pixels.
         action_dim: D.
         flow: Sampler settings.
 
     Attributes:
-        noise_shape: ``(C, K, h, w)`` of the noise that a row needs per step.
+        noise_shape: ``(C, K, h, w)`` of the noise per row and step.
         nfe_per_chunk: Network evaluations per row and step.
     """
 
@@ -74,17 +74,17 @@ class Imagination:
 
     @property
     def motion(self) -> Any:
-        """What follows the robot's own state, if the network has it; else None."""
+        """The network's proprioception model, or None."""
         return getattr(self.network, "motion", None)
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return getattr(self.network, "device", torch.device("cpu"))
 
     @torch.no_grad()
     def start(self, frames: Tensor | np.ndarray) -> ImaginationState:
-        """State at the beginning of trajectories: the robot has stood still in front of its first frame.
+        """Initial state of trajectories: the first frame repeated, as if the robot had been at rest.
 
         Args:
             frames: uint8 ``(B, height, width, 3)`` first frames.
@@ -98,7 +98,7 @@ class Imagination:
                 f"Start frames must be uint8 (B, {self.image_size[0]}, {self.image_size[1]}, 3), got "
                 f"{frames.dtype} {tuple(frames.shape)}."
             )
-        # Encoded once and repeated, not the other way round: an encoder may draw from its posterior.
+        # Encode once, then repeat: an encoder may sample from its posterior.
         context = self.autoencoder.encode(frames[:, None]).repeat(1, 1, self.context_frames, 1, 1)
         prev_action = context.new_zeros(len(frames), self.action_dim)
         if self.motion is not None:
@@ -110,10 +110,10 @@ class Imagination:
     def step(
         self, state: ImaginationState, actions: Tensor | np.ndarray, noise: Tensor | np.ndarray
     ) -> tuple[Tensor, ImaginationState]:
-        """Imagine one chunk; ``state`` is left as it was.
+        """Imagine one chunk; ``state`` is not modified.
 
         Args:
-            state: From :meth:`start` or the step before.
+            state: From :meth:`start` or the previous step.
             actions: float32 ``(B, K, D)`` in [-1, 1].
             noise: float32 ``(B, C, K, h, w)``, standard normal.
 
@@ -129,9 +129,9 @@ class Imagination:
         self._check("noise", noise, (len(state), *self.noise_shape))
         latents = self._sample(noise, state.context, actions, state.prev_action)
         frames = self.autoencoder.decode(latents)
-        # Recorded frames lie on the grid of 256 levels and so do the pixels a network trained on them should
-        # see. A lossy autoencoder is left out of the loop instead: encoding anew each chunk would add its
-        # losses up (the published loop keeps the generated latents for that reason).
+        # A lossless autoencoder re-encodes the decoded frames, so that contexts are quantised to 256 levels
+        # like the recorded frames in training. With a lossy one, re-encoding would accumulate its error; the
+        # generated latents are used instead, as published.
         latents = latents[:, :, -self.context_frames :]
         if self.autoencoder.lossless:
             latents = self.autoencoder.encode(frames[:, -self.context_frames :])
@@ -151,7 +151,7 @@ class Imagination:
         return sampled[:n]
 
     def _enough_rows(self, x: Tensor) -> Tensor:
-        """Padded to the network's ``min_rows``: fewer would be rounded differently on a CPU."""
+        """Pad to the network's ``min_rows``; smaller batches round differently on a CPU."""
         return pad_rows(x, getattr(self.network, "min_rows", 1))
 
     @staticmethod
@@ -161,7 +161,7 @@ class Imagination:
 
 
 class CompiledNetwork:
-    """A world model whose two halves, context and denoising step, went through ``torch.compile``."""
+    """World model with ``torch.compile`` applied to its context encoder and its denoising step."""
 
     def __init__(self, network: Any) -> None:
         self.original = network
@@ -172,5 +172,5 @@ class CompiledNetwork:
         return getattr(self.original, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the network itself, not compiled."""
+        """Forward pass of the network, not compiled."""
         return self.forward(*args, **kwargs)

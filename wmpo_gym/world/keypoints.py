@@ -1,7 +1,7 @@
 """Unsupervised keypoints of the first frame (spatial softmax).
 
-First frames of one task differ in where a few objects are. An encoder that may describe a frame only by the
-coordinates of a few keypoints, from which a decoder has to reconstruct it, soon puts keypoints on those
+First frames of one task differ in the positions of a few objects. An encoder that compresses a frame to the
+coordinates of a few keypoints, from which a decoder reconstructs it, learns to place keypoints on those
 objects.
 """
 
@@ -17,19 +17,19 @@ from wmpo_gym.training.runtime import ComputeSettings
 from wmpo_gym.training.trainer import Loss
 from wmpo_gym.world.fit import FitSettings, FitTask, fit
 
-SIDE = 32  # largest side of the feature maps
+SIDE = 32  # maximum side of the feature maps
 WIDTH = 16
-RADIUS = 0.12  # of the spot that the decoder gets for a keypoint, in half images
-LEAST_SPREAD = 0.02  # half images; a keypoint that moves less counts as fixed
+RADIUS = 0.12  # of the Gaussian rendered for a keypoint, in half images
+LEAST_SPREAD = 0.02  # minimum standard deviation of a keypoint, in half images
 
 
 class KeypointEncoder(nn.Module):
-    """Finds ``n`` keypoints in a frame, each at the centre of mass of a feature map of its own.
+    """Encoder of a frame as ``n`` keypoints, each the centre of mass of one feature map (spatial softmax).
 
     Args:
         image_size: Side of the square frames.
         channels: Frame channels C.
-        n: Keypoints.
+        n: Number of keypoints.
     """
 
     middle: Tensor
@@ -59,7 +59,7 @@ class KeypointEncoder(nn.Module):
         return torch.stack([columns.sum(dim=2), rows.sum(dim=2)], dim=2)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """The coordinates ``(B, 2 n)`` in standard deviations among first frames."""
+        """Coordinates ``(B, 2 n)``, standardised over the first frames."""
         return (self.keypoints(frames).flatten(1) - self.middle) / self.spread
 
 
@@ -105,19 +105,19 @@ def train_keypoints(
     checkpoint_dir: Path | None = None,
     progress: bool = False,
 ) -> float:
-    """Train keypoints to tell first frames apart.
+    """Train a keypoint encoder to reconstruct first frames.
 
     Args:
         encoder: Trained in place.
         frames: First frames ``(N, C, h, w)`` in [-1, 1], on the CPU; at least one.
         settings: How to train.
-        compute: Device and precision; None is float32 where the encoder lies.
-        checkpoint_dir: Where to keep the checkpoint; one found there is resumed from.
+        compute: Device and precision; None is float32 on the encoder's device.
+        checkpoint_dir: Directory of the checkpoint, from which training resumes.
         progress: Show a progress bar.
 
     Returns:
-        Share of the frames' variance that the keypoints do not explain (last tenth of the steps); 0 if the
-        frames are all alike.
+        Share of the frames' variance that the keypoints do not explain (last tenth of the steps); 0 if all
+        frames are equal.
     """
     task = _Reconstruction(encoder, frames, settings)
     if task.scale == 0:
@@ -132,6 +132,6 @@ def train_keypoints(
 
 
 def _spots(keypoints: Tensor, axis: Tensor) -> Tensor:
-    """Round spots ``(B, n, s, s)`` at keypoints ``(B, n, 2)``."""
+    """Gaussian heatmaps ``(B, n, s, s)`` at keypoints ``(B, n, 2)``."""
     columns, rows = ((keypoints[..., i, None] - axis).square() for i in (0, 1))
     return (-(columns[:, :, None, :] + rows[:, :, :, None]) / (2 * RADIUS**2)).exp()

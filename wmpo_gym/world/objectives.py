@@ -1,4 +1,4 @@
-"""Losses of the world model: one action chunk per row, from a recorded or a predicted context."""
+"""Losses of the world model on single chunks with a recorded or predicted context."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 from wmpo_gym.world.flow import RectifiedFlow, interpolate
 
-ROBUST_WIDTH = 0.1  # below this error (in [-1, 1] grey levels) the frame loss is quadratic, above linear
-CHANGED = 0.1  # change of a pixel since the last context frame, in [-1, 1], from which on it weighs more
+ROBUST_WIDTH = 0.1  # error (frames in [-1, 1]) up to which the frame loss is quadratic; linear above
+CHANGED = 0.1  # pixel change since the last context frame (frames in [-1, 1]) above which weights rise
 
 
 class LatentBatch(NamedTuple):
-    """One chunk per row in the network's space.
+    """Batch of chunks in latent space, one per row.
 
     Attributes:
         context: ``(B, C, H, h, w)``, recorded or predicted frames.
         targets: ``(B, C, K, h, w)``.
         actions: ``(B, K, D)``.
-        prev_action: ``(B, D)``, or ``(B, D + M)`` with the robot's state behind it.
+        prev_action: ``(B, D)``, or ``(B, D + M)`` with the robot state appended.
         last: ``(B, C, 1, h, w)``, the recorded frame before the targets.
         weights: ``(B, 1, K, h, w)`` loss weights; 0 after an episode's end.
-        mean_weight: ``(B,)``, the mean weight of the whole batch in every row.
+        mean_weight: ``(B,)``, the mean weight over the whole batch, repeated for every row.
     """
 
     context: Tensor
@@ -42,7 +42,7 @@ def loss_weights(targets: Tensor, last: Tensor, valid: Tensor, changed_weight: f
     Args:
         targets: ``(B, C, K, h, w)``.
         last: ``(B, C, 1, h, w)``, the frame before them.
-        valid: bool ``(B, K)``, False after an episode's end, which does not count.
+        valid: bool ``(B, K)``, False after an episode's end, which is excluded.
         changed_weight: Extra weight of pixels that changed since the last context frame.
     """
     changed = (targets - last).abs().amax(dim=1, keepdim=True) > CHANGED
@@ -55,12 +55,12 @@ def weighted_row_means(error: Tensor, batch: LatentBatch) -> Tensor:
 
 
 class ChunkLoss(NamedTuple):
-    """What an objective computes of a batch.
+    """Result of an objective on a batch.
 
     Attributes:
         losses: ``(B,)``.
         estimate: Predicted clean latents ``(B, C, K, h, w)``, differentiable.
-        sample: Latents of the same shape to continue from, as imagination would sample them; no gradient.
+        sample: Sampled latents of the same shape, used as the next context; no gradient.
     """
 
     losses: Tensor
@@ -69,31 +69,30 @@ class ChunkLoss(NamedTuple):
 
 
 class Objective(Protocol):
-    """A loss of the world model."""
+    """Interface of a world-model loss."""
 
     def draw(
         self, target_shape: tuple[int, ...], context_shape: tuple[int, ...], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Random numbers of a batch, rows first, on the CPU."""
+        """Random tensors for a batch, with the batch dimension first, on the CPU."""
 
     def __call__(self, network: Any, batch: LatentBatch, draws: dict[str, Tensor]) -> ChunkLoss:
-        """Loss of a batch, given what :meth:`draw` returned."""
+        """Loss of a batch, given the random tensors of :meth:`draw`."""
 
 
 @dataclass
 class ChunkObjective:
     """Loss against the recorded frames.
 
-    A network that predicts clean frames (``predict``) is trained with a robust frame loss: the absolute error
-    favours the likelier of two outcomes, where the squared error would favour their mean. Any other network
+    A network that predicts clean frames (``predict``) is trained with a robust frame loss: under uncertainty
+    the absolute error favours the likelier outcome, the squared error the mean of all. Any other network
     is trained with the rectified-flow velocity loss of the paper (§3.2).
 
     Attributes:
-        pure_noise: Share of rows trained at noise level 1, which is where one-step sampling happens.
-        context_noise: Largest noise level of the context.
+        pure_noise: Share of rows trained at noise level 1, the only level that one-step sampling uses.
+        context_noise: Maximum noise level of the context.
         denoising_steps: Steps the network will be sampled with.
-        self_forcing: Whether rows continue from the model's own prediction, which must then be sampled;
-            otherwise the recorded frames stand for it.
+        self_forcing: Continue rows from the model's own samples; otherwise from the recorded frames.
     """
 
     pure_noise: float
@@ -109,7 +108,7 @@ class ChunkObjective:
         noise = torch.randn(target_shape, generator=generator)
         pure = torch.rand(n, generator=generator) < self.pure_noise
         sigma = torch.where(pure, torch.ones(n), torch.sigmoid(torch.randn(n, generator=generator)))
-        # Half of the rows keep a clean context, which is what imagination offers.
+        # Half of the rows keep a clean context, as in imagination.
         level = torch.rand(n, generator=generator) * self.context_noise
         level = level * (torch.rand(n, generator=generator) < 0.5)
         context_noise = torch.randn(context_shape, generator=generator)
@@ -196,6 +195,6 @@ class PatchDiscriminator(nn.Module):
         return -self(last, chunk).mean()
 
     def loss(self, last: Tensor, recorded: Tensor, predicted: Tensor) -> Tensor:
-        """The discriminator's own hinge loss."""
+        """Hinge loss of the discriminator."""
         real, fake = self(last, recorded), self(last, predicted)
         return torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()

@@ -13,20 +13,18 @@ from torch.optim import Optimizer
 class KernelMuon(torch.optim.Muon):
     """Muon (https://kellerjordan.github.io/posts/muon) for convolution kernels.
 
-    Muon makes every update of a matrix equally strong in all its directions, so that rare but necessary
-    features (where the tool is and what lies there, together) are learned as quickly as those that most
-    pixels ask for.
+    Muon orthogonalises the update of each matrix, so that rare but necessary features (the relation of tool
+    and object) are learned as quickly as those that dominate the pixel loss.
 
     Args:
-        weights: Weights of two or more dimensions, each updated as the matrix of its first dimension against
-            the others.
+        weights: Weights of two or more dimensions, each flattened to a matrix after its first dimension.
         learning_rate: Step size.
         weight_decay: Decoupled weight decay.
     """
 
     def __init__(self, weights: Sequence[Tensor], *, learning_rate: float, weight_decay: float) -> None:
         self._weights = list(weights)
-        # torch's Muon takes matrices only; these share the kernels' memory.
+        # torch's Muon only accepts matrices; these share memory with the kernels.
         self._matrices = [nn.Parameter(p.data.flatten(1)) for p in self._weights]
         super().__init__(self._matrices, lr=learning_rate, weight_decay=weight_decay)
 
@@ -44,13 +42,13 @@ def make_optimizers(
     weight_decay: float,
     muon: float = 0.0,
 ) -> dict[str, Optimizer]:
-    """AdamW, and Muon for the weights that a network names as its ``inner_weights()``.
+    """AdamW, and Muon for the ``inner_weights()`` of a network that defines them.
 
     Args:
-        network: Whose parameters are trained.
-        learning_rate: AdamW's.
-        weight_decay: Of both.
-        muon: Muon's learning rate; 0 is AdamW for all weights, as published.
+        network: The network to train.
+        learning_rate: Learning rate of AdamW.
+        weight_decay: Decoupled weight decay of both.
+        muon: Learning rate of Muon; 0 uses AdamW for all weights, as published.
     """
     inner: list[Tensor] = getattr(network, "inner_weights", list)() if muon > 0 else []
     names = {id(p) for p in inner}

@@ -1,10 +1,10 @@
 """Proprioception: the robot's own state, estimated from the first frame and predicted from the actions.
 
 Small images carry little depth information about the gripper, and imagined ones blur it further; yet depth
-decides whether a grasp holds. The robot's state (joint angles, pose of the hand, opening of the fingers) is
-recorded with every step. From such recordings two small networks learn to estimate the state in a first frame
-and to predict it from the actions, so that imagination needs no sensor. Keypoints of the first frame
-(:mod:`wmpo_gym.world.keypoints`) say what the hand will meet.
+decides whether a grasp succeeds. The robot's state (joint angles, gripper pose and opening) is
+recorded with every step. Two small networks are trained on these recordings, to estimate the state in a first
+frame and to predict it from the actions, so that imagination needs no sensor. Keypoints of the first frame
+(:mod:`wmpo_gym.world.keypoints`) encode the positions of the objects.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from wmpo_gym.utils.layers import RowLinear, rounded_quickly
 from wmpo_gym.world.fit import FitSettings, FitTask, fit
 from wmpo_gym.world.keypoints import KeypointEncoder, train_keypoints
 
-VELOCITY_UNIT = 0.1  # units of the state (standard deviations) in which changes of its velocity are learned
-POSITION_WEIGHT = 5.0  # initial factor of positions: contact is a matter of hundredths of their range
+VELOCITY_UNIT = 0.1  # scale of predicted velocity changes, in standard deviations of the state
+POSITION_WEIGHT = 5.0  # initial factor of positions, since contact depends on small differences
 WIDTH = 320
 ENCODER_WIDTH = 24
 KEYPOINTS = 8
@@ -38,15 +38,15 @@ class ProprioTraining:
     """Settings of :func:`train_proprio`.
 
     Attributes:
-        steps: Optimiser steps of the dynamics.
+        steps: Optimiser steps of the dynamics network.
         batch_size: Trajectories per such step.
-        length: Steps of a trajectory. Longer ones teach that the policy acts otherwise after a failed grasp,
-            which means nothing where its actions answer to imagined frames.
+        length: Steps per trajectory. On longer ones the network infers a failed grasp from the policy's later
+            actions, which is misleading when the policy acts on imagined frames.
         reader_steps: Optimiser steps of the encoder.
-        points_steps: Optimiser steps of the keypoints.
-        frames: Frames per step of both.
-        learning_rate: Peak of AdamW's one cycle, of all three.
-        seed: Seed of everything random.
+        points_steps: Optimiser steps of the keypoint encoder.
+        frames: Batch size of encoder and keypoint encoder, in frames.
+        learning_rate: Peak learning rate of AdamW's one-cycle schedule, for all three.
+        seed: Random seed.
     """
 
     steps: int = 12_000
@@ -62,7 +62,7 @@ class ProprioTraining:
         """Check the steps.
 
         Raises:
-            ValueError: If a part would not be trained.
+            ValueError: If a part has no optimiser step.
         """
         if min(self.steps, self.reader_steps, self.points_steps) < 1:
             raise ValueError(
@@ -73,7 +73,7 @@ class ProprioTraining:
 
     @classmethod
     def of_steps(cls, steps: int, *, seed: int = 0) -> ProprioTraining:
-        """Settings with so many steps of the dynamics, and in proportion of the other parts."""
+        """Settings for ``steps`` dynamics steps, with the steps of the other parts in proportion."""
         share = steps / cls.steps
         reader, points = (max(1, round(n * share)) for n in (cls.reader_steps, cls.points_steps))
         return cls(steps=steps, reader_steps=reader, points_steps=points, seed=seed)
@@ -131,7 +131,7 @@ class ProprioModel(nn.Module):
         with torch.no_grad():
             first.weight[:, :state_dim] *= POSITION_WEIGHT
             first.weight[:, -2 * KEYPOINTS :] *= POSITION_WEIGHT
-        self.requires_grad_(False)  # a part of a world model that is not trained with it
+        self.requires_grad_(False)  # trained separately from the world model
 
     def init_state(self, frames: Tensor) -> Tensor:
         """Robot state ``(B, M)`` at rest in first frames ``(B, C, h, w)`` in [-1, 1]."""
@@ -153,7 +153,7 @@ class ProprioModel(nn.Module):
     def rollout_from_frame(self, first: Tensor, actions: np.ndarray) -> np.ndarray:
         """Robot states float32 ``(T + 1, M)`` from a first frame ``(C, h, w)`` and actions ``(T, D)``.
 
-        As imagination predicts them: only the first frame is used.
+        The same prediction as in imagination, which only uses the first frame.
         """
         device = self.mean.device
         state = self.init_state(_twice(first.to(device)))
@@ -171,15 +171,15 @@ class ProprioModel(nn.Module):
 
 
 def _twice(frame: Tensor) -> Tensor:
-    """A batch ``(2, C, h, w)`` of one frame ``(C, h, w)``; a batch of one would be rounded otherwise."""
+    """A batch ``(2, C, h, w)`` of one frame ``(C, h, w)``; a batch of one rounds differently."""
     return frame[None].expand(2, -1, -1, -1)
 
 
 def proprio_size(episodes: Sequence[Episode], symmetries: Sequence[Symmetry] = ()) -> int:
-    """P for a new network that is to learn from these episodes.
+    """State dimension P of a new network for these episodes.
 
-    It is 0 unless the robot's state was recorded in all of them, as many numbers in each, and with
-    symmetries, which do not say how they change it.
+    0 unless all episodes have recorded robot states of the same size, and 0 with symmetries, which do not
+    define how the state changes.
     """
     sizes = {episode.state_dim for episode in episodes}
     return 0 if symmetries or len(sizes) != 1 else sizes.pop()
@@ -199,17 +199,17 @@ def learn_proprio(
     """Train the proprioception model of a network that has one, on the episodes with recorded states.
 
     Args:
-        network: Nothing happens to one without such a model (``motion``).
+        network: World model; without a proprioception model (``motion``) it is left unchanged.
         autoencoder: Maps frames to the network's latents.
         episodes: Of any kind.
         settings: How to train.
         weights: Relative frequency of each episode; None for equal ones.
-        compute: Device and precision; None is float32 where the network lies.
-        checkpoint_dir: Where each part keeps its checkpoint; parts found there are resumed.
-        progress: Say what is trained, and show progress bars.
+        compute: Device and precision; None is float32 on the network's device.
+        checkpoint_dir: Directory of the checkpoints, from which each part resumes.
+        progress: Print what is trained, and show progress bars.
 
     Returns:
-        See :func:`train_proprio`; empty if nothing happened.
+        See :func:`train_proprio`; empty if nothing was trained.
     """
     model = getattr(network, "motion", None)
     pairs = zip(episodes, weights or [1.0] * len(episodes), strict=True)
@@ -243,14 +243,13 @@ def train_proprio(
     """Train keypoints on first frames, then the encoder on any frames, then the dynamics on states.
 
     Args:
-        model: Trained in place. An untrained one takes the scale of the state from the episodes.
-        episodes: With ``proprio``; at least one of a step or more.
+        model: Trained in place. The normalisation of an untrained one is computed from the episodes.
+        episodes: Episodes with ``proprio``, at least one of them with a step or more.
         encode: Frames uint8 ``(B, T, H, W, 3)`` to the world model's ``(B, C, T, h, w)``.
         settings: How to train.
         weights: Relative frequency of each episode; None for equal ones.
-        compute: Device and precision; None is float32 where the model lies.
-        checkpoint_dir: Where each part keeps its checkpoint; parts found there are resumed, to the same
-            weights.
+        compute: Device and precision; None is float32 on the model's device.
+        checkpoint_dir: Directory of the checkpoints, from which each part resumes exactly.
         progress: Show progress bars.
 
     Returns:
@@ -348,7 +347,7 @@ class _ProprioWindows:
 
 
 class _Encoding(FitTask):
-    """Estimate the state in single frames, half of them first ones, from which imagination starts."""
+    """Estimate the state in single frames, half of them first frames, where imagination starts."""
 
     component = "proprioception encoder"
 

@@ -1,7 +1,7 @@
-"""The imagined rollout: a world model and a success classifier in step, chunk by chunk.
+"""Imagined rollouts: a world model generates frames chunk by chunk and a success classifier scores them.
 
-One loop serves the environment, the full-horizon evaluation, imagined replays and the check of a claimed
-success under other noise.
+The same loop is used by the environment, the full-horizon evaluation, imagined replays and the check that
+re-imagines a claimed success with different noise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from wmpo_gym.reward.classifier import StreamState, SuccessClassifier
     from wmpo_gym.world.imagination import Imagination, ImaginationState
 
-MAX_ROWS = 128  # rows that go through the networks at once where nobody says; more would fill the memory
+MAX_ROWS = 128  # default batch size of the networks, bounded by memory
 
 Choose = Callable[[dict[str, np.ndarray], np.ndarray, int], np.ndarray]
 Noise = Callable[[np.ndarray], "Tensor"]
@@ -30,11 +30,11 @@ Finished = Callable[[np.ndarray, int, "np.ndarray | None"], np.ndarray]
 
 @dataclass
 class RolloutState:
-    """What the next chunk of every row depends on.
+    """State of all rows between two chunks.
 
     Attributes:
-        imagination: Of the world model.
-        classifier: Of the success classifier; None where nothing is classified.
+        imagination: State of the world model.
+        classifier: State of the success classifier; None without a classifier.
     """
 
     imagination: ImaginationState
@@ -53,7 +53,7 @@ class RolloutState:
             self.classifier.assign(index, other.classifier)
 
     def to(self, device: torch.device | str) -> RolloutState:
-        """The same state on a device."""
+        """Copy on a device."""
         classifier = None if self.classifier is None else self.classifier.to(device)
         return RolloutState(self.imagination.to(device), classifier)
 
@@ -63,7 +63,7 @@ class ImaginedChunk:
     """One chunk of the n rows that are still running.
 
     Attributes:
-        rows: int64 (n,), which rows.
+        rows: int64 (n,), row indices.
         actions: float32 (n, K, D).
         frames: uint8 (n, K, H, W, 3), after each action.
         probs: float32 (n, K), success probability per frame, NaN where the classifier's window is not full;
@@ -101,18 +101,18 @@ def imagine_chunk(
     Args:
         imagination: The world model's sampler.
         classifier: Scores every frame, or None.
-        state: Of all rows; those of ``rows`` go on in place.
-        rows: int64 (n,), which rows.
-        task_ids: int64 (n,), their instructions.
+        state: State of all rows; the entries of ``rows`` are updated in place.
+        rows: int64 (n,), row indices.
+        task_ids: int64 (n,), their instruction indices.
         actions: float32 (n, K, D) in [-1, 1].
         noise: float32 (n, C, K, h, w), standard normal, on the CPU.
-        max_batch: Rows put through the networks at once, which changes no number; None is
+        max_batch: Maximum batch size of the networks; does not affect the results. None is
             :func:`default_max_batch`.
     """
     import torch
 
     max_batch = max_batch or default_max_batch(imagination)
-    # A batch of one takes other kernels on a CPU, whose sums differ in the last bit.
+    # On a CPU, a batch of one uses different kernels, which differ in the last bit.
     least = 2 if imagination.device.type == "cpu" else 1
     clips, scores = [], []
     for i in range(0, len(rows), max_batch):
@@ -144,25 +144,26 @@ def imagine_rollouts(
     finished: Finished | None = None,
     max_batch: int | None = None,
 ) -> Iterator[ImaginedChunk]:
-    """Imagine rollouts chunk by chunk, until the horizon or until all of them are finished.
+    """Imagine rollouts chunk by chunk, up to the horizon or until all are finished.
 
     Args:
         imagination: The world model's sampler.
         classifier: Scores every frame, or None.
         frames: uint8 (N, H, W, 3), first frames.
-        task_ids: int64 (N,), instructions.
-        choose: Gives the actions float32 (n, K, D) of the running rows from their observations (``pixels``
-            uint8 (n, H, W, 3) and ``task_id`` int64 (n,)), the rows int64 (n,) and the chunk's number.
-        noise: Gives standard normal float32 (n, C, K, h, w) for the running rows int64 (n,); see
+        task_ids: int64 (N,), instruction indices.
+        choose: Policy of the running rows. Called with their observations (``pixels`` uint8 (n, H, W, 3) and
+            ``task_id`` int64 (n,)), row indices int64 (n,) and the chunk's number; returns actions float32
+            (n, K, D).
+        noise: Called with row indices int64 (n,); returns standard normal float32 (n, C, K, h, w); see
             :func:`noise_per_row`.
         n_chunks: The horizon in chunks.
-        finished: Says from the running rows int64 (n,), the control steps so far and the success
-            probabilities of the chunk, (n, K) or None, which rows stop after it, bool (n,); None lets all go
-            on to the horizon.
+        finished: Termination test after each chunk. Called with the row indices int64 (n,), the control
+            steps so far and the chunk's success probabilities, (n, K) or None; returns bool (n,), True for
+            rows that end. None runs all rows to the horizon.
         max_batch: As for :func:`imagine_chunk`.
 
     Yields:
-        The chunks; each holds the rows that were running.
+        The chunks, each with the rows that were still running.
     """
     if not len(frames):
         return
@@ -205,6 +206,6 @@ def noise_per_row(imagination: Imagination, generators: Sequence[torch.Generator
 
 
 def default_max_batch(imagination: Imagination) -> int:
-    """Rows at once that suit the device: the network's ``cpu_batch`` on a CPU, whose caches hold no more."""
+    """Default batch size: the network's ``cpu_batch`` on a CPU (bounded by its caches), else ``MAX_ROWS``."""
     on_cpu = imagination.device.type == "cpu"
     return getattr(imagination.network, "cpu_batch", MAX_ROWS) if on_cpu else MAX_ROWS

@@ -21,8 +21,8 @@ from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.frames import FrameArray, FrameLoader
 from wmpo_gym.tasks import Task
 
-MEMORIES = 4096  # episodes whose proprioception is kept
-MAX_PRIORITY = 10.0  # largest priority of a chunk relative to the average
+MEMORIES = 4096  # size of the cache of proprioception, in episodes
+MAX_PRIORITY = 10.0  # maximum priority of a chunk relative to the mean
 
 
 @dataclass
@@ -30,12 +30,12 @@ class ChunkBatch:
     """One chunk per row, as arrays.
 
     Attributes:
-        context: uint8 ``(B, H, h, w, 3)`` recorded context frames (to be used where ``is_first``).
+        context: uint8 ``(B, H, h, w, 3)`` recorded context frames.
         targets: uint8 ``(B, K, h, w, 3)`` frames to predict; the last one repeats after the episode's end.
         actions: float32 ``(B, K, D)``; zeros after the episode's end.
-        prev_action: float32 ``(B, D)``, or ``(B, D + M)`` with where the robot is, as in imagination.
+        prev_action: float32 ``(B, D)``, or ``(B, D + M)`` with the robot state appended.
         valid: bool ``(B, K)``, False after the episode's end.
-        is_first: bool ``(B,)``, the row has just started: its context is the recorded one.
+        is_first: bool ``(B,)``, True if the row starts a new trajectory and takes the recorded context.
     """
 
     context: np.ndarray
@@ -47,7 +47,7 @@ class ChunkBatch:
 
 
 class SelfForcingSampler:
-    """``n_rows`` independent trajectories through a set of episodes.
+    """Sampler of consecutive chunks from ``n_rows`` independent trajectories through recorded episodes.
 
     Args:
         episodes: At least one, each of at least one step.
@@ -55,18 +55,18 @@ class SelfForcingSampler:
         n_rows: Rows B.
         context_frames: H.
         seed: Seed of the trajectories.
-        weights: How often an episode is chosen, relative to the others; None for equally often.
+        weights: Relative sampling frequency of each episode; None for equal ones.
         symmetries: Each is applied to a random half of the trajectories.
-        from_start: Share of trajectories that begin at the episode's first frame (imagination always does).
-        restart_prob: Probability per chunk that a trajectory is given up for a new one.
-        recall: Where the robot is at every frame of an episode, float32 ``(T + 1, M)``
-            (:class:`~wmpo_gym.world.proprio.ProprioModel`); None for a network that does not follow it.
-        workers: Threads that read frames from disk, the next chunk of every row ahead of time; see
+        from_start: Share of trajectories that start at the episode's first frame, as imagination does.
+        restart_prob: Probability per chunk that a trajectory is replaced by a new one.
+        recall: Returns the robot states of an episode, float32 ``(T + 1, M)``
+            (:class:`~wmpo_gym.world.proprio.ProprioModel`); None for a network without proprioception.
+        workers: Threads that prefetch the next chunk of every row from disk; see
             :class:`~wmpo_gym.data.frames.FrameLoader`. The batches do not depend on it.
 
     Raises:
-        ValueError: If there is no episode to train on, or the robot is to be followed and there are
-            symmetries, which say nothing about its state.
+        ValueError: If there is no episode to train on, or if symmetries are given together with ``recall``:
+            they do not define how the robot state changes.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class SelfForcingSampler:
         self.task, self.n_rows, self.context_frames = task, n_rows, context_frames
         self.from_start, self.restart_prob = from_start, restart_prob
         p = np.ones(len(self.episodes)) if weights is None else np.asarray(weights, dtype=np.float64)
-        # Long episodes hold more to learn than short ones.
+        # Episodes are weighted by their length, so that all chunks are equally frequent.
         p = p * np.array([e.n_steps for e in self.episodes])
         self._p = np.cumsum(p / p.sum())
         lengths = np.array([-(-e.n_steps // task.chunk) for e in self.episodes])
@@ -110,10 +110,12 @@ class SelfForcingSampler:
         self._cell_episode = np.repeat(np.arange(len(self.episodes)), lengths)
         self._cell_weight = np.repeat(p / lengths, lengths)
         self._error = np.ones(lengths.sum())  # per chunk of every episode, relative to the average
-        self._cell_sum: np.ndarray | None = None  # cumulative weights of the cells, None if out of date
+        self._cell_sum: np.ndarray | None = None  # cumulative cell weights; None if outdated
         self._rng = np.random.default_rng([seed, 3])
         self._episode = np.zeros(n_rows, np.int64)
-        self._step = np.full(n_rows, np.iinfo(np.int64).max)  # past every end: all rows start anew
+        self._step = np.full(
+            n_rows, np.iinfo(np.int64).max
+        )  # past the end of any episode, so that all rows start
         self._symmetry = np.zeros((n_rows, len(symmetries)), bool)
 
     def next(self) -> ChunkBatch:
@@ -131,7 +133,7 @@ class SelfForcingSampler:
         return self.episodes[self._episode[i]]
 
     def _advance(self, i: int) -> bool:
-        """Move row ``i`` to its next chunk; whether it started a new trajectory there."""
+        """Move row ``i`` to its next chunk; returns whether a new trajectory starts there."""
         is_first = bool(
             self._step[i] >= self._episode_of(i).n_steps or self._rng.random() < self.restart_prob
         )
@@ -141,7 +143,7 @@ class SelfForcingSampler:
         return is_first
 
     def _request(self, i: int, step: int) -> tuple[FrameArray, np.ndarray]:
-        """Context and targets of row ``i`` at a step: frames and which of them."""
+        """Frame array and the indices of row ``i``'s context and target frames at a step."""
         episode = self._episode_of(i)
         index = np.arange(step - self.context_frames + 1, step + self.task.chunk + 1)
         return episode.frames, np.clip(index, 0, episode.n_steps)
@@ -162,7 +164,7 @@ class SelfForcingSampler:
         return frames[:h], frames[h:], actions[1:], before, inside[1:]
 
     def update_priorities(self, losses: np.ndarray) -> None:
-        """Draw chunks by the losses ``(B,)`` of the last :meth:`next`: the larger, the more often."""
+        """Update the sampling priorities from the losses ``(B,)`` of the last batch."""
         step = np.maximum(self._step - self.task.chunk, 0)
         cells = self._first_cell[self._episode] + step // self.task.chunk
         relative = np.clip(losses / max(float(losses.mean()), 1e-9), 0.1, MAX_PRIORITY)
@@ -185,7 +187,7 @@ class SelfForcingSampler:
         self._symmetry[i] = rng.random(len(self.symmetries)) < 0.5
 
     def get_state(self) -> dict[str, np.ndarray | str]:
-        """Position of every trajectory and the generator, to continue exactly."""
+        """Positions of all trajectories and the generator state, for exact resumption."""
         return {
             "episode": self._episode.copy(), "step": self._step.copy(), "symmetry": self._symmetry.copy(),
             "error": self._error.copy(), "rng": json.dumps(self._rng.bit_generator.state),

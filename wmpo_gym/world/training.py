@@ -1,4 +1,4 @@
-"""Training of the world model on self-forced contexts."""
+"""Training of the world model with self-forcing: contexts are the model's own predictions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from wmpo_gym.world.optimizers import make_optimizers
 from wmpo_gym.world.sampler import ChunkBatch, SelfForcingSampler
 
 DISCRIMINATOR_LEARNING_RATE = 4e-4
-DIVERGED_PIXEL = 0.5  # error of a predicted pixel, in [-1, 1], from which on it is wrong
+DIVERGED_PIXEL = 0.5  # error (frames in [-1, 1]) above which a predicted pixel counts as wrong
 
 
 @dataclass(frozen=True)
@@ -40,28 +40,27 @@ class WorldModelTraining(TrainingSettings):
     Attributes:
         steps: Optimiser steps.
         batch_size: Rows per step.
-        learning_rate: Peak; linear warm-up over ``warmup_steps``, then cosine to ``final_lr_ratio`` of it.
+        learning_rate: Peak learning rate; linear warm-up, then cosine decay to ``final_lr_ratio`` of it.
         weight_decay: Of AdamW and Muon.
-        max_grad_norm: Gradients are scaled down to this norm.
-        ema_decay: Decay of the averaged weights that are kept (paper: 0.9999, release 0.99).
-        seed: Seed of everything random.
+        max_grad_norm: Gradients are clipped to this norm.
+        ema_decay: Decay of the exponential moving average of the weights (paper: 0.9999, release 0.99).
+        seed: Random seed.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between points of the TensorBoard curves.
         warmup_steps: Steps of warm-up.
-        final_lr_ratio: Share of the learning rate left at the end.
-        muon: Step size of Muon in units of ``learning_rate``. It trains the inner weights of a network that
-            names them (``ConvWorldModel``); 0 for AdamW throughout, as published.
-        pure_noise: Share of rows trained at noise level 1, which is where one-step sampling happens.
-        context_noise: Largest noise level put on the context; the network is given the level.
+        final_lr_ratio: Final learning rate relative to the peak.
+        muon: Learning rate of Muon relative to ``learning_rate``, for the ``inner_weights()`` of a network
+            that defines them (``ConvWorldModel``); 0 uses AdamW for all weights, as published.
+        pure_noise: Share of rows trained at noise level 1, the only level that one-step sampling uses.
+        context_noise: Maximum noise level added to the context; the network is conditioned on the level.
         changed_weight: Extra loss weight of pixels that changed since the last context frame.
-        adversarial: Weight of the patch discriminator's loss (0 trains none).
-        teacher_forcing: Share of the training during which recorded contexts give way to predicted ones: at
-            its start all contexts are recorded, at its end only those at the start of a trajectory. Before
-            the model can predict at all, its own frames teach nothing.
+        adversarial: Weight of the adversarial loss; 0 trains no discriminator.
+        teacher_forcing: Share of the training over which the proportion of recorded contexts decreases
+            linearly from 1 to 0. Early predictions are too poor to train on.
         divergence_threshold: Share of wrong pixels (off by more than 0.5 in [-1, 1]) in a predicted context
-            from which on the recorded one takes its place. Otherwise a prediction that left its recording,
-            say by a grip that failed there, would teach that objects jump.
-        restart_prob: Probability per chunk that a row begins a new trajectory.
+            above which the recorded context replaces it. A prediction that diverged from its recording, for
+            example by a missed grasp, would otherwise train the model to make objects jump.
+        restart_prob: Probability per chunk that a row starts a new trajectory.
     """
 
     steps: int = 4000
@@ -80,10 +79,10 @@ class WorldModelTraining(TrainingSettings):
 
 
 class WorldModelTask(TrainingTask):
-    """A world model that learns to predict the next chunk of recorded episodes.
+    """Training task: predict the next chunk of recorded episodes.
 
-    A row continues from the model's own prediction of the chunk before (self-forcing), so that the contexts
-    in training resemble those in imagination.
+    Each row continues from the model's own prediction of the previous chunk (self-forcing), so that training
+    contexts resemble those in imagination.
 
     Args:
         network: ``ConvWorldModel`` or ``STDiT``.
@@ -96,7 +95,7 @@ class WorldModelTask(TrainingTask):
         weights: Relative frequency of each episode; None for equal ones.
         symmetries: Each is applied to a random half of the trajectories.
         validate: Called with (averaged network, step) at every checkpoint; returns metrics to log.
-        component: Name of what is trained.
+        component: Name of the trained component.
     """
 
     def __init__(
@@ -125,13 +124,13 @@ class WorldModelTask(TrainingTask):
         self.discriminator: PatchDiscriminator | None = None
         if config.adversarial > 0:
             self.discriminator = PatchDiscriminator(autoencoder.latent_channels, task.chunk, seed=config.seed)
-        self.context: Tensor | None = None  # of this process's rows, on the device
+        self.context: Tensor | None = None  # contexts of this process's rows, on the device
 
     def _robot_states(self) -> Callable[[Episode], np.ndarray] | None:
-        """The robot's state in an episode, for a network that follows it.
+        """Function from an episode to its robot states, for a network with a proprioception model.
 
-        As recorded, if it was: from a state that is wrong now and then, the network would learn to draw
-        something in between.
+        Recorded states are preferred: with noisy estimates the network would learn to predict blurred
+        averages.
         """
         proprio = getattr(self.network, "motion", None)
         if proprio is None:
@@ -183,7 +182,7 @@ class WorldModelTask(TrainingTask):
         return batch, self.runtime.to_device(self.runtime.local(draws))
 
     def _teacher_forced(self, step: int, n: int) -> Tensor:
-        """Rows ``(n,)`` whose context is the recorded one at this stage of the training."""
+        """Bool ``(n,)``, True for rows that take the recorded context at this step."""
         share = 1.0 - step / max(1.0, self.config.teacher_forcing * self.config.steps)
         return torch.rand(n, generator=self.generator) < share
 
@@ -227,7 +226,7 @@ class WorldModelTask(TrainingTask):
         self.sampler.update_priorities(self.runtime.gather(outputs["losses"]).cpu().numpy())
         metrics = {} if self.discriminator is None else self._train_discriminator(outputs)
         context, sample = outputs["context"], outputs["sample"]
-        if self.autoencoder.lossless:  # on the pixel grid that imagination works on
+        if self.autoencoder.lossless:  # quantise to 256 levels, as in imagination
             sample = self.autoencoder.encode(self.autoencoder.decode(sample))
         self.context = torch.cat([context, sample], dim=2)[:, :, -context.shape[2] :]
         return metrics
@@ -257,7 +256,7 @@ class WorldModelTask(TrainingTask):
         state, sampler = super().state(), self.sampler.get_state()
         state.add("sampler", {k: torch.from_numpy(v) for k, v in sampler.items() if not isinstance(v, str)})
         state.values["sampler"] = {k: v for k, v in sampler.items() if isinstance(v, str)}
-        assert self.context is not None  # a step was done
+        assert self.context is not None  # set by the first step
         state.tensors |= {
             "context": self.runtime.gather(self.context),
             "generator": self.generator.get_state(),
@@ -292,14 +291,14 @@ class WorldModelTrainer(Trainer):
         episodes: Recorded episodes of any kind; labels are not used.
         config: Settings.
         context_frames: H.
-        denoising_steps: Steps the network will be sampled with; self-forced contexts are made with as many.
+        denoising_steps: Steps the network will be sampled with; also used to sample self-forced contexts.
         objective: The loss; None is :class:`~wmpo_gym.world.objectives.ChunkObjective`.
         weights: Relative frequency of each episode.
         symmetries: Each is applied to a random half of the trajectories.
         validate: Called with (averaged network, step) at every checkpoint; returns metrics to log.
-        component: Name of what is trained; checkpoints of others are refused.
-        compute: Device, precision and micro-batches; None is float32 where the network lies.
-        checkpoint_dir: Where to keep checkpoints; a complete one found there is resumed from.
+        component: Name of the trained component; checkpoints of other components are rejected.
+        compute: Device, precision and micro-batches; None is float32 on the network's device.
+        checkpoint_dir: Directory of the checkpoints; training resumes from a complete one.
         tensorboard: Directory for TensorBoard scalars, or None.
 
     Raises:
@@ -329,7 +328,7 @@ class WorldModelTrainer(Trainer):
         tensorboard: str | Path | None = None,
     ) -> None:
         if objective is None:
-            # Where every chunk begins a new trajectory, no prediction is ever continued.
+            # If every chunk starts a new trajectory, no prediction is used as a context.
             objective = ChunkObjective(
                 config.pure_noise, config.context_noise, denoising_steps, self_forcing=config.restart_prob < 1
             )

@@ -1,12 +1,12 @@
-"""A world: everything an imagined environment needs, as one directory of JSON and safetensors.
+"""A world: world model, reward model and start frames of an imagined environment, in one directory.
 
-The directory follows diffusers' habit of a folder per component::
+The directory holds JSON and safetensors only and, as in diffusers, has one folder per component::
 
     config.json                 task, components, sampling settings, training provenance (the card)
     network/                    the world model (ConvWorldModel or STDiT)
-    autoencoder/                only where the network works on latents
+    autoencoder/                only where the network operates on latents
     reward/                     the success classifier
-    start_frames.safetensors    first frames imagination may start from
+    start_frames.safetensors    initial frames of imagined episodes
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class WorldConfig:
     """How a world model is sampled.
 
     Attributes:
-        context_frames: H, frames (or latents) the network sees.
-        denoising_steps: Euler steps per chunk; sample with as many as the network was trained for.
-        context_noise: Noise level in [0, 1] that the network is told its context has (paper §3.2 trains with
-            0.05, the release with 0.015).
-        round_timesteps: Tell the network timesteps rounded to bfloat16, as the release does.
+        context_frames: H, the number of conditioning frames (or latents).
+        denoising_steps: Euler steps per chunk; use the number the network was trained for.
+        context_noise: Context noise level in [0, 1] given to the network as conditioning (training uses 0.05
+            in the paper, §3.2, and 0.015 in the release).
+        round_timesteps: Round the timesteps given to the network to bfloat16, as in the release.
     """
 
     context_frames: int = 2
@@ -70,12 +70,12 @@ class WorldConfig:
 
 @dataclass
 class StartFrames:
-    """First frames that imagination may start from.
+    """Initial frames of imagined episodes.
 
     Attributes:
         frames: uint8 ``(N, H, W, 3)``.
         ids: int64 ``(N,)`` start-state ids, unique.
-        task_ids: int64 ``(N,)`` instruction of each start state.
+        task_ids: int64 ``(N,)`` instruction index of each start state.
     """
 
     frames: np.ndarray
@@ -113,12 +113,12 @@ class StartFrames:
         )
 
     def with_episodes(self, episodes: list) -> StartFrames:
-        """These and the first frames of recorded episodes that begin in other start states."""
+        """Copy extended by the first frames of recorded episodes whose start states are not yet included."""
         new = [e for e in episodes if e.start_state_id is not None and e.start_state_id not in self.ids]
         return self.joined(StartFrames.from_episodes(new)) if new else self
 
     def joined(self, other: StartFrames) -> StartFrames:
-        """Both, these first."""
+        """Concatenation of these start frames and ``other``."""
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return StartFrames(*(np.concatenate(pair) for pair in pairs))
 
@@ -131,11 +131,11 @@ class World:
         task: The task.
         network: :class:`~wmpo_gym.world.networks.conv.ConvWorldModel` or
             :class:`~wmpo_gym.world.networks.stdit.STDiT`.
-        autoencoder: Maps frames to what the network works on.
-        classifier: Success classifier; None in a world that is only pre-trained and cannot reward.
-        start_frames: Where imagined episodes start.
+        autoencoder: Maps frames to the network's latents and back.
+        classifier: Success classifier; None in a pre-trained world without a reward model.
+        start_frames: Initial frames of imagined episodes.
         config: Sampling settings.
-        card: Model card: data, commands, seeds, figures, gates. JSON-able.
+        card: Model card: data, commands, seeds, metrics, gates; JSON-serialisable.
     """
 
     task: Task
@@ -150,7 +150,7 @@ class World:
         """The sampler of this world's network, with the world's sampling settings.
 
         Args:
-            dtype: ``"float32"``, or ``"bfloat16"`` for copies of network and autoencoder that compute in it.
+            dtype: ``"float32"``, or ``"bfloat16"`` to sample with bfloat16 copies of network and autoencoder.
             compile: Compile the network with ``torch.compile``.
 
         Raises:
@@ -184,7 +184,7 @@ class World:
         )
 
     def to(self, device: torch.device | str) -> World:
-        """This world with its networks moved to a device."""
+        """Move the networks to a device, in place; returns the world itself."""
         self.network.to(device)
         if hasattr(self.autoencoder, "vae"):
             self.autoencoder.vae.to(device)
@@ -193,12 +193,12 @@ class World:
         return self
 
     def with_keyframes(self, episodes: list, share: float, *, seed: int = 0) -> World:
-        """The same world, some of whose start frames are pictures from the middle of recorded episodes.
+        """Copy of the world with additional start frames taken from the middle of recorded episodes.
 
         Args:
-            episodes: Recorded episodes; every frame after the first and before the last may be taken.
-            share: Share of the start frames that are such pictures, in [0, 1).
-            seed: Chooses them.
+            episodes: Recorded episodes; all frames except each first and last one are candidates.
+            share: Share of such keyframes among the resulting start frames, in [0, 1).
+            seed: Seed of the random choice.
 
         Raises:
             ValueError: If the share is out of range, or the episodes have too few frames for it.
@@ -237,13 +237,13 @@ class World:
             raise ValueError(f"Weights are stored as 'float32' or 'float16', not {dtype!r}.")
         with write_dir_atomic(directory) as tmp:
             if dtype == "float16":
-                # What stays in memory is what was stored.
+                # The network in memory keeps the rounded weights, so that it equals the stored one.
                 self.network.half().save_pretrained(tmp / "network")
                 self.network.float()
             else:
                 self.network.save_pretrained(tmp / "network")
             network_config = read_json(tmp / "network" / "config.json")
-            network_config.pop("_name_or_path", None)  # where it once lay on somebody's disk
+            network_config.pop("_name_or_path", None)  # a local path
             write_json_atomic(tmp / "network" / "config.json", network_config)
             self.autoencoder.save_pretrained(tmp / "autoencoder")
             components = {
@@ -310,7 +310,7 @@ class World:
 
 
 def _verify(directory: Path, checksums: dict[str, str]) -> None:
-    """Compare every file with its checksum, so that an edit that stays readable is noticed too."""
+    """Check the SHA-256 of every file; this also detects edits that leave the file readable."""
     for name, expected in checksums.items():
         if not (directory / name).is_file() or sha256(directory / name) != expected:
             raise ArtifactError(
@@ -334,7 +334,7 @@ def _load_component(directory: Path, kind: str) -> Any:
             "the command in the world's card."
         ) from error
     named = loaded.named_parameters() if hasattr(loaded, "named_parameters") else ()
-    if absent := [name for name, p in named if p.is_meta]:  # diffusers leaves them empty and says nothing
+    if absent := [name for name, p in named if p.is_meta]:  # diffusers gives no error
         raise ArtifactError(
             f"{directory}: the weights lack {', '.join(absent)}, which a {kind} of this release has. "
             "Use the release that made it, or make it anew with the command in the world's card."
@@ -358,7 +358,7 @@ def find_pretrained(name_or_dir: str | Path, kind: str) -> Path:
         kind: Sub-directory of the bundled artefacts, ``"world"``, ``"play"`` or ``"policy"``.
 
     Raises:
-        ValueError: If nothing is found; the message says what was tried.
+        ValueError: If nothing is found; the message lists what was tried.
     """
     path = Path(name_or_dir)
     if path.is_dir():
@@ -376,7 +376,7 @@ def find_pretrained(name_or_dir: str | Path, kind: str) -> Path:
                     allow_patterns=["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"],
                 )
             )
-        except Exception as error:  # the hub library raises many kinds; all mean: not to be had
+        except Exception as error:  # the hub library raises many error types
             raise ValueError(
                 f"No directory {str(name_or_dir)!r} here, and the Hugging Face hub did not give it: {error}"
             ) from error

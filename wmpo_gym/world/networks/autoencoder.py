@@ -1,7 +1,7 @@
-"""What a world model works on: the pixels themselves, or the latents of a diffusers ``AutoencoderKL``.
+"""Autoencoders of world models: identity on pixels, or a diffusers ``AutoencoderKL``.
 
 Frames are uint8 ``(B, T, H, W, 3)`` as in episodes and observations; latents are float32 ``(B, C, T, h, w)``
-with ``h = H / downscale``. Both classes treat every frame by itself.
+with ``h = H / downscale``. Both classes process each frame independently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 SDXL_SCALING = 0.13025
-"""Factor that brings the latents of the SDXL autoencoder to unit variance; no shift goes with it."""
+"""Factor that scales the latents of the SDXL autoencoder to unit variance; there is no shift."""
 
 SDXL_AUTOENCODER: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
@@ -34,12 +34,12 @@ SDXL_AUTOENCODER: dict[str, Any] = {
 
 
 class Autoencoder(ABC):
-    """Frames to latents and back.
+    """Interface of an autoencoder: maps frames to latents and back.
 
     Attributes:
         latent_channels: C.
         downscale: Pixels per latent along each side.
-        lossless: Whether ``encode(decode(z))`` only puts ``z`` on the grid of 256 levels.
+        lossless: Whether ``encode(decode(z))`` only quantises ``z`` to 256 levels.
     """
 
     latent_channels: int
@@ -52,7 +52,7 @@ class Autoencoder(ABC):
 
         Args:
             frames: The frames.
-            generator: Draw from the posterior with it; None takes the posterior's mode.
+            generator: Generator to sample from the posterior; None takes the posterior's mode.
         """
 
     @abstractmethod
@@ -60,16 +60,16 @@ class Autoencoder(ABC):
         """Frames uint8 ``(B, T, H, W, 3)`` of latents ``(B, C, T, h, w)``."""
 
     def in_dtype(self, dtype: torch.dtype) -> Autoencoder:
-        """A copy that computes in ``dtype``; itself where there is nothing to convert."""
+        """A copy that computes in ``dtype``; the same object if there is nothing to convert."""
         return self
 
     @abstractmethod
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``config.json`` and, where there are weights, safetensors."""
+        """Write ``config.json`` and any weights as safetensors."""
 
 
 class PixelAutoencoder(Autoencoder):
-    """No autoencoder: latents are the pixels on [-1, 1]. ``decode(encode(frames))`` is exactly ``frames``."""
+    """Identity: latents are the pixels on [-1, 1]. ``decode(encode(frames))`` is exactly ``frames``."""
 
     latent_channels, downscale, lossless = 3, 1, True
 
@@ -83,7 +83,7 @@ class PixelAutoencoder(Autoencoder):
         return levels.to(torch.uint8).movedim(1, -1).contiguous()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a ``config.json`` that says there are no weights."""
+        """Write a ``config.json``; there are no weights."""
         write_json_atomic(Path(directory) / "config.json", {"_class_name": type(self).__name__})
 
     @classmethod
@@ -91,18 +91,18 @@ class PixelAutoencoder(Autoencoder):
         """Counterpart of :meth:`save_pretrained`.
 
         Raises:
-            ArtifactError: If the directory holds something else.
+            ArtifactError: If the directory holds another class.
         """
         _expect_class(directory, cls.__name__)
         return cls()
 
 
 class LatentAutoencoder(Autoencoder):
-    """A picture autoencoder of diffusers, applied frame by frame (published: that of SDXL base 1.0).
+    """Image autoencoder of diffusers, applied frame by frame (published: that of SDXL base 1.0).
 
     Args:
         vae: The autoencoder; its config gives channels, downscale and scaling factor.
-        micro_batch: Frames per call of it, a bound on memory.
+        micro_batch: Maximum number of frames per call, to limit memory.
     """
 
     lossless = False
@@ -141,7 +141,7 @@ class LatentAutoencoder(Autoencoder):
         posteriors = [self.vae.encode(self._input(_to_unit(x))).latent_dist for x in batches]
         latents = torch.cat([p.mode() for p in posteriors]).float()
         if generator is not None:
-            # Drawn at once, so that the numbers do not depend on the micro-batch.
+            # Drawn for all frames at once, so that the noise does not depend on the micro-batch.
             noise = torch.randn(latents.shape, generator=generator, device=generator.device)
             latents += torch.cat([p.std for p in posteriors]).float() * noise.to(latents.device)
         latents = (latents - self.shift) * self.scaling
@@ -163,7 +163,7 @@ class LatentAutoencoder(Autoencoder):
         return x.to(self.vae.device, self.vae.dtype)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the directory that ``AutoencoderKL.from_pretrained`` reads."""
+        """Write a directory readable by ``AutoencoderKL.from_pretrained``."""
         self.vae.save_pretrained(directory, safe_serialization=True)
 
     @classmethod
@@ -171,7 +171,7 @@ class LatentAutoencoder(Autoencoder):
         """Load from :meth:`save_pretrained` or from any saved ``AutoencoderKL``; safetensors only.
 
         Raises:
-            ArtifactError: If the directory holds something else.
+            ArtifactError: If the directory holds another class.
         """
         from diffusers import AutoencoderKL
 
@@ -180,7 +180,7 @@ class LatentAutoencoder(Autoencoder):
 
 
 def truncate_to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels on [-1, 1] to levels 0..255, cut down rather than rounded: the rule of the published decoder."""
+    """Pixels on [-1, 1] to levels 0..255, truncated rather than rounded, as in the published decoder."""
     return ((pixels.float() * 0.5 + 0.5) * 255.0).clamp(0, 255).to(torch.uint8)
 
 

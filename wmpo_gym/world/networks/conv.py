@@ -1,10 +1,9 @@
-"""A convolutional world model on the pixels themselves: small enough to learn and to run on a CPU.
+"""Convolutional world model in pixel space, small enough to train and run on a CPU.
 
 It predicts the clean frames of a whole action chunk at once, each frame from the context and the actions up
-to it by the same U-Net, so that what is learned about one frame of the chunk holds for all. Two more habits
-make it learn quickly: a frame starts as a mixture of the last known frame and that frame displaced, by what
-the actions predict and by what every pixel adds to it (moving things mostly keep their looks), and the
-frame-level actions modulate every block (FiLM).
+to it with the same U-Net, whose weights are shared across the frames of a chunk. Two design choices speed up
+training: a prediction blends the last context frame with a warped copy of it, displaced by a global shift
+predicted from the actions plus a per-pixel offset, and the actions modulate every block (FiLM).
 The velocity that samplers expect follows from the predicted frames, ``v = (x0_hat - x_t) / sigma``.
 """
 
@@ -25,16 +24,17 @@ from wmpo_gym.utils.layers import RowLinear
 from wmpo_gym.world.proprio import ProprioModel
 
 OWN_SHIFT_SCALE = 0.1  # per-pixel displacements are learned in these units (of half the image)
-MIN_SIGMA = 0.02  # below this noise level a velocity is not computed from a difference
+MIN_SIGMA = 0.02  # lower bound of the noise level in the division that gives the velocity
 
 
 @dataclass
 class ConvContext:
-    """What a chunk's denoising steps share.
+    """Conditioning shared by the denoising steps of a chunk.
 
     Attributes:
         frames: ``(B, C, H, h, w)`` context frames in [-1, 1].
-        prev_action: ``(B, D)`` action that led to the last context frame (motors lag; zeros at the start).
+        prev_action: ``(B, D)`` action that led to the last context frame (the robot responds with a lag;
+            zeros at the start).
         memory: ``(B, M)`` robot state (:class:`~wmpo_gym.world.proprio.ProprioModel`); M is 0 without.
         sigma: ``(B,)`` noise level of the context in [0, 1].
     """
@@ -46,20 +46,20 @@ class ConvContext:
 
 
 def _pixelwise(x: Tensor) -> Tensor:
-    """The same pictures ``(N, C, h, w)``, a pixel's channels side by side: convolutions are faster so."""
+    """Images ``(N, C, h, w)`` in channels-last memory format, which makes convolutions faster."""
     return x if in_ordinary_kernels() else x.contiguous(memory_format=torch.channels_last)
 
 
 def _unshuffled(clips: Tensor, patch: int) -> Tensor:
-    """Frames ``(B K, C p p, h / p, w / p)`` of clips ``(B, C, K, h, w)``, as ``pixel_unshuffle`` has it."""
+    """Frames ``(B K, C p p, h / p, w / p)`` of clips ``(B, C, K, h, w)``, as ``pixel_unshuffle``."""
     blocks = clips.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
     return _pixelwise(blocks.permute(0, 2, 1, 4, 6, 3, 5).flatten(2, 4).flatten(0, 1))
 
 
 def _for_enlarged(weight: Tensor) -> Tensor:
-    """Weights ``(out, in, 3, 3)`` as those of a transposed convolution ``(in, out, 4, 4)`` of stride 2."""
+    """Transposed-convolution weights equal to upsampling by 2 and a 3x3 convolution."""
     wide = F.pad(weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
-    rows = wide[:, :, :-1] + wide[:, :, 1:]  # a small pixel meets two places per axis
+    rows = wide[:, :, :-1] + wide[:, :, 1:]  # each input pixel contributes to two positions per axis
     return rows[..., :-1] + rows[..., 1:]
 
 
@@ -73,8 +73,8 @@ class FiLMBlock(nn.Module):
         self.norm2 = nn.GroupNorm(8, channels)
         self.film = RowLinear(cond_dim, 2 * channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        # Dilation means nothing to a 1x1 kernel, but keeps torch on the one implementation whose rounding
-        # does not depend on the batch size.
+        # Dilation has no effect on a 1x1 kernel, but selects the torch implementation whose rounding does not
+        # depend on the batch size.
         self.skip = (
             nn.Conv2d(in_channels, channels, 1, dilation=2) if in_channels != channels else nn.Identity()
         )
@@ -91,10 +91,10 @@ class FiLMBlock(nn.Module):
         return self.conv2(norm_silu(self.norm2, hidden, scale, shift))
 
     def enlarge(self, small: Tensor, large: Tensor, cond: Tensor) -> Tensor:
-        """The block on ``small`` ``(B, c, h / 2, w / 2)`` enlarged twice, with ``large`` behind it.
+        """The block on ``small`` ``(B, c, h / 2, w / 2)`` upsampled by 2 and concatenated with ``large``.
 
-        What concerns ``small`` alone is computed before it is enlarged. In particular a 3x3 convolution of
-        pixels that come in fours is a transposed convolution of one of each, with 4 products instead of 9.
+        Operations on ``small`` alone are computed before upsampling. In particular, a 3x3 convolution of an
+        image upsampled by 2 is a transposed convolution of the original, with 4 products instead of 9.
         """
         if not lean(small):
             return self(torch.cat([F.interpolate(small, scale_factor=2.0), large], dim=1), cond)
@@ -121,14 +121,14 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
     Args:
         image_size: Side of the square frames in pixels.
         channels: Frame channels C.
-        context_frames: H, frames the model sees.
+        context_frames: H, the number of conditioning frames.
         chunk: K, frames predicted per call (one per action).
         action_dim: D.
-        widths: Channels per resolution level; the first level works at ``image_size / patch``.
+        widths: Channels per resolution level; the first level has the resolution ``image_size / patch``.
         patch: Pixel-unshuffle factor of the input.
         blocks: FiLM blocks per level and direction.
         cond_dim: Width of the conditioning vector.
-        detail: Channels of the two last convolutions, which work at full resolution.
+        detail: Channels of the last two convolutions, at full resolution.
         shift_init: Pixels (columns, rows) that action components 0 and 1 move things by, where that is known
             beforehand; only the start of what is learned.
         state_dim: P, numbers of the robot's own state that the network follows by itself (:attr:`motion`,
@@ -219,7 +219,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         return shift.flatten(2)
 
     def inner_weights(self) -> list[Tensor]:
-        """Convolution weights between features: all but those that read frames or write them."""
+        """Convolution weights between hidden features, without the input and output layers."""
         inner = [*self.down, *self.up, self.to_pixels, self.sharpen]
         return [m.weight for part in inner for m in part.modules() if isinstance(m, nn.Conv2d)]
 
@@ -261,11 +261,11 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
     def encode_context(
         self, context: Tensor, prev_action: Tensor | None = None, sigma: Tensor | None = None
     ) -> ConvContext:
-        """Bundle what the denoising steps of one chunk share.
+        """Conditioning shared by the denoising steps of one chunk.
 
         Args:
             context: ``(B, C, H, h, w)``.
-            prev_action: ``(B, D)``, None for zeros; ``(B, D + M)`` with the memory of a robot that moves.
+            prev_action: ``(B, D)``, None for zeros; ``(B, D + M)`` with the robot state appended.
             sigma: ``(B,)`` or None for none.
         """
         batch, dim = context.shape[0], self.config.action_dim
@@ -292,11 +292,11 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         travel = states - cache.memory[:, None, : states.shape[2]]
         shift = self._shift(torch.cat([cache.prev_action[:, None], actions], dim=1), travel)[:, :, None, None]
         shifted = self._moved(last, shift)
-        # Scaled down where there is only noise to see, so that it does not drown the context.
+        # Scaled down at high noise levels, so that noise does not dominate the context.
         scaled = noisy * (1 - 0.9 * sigma)[:, None, None, None, None]
         x = self.frame_stem(_unshuffled(torch.cat([scaled, shifted], dim=1), self.patch))
         x = x.unflatten(0, (batch, chunk)) + self._stem(cache.frames)[:, None]
-        x = (x + self._way(last, shifted, actions)).flatten(0, 1)
+        x = (x + self._motion_features(last, shifted, actions)).flatten(0, 1)
         features = F.pixel_shuffle(self._unet(x, self._condition(sigma, actions, states, cache)), self.patch)
         sharp = torch.cat([features, self._per_frame(last), shifted.transpose(1, 2).flatten(0, 1)], dim=1)
         out = self.head(F.silu(self.sharpen(sharp)))
@@ -306,29 +306,30 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
             torch.sigmoid(out[:, channels : channels + 1] - 1.0),
             out[:, -2:],
         )
-        # A pixel may come from elsewhere than the common shift says (a gripped block jumps to the tool).
+        # Per-pixel offsets account for motion that differs from the global shift (a gripped block).
         moved = self._moved(last, shift + own.permute(0, 2, 3, 4, 1) * OWN_SHIFT_SCALE)
         return last[:, :, None] + mask * (moved - last[:, :, None]) + residual
 
     def _states(self, memory: Tensor, actions: Tensor) -> Tensor:
-        """The robot's state at every frame ``(B, K, P)``; P is 0 where it is not followed."""
+        """The robot's state at every frame ``(B, K, P)``; P is 0 without a proprioception model."""
         if self.motion is None:
             return actions[..., :0]
         return self.motion.rollout(memory, actions)[..., : self.config.state_dim]
 
     def _stem(self, context: Tensor) -> Tensor:
-        """First convolution of the context, which the chunk's frames share."""
+        """First convolution of the context, shared by the chunk's frames."""
         batch, _, _, height, width = context.shape
         frames = F.pixel_unshuffle(context.transpose(1, 2).flatten(1, 2), self.patch)
         return self.context_stem(
             _pixelwise(torch.cat([frames, self._coordinates(batch, height, width)], dim=1))
         )
 
-    def _way(self, last: Tensor, shifted: Tensor, actions: Tensor) -> Tensor:
-        """Where things were on the way to each frame, ``(B, K, widths[0], h / p, w / p)``.
+    def _motion_features(self, last: Tensor, shifted: Tensor, actions: Tensor) -> Tensor:
+        """Features of the motion up to each frame, ``(B, K, widths[0], h / p, w / p)``.
 
-        A step shows what was moved before it and after it, weighed by its action, and a frame the sum of its
-        steps: a magnet that was on in passing may have gripped, wherever it is at the end.
+        Each step encodes the warped frames before and after it, modulated by its action; a frame receives the
+        cumulative sum of its steps. This captures events between the context and the frame, such as a magnet
+        that gripped an object in passing.
         """
         before = torch.cat([last[:, :, None], shifted[:, :, :-1]], dim=2)
         steps = self.way_stem(_unshuffled(torch.cat([before, shifted], dim=1), self.patch))
@@ -341,7 +342,7 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         return x[:, None].expand(-1, self.chunk, *x.shape[1:]).flatten(0, 1)
 
     def _shift(self, actions: Tensor, travel: Tensor | None = None) -> Tensor:
-        """Displacement ``(B, K, 2)`` that actions and travel so far predict, in units of half the image."""
+        """Displacement ``(B, K, 2)`` predicted from actions and state changes so far, in half images."""
         shift = torch.einsum("cka,ba->bkc", self.shift.double(), actions.flatten(1).double())
         if self.motion is not None and travel is not None:
             shift = shift + travel.double() @ self.state_shift.double().T
@@ -353,14 +354,14 @@ class ConvWorldModel(ModelMixin, ConfigMixin):
         rows = torch.linspace(-1 + 1 / height, 1 - 1 / height, height)
         cols = torch.linspace(-1 + 1 / width, 1 - 1 / width, width)
         grid = torch.stack(torch.meshgrid(rows, cols, indexing="ij")[::-1], dim=-1).to(last)
-        # All frames of a row are read from the same picture, so they may stand below each other in one.
+        # All K frames are sampled from the same image, so their grids are stacked along the height.
         moved = F.grid_sample(
             last, (grid - shift).flatten(1, 2), mode="bilinear", padding_mode="border", align_corners=False
         )
         return moved.unflatten(2, (self.chunk, height))
 
     def _condition(self, sigma: Tensor, actions: Tensor, states: Tensor, cache: ConvContext) -> Tensor:
-        """Conditioning ``(B K, cond_dim)``: frame k knows its own action and those before, none after it."""
+        """Conditioning ``(B K, cond_dim)``: frame k depends on its own and earlier actions only."""
         levels = torch.stack([sigma, cache.sigma], dim=1)
         freqs = 2.0 ** torch.arange(8, device=levels.device, dtype=levels.dtype)
         angles = (levels[:, :, None] * freqs * (torch.pi / 2)).flatten(1)

@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 class SpatialBlock(Block):
-    """Every token looks at all tokens of its frame."""
+    """Spatial attention: each token attends to all tokens of its frame."""
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Tokens ``(B, T, S, dim)`` and modulation ``(B, T or 1, 6, dim)`` to tokens."""
@@ -170,11 +170,11 @@ class STDiT(ModelMixin, ConfigMixin):
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLPs over ``hidden_size``.
         patch_size: Side of the square of latents that makes a token.
-        predict_sigma: Put out twice C channels as the published weights do; the second half means nothing.
+        predict_sigma: Put out twice C channels as the published weights do; the second half is unused.
         action_dim: D.
         context_frames: H.
         chunk: K.
-        context_noise: Noise level in [0, 1] the network takes its context to have unless it is told another.
+        context_noise: Noise level in [0, 1] of the context if none is given.
         pixels_per_latent: Frame pixels per latent along a side; sets the unit of positions.
         base_size: Frame side in pixels at which positions count whole tokens.
 
