@@ -81,7 +81,7 @@ def test_two_ways_to_the_same_place_are_told_apart_where_they_part(network: Conv
     shift = network._shift(torch.cat([torch.zeros(2, 1, 3), actions], dim=1))[:, :, None, None]
     shifted = network._moved(last, shift)
     torch.testing.assert_close(shifted[0, :, 3], shifted[1, :, 3])
-    way = network._way(last, shifted, actions * 0)
+    way = network._motion_features(last, shifted, actions * 0)
     straight, detour = way[0, 3], way[1, 3]
     parted = (straight - detour).abs().amax(dim=0) > 1e-4
     assert parted[:, 1:5].any() and not parted[:2].any() and not parted[:, 6:].any()
