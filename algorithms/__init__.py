@@ -1,4 +1,4 @@
-"""Algorithms in the idiom of Stable-Baselines3; one module each.
+"""Policy optimisation algorithms with a Stable-Baselines3 interface, one module each.
 
 Names are resolved on first use, so that ``import wmpo_gym.algorithms`` does not import torch.
 """
@@ -19,7 +19,7 @@ _MODULES = {"DPO": "dpo", "GRPO": "grpo", "make_sac": "sac"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import an algorithm when it is asked for (PEP 562)."""
+    """Import an algorithm on first access (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}.")
     try:

@@ -1,4 +1,4 @@
-"""A progress bar that counts what is limited: decisions, or iterations."""
+"""Progress bar for group algorithms that counts decisions or iterations."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from tqdm import tqdm
 
 
 class GroupProgressBar(ProgressBarCallback):
-    """Progress bar of ``learn`` with the time left and the latest success rate.
+    """Progress bar of ``learn`` with the remaining time and the latest success rate.
 
-    It counts iterations if ``learn`` was given ``max_iterations``, decisions otherwise. SB3's own adds
-    ``num_envs`` at every ``env.step``; here only rows that are still running decide anything, so that bar
-    would overrun its total.
+    It counts iterations if ``learn`` was called with ``max_iterations``, decisions otherwise. SB3's own bar
+    adds ``num_envs`` at every ``env.step`` and would overrun its total, because only rows that are still
+    running make decisions.
     """
 
     def _on_training_start(self) -> None:

@@ -1,7 +1,8 @@
-"""Checkpoints from which a killed run goes on to the same numbers.
+"""Checkpoints from which an interrupted run resumes with identical results.
 
-A checkpoint is a directory ``iteration-000012`` of safetensors and JSON that appears under its name only when
-it is complete; no pickle. It holds the weights, the optimizer, every random state and the counters.
+A checkpoint is a directory such as ``iteration-000012`` with safetensors and JSON files (no pickle). It is
+renamed to its final name only when complete. It holds the weights, the optimizer, all random states and the
+counters.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ Tensors = dict[str, th.Tensor]
 
 
 class CheckpointDirectory:
-    """The checkpoints of one run.
+    """Checkpoint directory of one run.
 
     Args:
-        path: Directory; made when the first checkpoint is written.
-        keep: How many of the newest to keep, at least 1.
+        path: Directory; created when the first checkpoint is written.
+        keep: Number of newest checkpoints to keep, at least 1.
     """
 
     def __init__(self, path: str | Path, keep: int = 2) -> None:
@@ -58,7 +59,7 @@ class CheckpointDirectory:
         self.keep = keep
 
     def complete(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
+        """Complete checkpoints, oldest first."""
         return sorted(self.path.glob("iteration-[0-9]*"))
 
     def newest_iteration(self) -> int:
@@ -67,15 +68,16 @@ class CheckpointDirectory:
         return int(complete[-1].name.split("-")[1]) if complete else 0
 
     def save(self, iteration: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint in full, then delete the oldest beyond ``keep``.
+        """Write a checkpoint, then delete the oldest ones beyond ``keep``.
 
         Args:
-            iteration: Names the checkpoint.
+            iteration: Iteration number, part of the checkpoint's name.
             tensors: One safetensors file per entry.
-            state: Written as ``state.json``.
+            state: Contents of ``state.json``.
 
         Raises:
-            WriteError: If it could not be written (for instance a full disk); earlier ones are untouched.
+            WriteError: If the checkpoint could not be written (for instance a full disk); earlier
+                checkpoints are untouched.
         """
         target = self.path / f"iteration-{iteration:06d}"
         try:
@@ -91,28 +93,28 @@ class CheckpointDirectory:
                 "is intact: free some space, then save_checkpoint() again or rerun with learn(resume=True)",
             ) from error
         for old in self.complete()[: -self.keep]:
-            # Out of the way first: a kill while deleting must not leave half a checkpoint under its name.
+            # Renamed first: an interrupted deletion must not leave an incomplete checkpoint under this name.
             os.replace(old, old.with_name(f".{old.name}.old"))
         for leftover in self.path.glob(".iteration-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         return target
 
     def load_newest(self) -> tuple[dict[str, Tensors], dict[str, Any]] | None:
-        """Read the newest checkpoint that is undamaged; None if there is none.
+        """Read the newest intact checkpoint; None if there is none.
 
-        A damaged one (cut off or edited by other hands) is named in the log and passed over.
+        Damaged checkpoints (truncated or edited) are logged and skipped.
         """
         for path in reversed(self.complete()):
             try:
                 state = read_json(path / "state.json")
                 return {f.stem: load_safetensors(f) for f in sorted(path.glob("*.safetensors"))}, state
             except ArtifactError as error:
-                logger.warning("Passing over the damaged checkpoint %s: %s", path, error)
+                logger.warning("Skipping the damaged checkpoint %s: %s", path, error)
         return None
 
 
 def _cuda_devices(ranks: Ranks) -> list[int]:
-    """The devices this process draws random numbers on: with several processes each has its own."""
+    """CUDA devices whose random state this process uses; with several processes only its own device."""
     if not th.cuda.is_available():
         return []
     return list(range(th.cuda.device_count())) if ranks.size == 1 else [th.cuda.current_device()]
@@ -121,7 +123,7 @@ def _cuda_devices(ranks: Ranks) -> list[int]:
 def pack_rng(
     policy: th.nn.Module, generator: np.random.Generator, ranks: Ranks
 ) -> tuple[Tensors, dict[str, Any]]:
-    """All random states: python, numpy, torch (CPU and CUDA), the policy's, and the algorithm's own."""
+    """All random states: python, numpy, torch (CPU and CUDA), the policy's and the algorithm's."""
     tensors = {"torch": th.get_rng_state()}
     tensors |= {f"cuda.{i}": th.cuda.get_rng_state(i) for i in _cuda_devices(ranks)}
     tensors |= {f"policy.{name}": g.get_state() for name, g in policy_generators(policy).items()}
@@ -140,7 +142,7 @@ def unpack_rng(
     tensors: Tensors,
     state: Mapping[str, Any],
 ) -> None:
-    """Put :func:`pack_rng`'s result back, in place."""
+    """Restore the random states returned by :func:`pack_rng`, in place."""
     th.set_rng_state(tensors["torch"])
     for i in _cuda_devices(ranks):
         if f"cuda.{i}" in tensors:
@@ -155,19 +157,19 @@ def unpack_rng(
 
 
 def _rng_name(rank: int) -> str:
-    """Name of a process's random states in a checkpoint."""
+    """File name of a process's random states in a checkpoint."""
     return f"rng-{rank}" if rank else "rng"
 
 
 class ResumableAlgorithm(BaseAlgorithm):
-    """An algorithm whose run, killed at any time, goes on to the numbers of an uninterrupted one.
+    """Algorithm whose interrupted runs resume with the results of an uninterrupted run.
 
-    Between two iterations :meth:`save_checkpoint` writes everything that changes; :meth:`learn` of a subclass
-    begins with :meth:`_resume`. Every method that reads or writes files is called by every rank, and the main
-    one writes.
+    :meth:`save_checkpoint` writes everything that changes between two iterations; ``learn`` of a subclass
+    begins with :meth:`_resume`. Every method that reads or writes files is called by every rank; the main
+    rank writes.
     """
 
-    # What must be equal for a checkpoint to go on to the same numbers.
+    # Settings that must be equal when a run is resumed.
     resume_settings: ClassVar[tuple[str, ...]] = ()
 
     policy: GroupPolicy
@@ -177,11 +179,11 @@ class ResumableAlgorithm(BaseAlgorithm):
     checkpoint_dir: str | Path | None
     history: list[dict[str, float]]
     budget: Ledger
-    sharded: bool  # whether the weights are spread over the ranks
+    sharded: bool  # whether the weights are sharded over the ranks
     _iteration: int
 
     def _excluded_save_params(self) -> list[str]:
-        """Observations are images: SB3 would pickle a batch of them into every file."""
+        """Exclude observations, because SB3 would pickle a batch of images into every file."""
         images = ["_last_obs", "_last_original_obs", "_last_episode_starts"]
         return [*super()._excluded_save_params(), *images, "ranks", "sharded"]
 
@@ -193,10 +195,10 @@ class ResumableAlgorithm(BaseAlgorithm):
         return [name for name in self._get_torch_save_params()[0] if name != "policy.optimizer"]
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
-        """SB3's ``save`` (a zip with pickle inside), by the main process.
+        """SB3's ``save`` (a zip file that uses pickle), written by the main process.
 
         Raises:
-            ValueError: If the weights are spread over several processes, which the format cannot hold.
+            ValueError: If the weights are sharded over several processes, which the format does not support.
         """
         if self.sharded:
             raise ValueError("The weights are spread by FSDP; use save_policy() or save_checkpoint().")
@@ -204,7 +206,7 @@ class ResumableAlgorithm(BaseAlgorithm):
             return
         given = self.policy_kwargs
         if given.get("model") is not None and not getattr(self.policy, "lora", None):
-            # The file holds all weights; with the network's configuration it loads wherever it is moved to.
+            # The file holds all weights; with the network's configuration it does not need the model's path.
             known = self.policy._get_constructor_parameters()
             known = {k: v for k, v in known.items() if k not in ("observation_space", "action_space")}
             self.policy_kwargs = {**{k: v for k, v in given.items() if k not in ("model", "base")}, **known}
@@ -216,10 +218,10 @@ class ResumableAlgorithm(BaseAlgorithm):
     def save_policy(
         self, directory: str | Path, meta: Mapping[str, Any] | None = None, *, merged: bool = False
     ) -> Path:
-        """``policy.save_pretrained``, or ``save_merged``, once for all processes, each of which calls this.
+        """Save the policy with ``save_pretrained`` or ``save_merged``; called by all processes, written once.
 
         Raises:
-            ValueError: If adapters are to be merged into weights that are spread over the processes.
+            ValueError: If ``merged`` is True and the weights are sharded over the processes.
         """
         if merged and self.sharded:
             raise ValueError("Adapters are not merged under FSDP; save them, and merge them in one process.")
@@ -231,10 +233,10 @@ class ResumableAlgorithm(BaseAlgorithm):
         return self.ranks.on_main(lambda: self.policy.save_pretrained(directory, meta, **weights))
 
     def save_checkpoint(self) -> Path:
-        """Write all that a later ``learn(resume=True)`` needs to go on to the same numbers.
+        """Write a checkpoint from which ``learn(resume=True)`` continues with identical results.
 
         Raises:
-            ValueError: If the model was made without ``checkpoint_dir``.
+            ValueError: If the model was created without ``checkpoint_dir``.
             WriteError: If the disk is full; the model and earlier checkpoints are untouched.
         """
         if self.checkpoint_dir is None:
@@ -260,11 +262,11 @@ class ResumableAlgorithm(BaseAlgorithm):
         return self.ranks.on_main(lambda: directory.save(self._iteration, tensors, state))
 
     def _resume(self, resume: bool) -> bool:
-        """Put the model back to its newest checkpoint if ``resume``; returns whether there was one.
+        """Restore the newest checkpoint if ``resume`` is True; returns whether one was restored.
 
         Raises:
-            ValueError: If there is no ``checkpoint_dir`` to resume from, if it holds an earlier run that is
-                not to be resumed or one with other settings, or if not every rank sees the checkpoint.
+            ValueError: If ``resume`` is True without a ``checkpoint_dir``, if the directory holds an earlier
+                run and ``resume`` is False, if the settings differ, or if not every rank finds the checkpoint.
         """
         if self.checkpoint_dir is None:
             if resume:
@@ -282,11 +284,11 @@ class ResumableAlgorithm(BaseAlgorithm):
         return False
 
     def _resume_settings(self) -> dict[str, Any]:
-        """Values of ``resume_settings``; schedules are functions and cannot be compared."""
+        """Values of ``resume_settings`` without schedules, which are functions and cannot be compared."""
         values = {name: getattr(self, name) for name in self.resume_settings}
         if digest := self.policy.kept_elsewhere()[1]:
             values["frozen weights"] = digest
-        values["n_envs"] = self.n_envs * self.ranks.size  # the number of processes may be another
+        values["n_envs"] = self.n_envs * self.ranks.size  # the number of processes may differ
         return plain({k: v for k, v in values.items() if not callable(v)})
 
     def _load_newest(self, directory: CheckpointDirectory) -> bool:
@@ -314,7 +316,7 @@ class ResumableAlgorithm(BaseAlgorithm):
         slots = shard_optimizer_state(self.policy.optimizer, tensors["optimizer"])
         unpack_optimizer(self.policy.optimizer, slots, state["optimizer"])
         own = _rng_name(self.ranks.index)
-        own = own if own in tensors else "rng"  # written by fewer processes
+        own = own if own in tensors else "rng"  # the checkpoint was written by fewer processes
         unpack_rng(self.policy, self.group_rng, self.ranks, tensors[own], state[own])
         self._iteration, self.num_timesteps = state["iteration"], state["num_timesteps"]
         self._n_updates, self.history = state["n_updates"], state["history"]

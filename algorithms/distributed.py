@@ -1,16 +1,16 @@
-"""Several processes that train one policy: what each of them does, messages, and weights spread by FSDP2.
+"""Distributed training of one policy: collective operations, and sharding with FSDP2.
 
-Every *rank* is a process, as a rule with a GPU of its own, started by ``torchrun`` or ``accelerate launch``;
-accelerate sets up the process group and moves the messages. Group g of a batch of rollouts belongs to rank
-``g % size``. Random numbers are those that one process with all the rows would have drawn, decisions (which
-groups are kept, when to stop) are made from the numbers of all ranks, and gradients are summed; so the number
-of ranks changes rounding and nothing else.
+Every *rank* is a process, usually with its own GPU, started by ``torchrun`` or ``accelerate launch``;
+accelerate sets up the process group and the communication. Group g of a batch of rollouts belongs to rank
+``g % size``. Random numbers equal those a single process with all rows would draw, global decisions (which
+groups to keep, when to stop) use the data of all ranks, and gradients are summed. The number of ranks
+therefore changes nothing but rounding.
 
-A policy too large for one GPU is spread over the ranks: weights, gradients and optimizer. It is switched on
-where users of accelerate switch it on: in the configuration file that ``accelerate launch`` is given, or with
+A policy too large for one GPU is sharded over the ranks: weights, gradients and optimizer state. Sharding is
+enabled as usual in accelerate: in the configuration file of ``accelerate launch``, or with
 ``ACCELERATE_USE_FSDP=true`` before ``torchrun``. Every forward pass is then collective: the ranks gather the
-weights layer by layer. ``Accelerator.prepare`` is not used for that, because it shards on accelerators only
-(not on a CPU, where it can be tested) and drops the moments of an optimizer that has already taken steps.
+weights layer by layer. ``Accelerator.prepare`` is not used, because it shards on accelerators only (not on a
+CPU, where it can be tested) and drops the moments of an optimizer that has already taken steps.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Rows = TypeVar("Rows", th.Tensor, np.ndarray)
 
 
 class Ranks:
-    """This process among those that train together; a single process is rank 0 of 1.
+    """Process group of a training run, as seen by one rank; a single process is rank 0 of 1.
 
-    Every method but :meth:`local_slice` and :meth:`rows_per_rank` is collective: all ranks call it, in the
-    same order.
+    Every method except :meth:`local_slice` and :meth:`rows_per_rank` is collective: all ranks must call it,
+    in the same order.
 
     Args:
-        index: Number of this process, from 0.
+        index: Rank of this process, from 0.
         size: Number of processes.
-        device: Where tensors that are sent to other ranks must be.
+        device: Device of tensors that are sent to other ranks.
     """
 
     def __init__(self, index: int = 0, size: int = 1, device: th.device | str = "cpu") -> None:
@@ -46,15 +46,15 @@ class Ranks:
 
     @classmethod
     def join(cls, device: th.device | str = "auto") -> Ranks:
-        """The ranks that this process was started with; may be called repeatedly.
+        """Join the process group this process was started in; may be called repeatedly.
 
         Args:
-            device: Where this process computes; ``"auto"`` is an own GPU where there are any.
+            device: Compute device of this process; ``"auto"`` uses one GPU per process if available.
 
         Raises:
             ImportError: If there are several processes and accelerate is missing.
-            ValueError: If accelerate's configuration is for more processes than were started, or more were
-                started on this machine than it has GPUs.
+            ValueError: If accelerate's configuration is for more processes than were started, or more
+                processes were started on this machine than it has GPUs.
         """
         if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
             _require_one_process()
@@ -73,20 +73,20 @@ class Ranks:
             )
         state = PartialState(cpu=on_cpu)
         if not state.is_main_process:
-            logging.getLogger("wmpo_gym").setLevel(logging.ERROR)  # the main one has logged it
+            logging.getLogger("wmpo_gym").setLevel(logging.ERROR)  # logged by the main process
         return cls(state.process_index, state.num_processes, state.device)
 
     @staticmethod
     def leave() -> None:
-        """Close the process group at the end of a script, as NCCL and gloo need it."""
+        """Destroy the process group at the end of a script; required by gloo, recommended for NCCL."""
         if th.distributed.is_initialized():
             from accelerate import PartialState
 
             state = PartialState()
             state.wait_for_everyone()
             state.destroy_process_group()
-            # gloo's threads outlive the group. One that has not yet let go of the last message's tensors when
-            # the interpreter ends aborts the process, so they are given the time.
+            # gloo's threads outlive the group. A thread that still holds tensors of the last message when the
+            # interpreter exits aborts the process, so wait for it.
             time.sleep(0.5)
 
     @property
@@ -94,10 +94,10 @@ class Ranks:
         """Whether this process writes logs and files."""
         return self.index == 0
 
-    # ------------------------------------------------------------------ which rows are whose
+    # ------------------------------------------------------------------ assignment of rows to ranks
 
     def rows_per_rank(self, n_rows: int, group_size: int) -> int:
-        """How many of ``n_rows`` rows each rank has, in whole groups.
+        """Number of rows per rank, in whole groups, out of ``n_rows`` in total.
 
         Raises:
             ValueError: If the groups cannot be divided evenly.
@@ -112,13 +112,13 @@ class Ranks:
         return groups * group_size
 
     def local_slice(self, per_group: Rows) -> Rows:
-        """The entries of this rank's groups, of an array with one entry per group of all ranks."""
+        """This rank's entries of an array with one entry per group of all ranks."""
         return per_group[self.index :: self.size]
 
     # ------------------------------------------------------------------ collective operations
 
     def gather_rows(self, rows: th.Tensor, group_size: int) -> th.Tensor:
-        """Rows ``(n, ...)`` of all ranks on the CPU, ``(size * n, ...)``, in the order of all groups."""
+        """Gather rows ``(n, ...)`` of all ranks on the CPU as ``(size * n, ...)``, in global group order."""
         if self.size == 1:
             return rows
         from accelerate.utils import gather
@@ -127,21 +127,21 @@ class Ranks:
         return groups.transpose(0, 1).flatten(0, 2)
 
     def global_indices(self, mask: th.Tensor, group_size: int) -> tuple[th.Tensor, int]:
-        """Indices of this rank's marked rows among the marked rows of all ranks.
+        """Indices of this rank's masked rows among the masked rows of all ranks.
 
         Args:
             mask: bool (n,).
             group_size: Rows per group.
 
         Returns:
-            int64 with one entry per marked row, and the number of marked rows of all ranks.
+            int64 with one entry per masked row of this rank, and the number of masked rows over all ranks.
         """
         everywhere = self.gather_rows(mask, group_size)
         index = (everywhere.cumsum(0) - 1).view(-1, group_size)
         return self.local_slice(index).flatten()[mask], int(everywhere.sum())
 
     def gather(self, value: T) -> list[T]:
-        """The small objects of all ranks, by rank."""
+        """Gather a small object from every rank, ordered by rank."""
         if self.size == 1:
             return [value]
         from accelerate.utils import gather_object
@@ -153,17 +153,17 @@ class Ranks:
         return sum(self.gather(count))
 
     def largest(self, value: Any) -> Any:
-        """Largest of a number over all ranks."""
+        """Maximum of a number over all ranks."""
         return max(self.gather(value))
 
     def add(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Sums over all ranks of numbers by name; a rank may lack some."""
+        """Sum named numbers over all ranks; names missing on a rank count as 0."""
         found = self.gather(numbers)
         names = dict.fromkeys(name for part in found for name in part)
         return {name: sum(part.get(name, 0.0) for part in found) for name in names}
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Run something on the main rank while the others wait; all get its result, or its error."""
+        """Run a function on the main rank while the others wait; all ranks get its result or its error."""
         if self.size == 1:
             return function()
         from accelerate.utils import broadcast_object_list
@@ -180,7 +180,7 @@ class Ranks:
         return outcome[0]
 
     def broadcast(self, tensors: Iterable[th.Tensor]) -> None:
-        """Overwrite tensors with those of the main rank, in place."""
+        """Broadcast the main rank's tensors, in place."""
         if self.size == 1:
             return
         from accelerate.utils import broadcast
@@ -191,8 +191,8 @@ class Ranks:
     def sum_gradients(self, parameters: Iterable[th.Tensor]) -> None:
         """Sum ``.grad`` over all ranks, in place.
 
-        A rank without rollouts has no gradients and adds zeros; where no rank has one, None stays None, which
-        an optimizer treats otherwise than zero. Sharded gradients have been summed by then and are left.
+        A rank without rollouts has no gradients and adds zeros. If no rank has a gradient, None stays None,
+        because optimizers treat None and zero differently. Sharded gradients are already summed and skipped.
         """
         parameters = [p for p in parameters if p.requires_grad and not is_sharded(p)]
         if self.size == 1 or not parameters:
@@ -208,7 +208,7 @@ class Ranks:
 
 
 def _require_one_process() -> None:
-    """Refuse the single process that ``accelerate launch --cpu`` starts for a configuration of several."""
+    """Raise an error if ``accelerate launch --cpu`` started one process for a multi-process configuration."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
     if launched and not {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & os.environ.keys():
         raise ValueError(
@@ -217,11 +217,11 @@ def _require_one_process() -> None:
         )
 
 
-# ---------------------------------------------------------------------- weights spread over the ranks
+# ---------------------------------------------------------------------- sharded weights
 
 
 def sharding_enabled() -> bool:
-    """Whether this process was launched with accelerate's FSDP switched on."""
+    """Whether this process was launched with accelerate's FSDP enabled."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
@@ -231,17 +231,17 @@ def mixed_precision() -> str:
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is this rank's part of a larger one."""
+    """Whether a tensor is a shard (a ``DTensor``)."""
     return hasattr(tensor, "full_tensor")
 
 
 def full_tensor(tensor: Any) -> th.Tensor:
-    """A tensor gathered from the parts of all ranks (collective); others are returned as they are."""
+    """Gather a sharded tensor from all ranks (collective); other tensors are returned unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def full_state(state: Mapping[str, th.Tensor], ranks: Ranks) -> dict[str, th.Tensor]:
-    """A state dictionary of full tensors on the main rank; the others take part and get an empty one."""
+    """State dictionary of full tensors on the main rank, empty on the others (collective)."""
     found = {}
     for name, value in state.items():
         tensor = full_tensor(value)
@@ -251,7 +251,7 @@ def full_state(state: Mapping[str, th.Tensor], ranks: Ranks) -> dict[str, th.Ten
 
 
 def shard_like(value: th.Tensor, like: Any) -> th.Tensor:
-    """This rank's part of a tensor that every rank holds in full, sharded as ``like`` is."""
+    """This rank's shard of a tensor that every rank holds in full, sharded like ``like``."""
     if not is_sharded(like) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -261,7 +261,7 @@ def shard_like(value: th.Tensor, like: Any) -> th.Tensor:
 
 
 def shard_state(module: nn.Module, state: Mapping[str, th.Tensor]) -> dict[str, th.Tensor]:
-    """A state dictionary of full tensors, sharded as the module's are."""
+    """Shard a state dictionary of full tensors like the module's."""
     now = module.state_dict()
     return {k: shard_like(v, now[k]) if k in now else v for k, v in state.items()}
 
@@ -269,24 +269,26 @@ def shard_state(module: nn.Module, state: Mapping[str, th.Tensor]) -> dict[str, 
 def shard_optimizer_state(
     optimizer: th.optim.Optimizer, tensors: Mapping[str, th.Tensor]
 ) -> dict[str, th.Tensor]:
-    """The tensors of a packed optimizer state, sharded as the parameters are."""
+    """Shard the tensors of a packed optimizer state like its parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {k: shard_like(v, parameters[int(k.split(".", 1)[0])]) for k, v in tensors.items()}
 
 
 def shard(policy: Any, ranks: Ranks) -> None:
-    """Spread the weights of ``policy.network`` over the ranks, in place, and its optimizer with them.
+    """Shard ``policy.network`` and its optimizer state over the ranks, in place.
 
-    Every rank must hold the same weights. The layers gathered one by one are those that transformers calls
-    not to be split, or that the configuration names (``fsdp_transformer_layer_cls_to_wrap``).
+    Every rank must hold the same weights. The layers wrapped individually are the model's
+    ``_no_split_modules`` (transformers), or those the configuration names
+    (``fsdp_transformer_layer_cls_to_wrap``).
 
     Args:
-        policy: Calls its ``network``, a module, for every decision; its ``optimizer`` trains nothing else.
-        ranks: The processes.
+        policy: Policy that calls its module ``network`` for every decision and whose ``optimizer`` trains
+            only that module.
+        ranks: The process group.
 
     Raises:
-        TypeError: If the policy is built otherwise.
-        ValueError: If the weights are of several types, or the configuration asks for what is not offered.
+        TypeError: If the policy trains weights outside ``network``.
+        ValueError: If the weights have several dtypes, or the configuration uses an unsupported option.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -296,7 +298,7 @@ def shard(policy: Any, ranks: Ranks) -> None:
     names = {p: n for n, p in network.named_parameters()} if isinstance(network, nn.Module) else {}
     if not all(p in names for p in trained):
         raise TypeError(
-            f"FSDP spreads `policy.network`, and {type(policy).__name__} trains weights outside of it; put "
+            f"FSDP shards `policy.network`, and {type(policy).__name__} trains weights outside of it; put "
             "them into one module of that name that is called for every decision, or train without FSDP."
         )
     if len(types := sorted({str(p.dtype) for p in network.parameters()})) > 1:
@@ -320,7 +322,7 @@ def shard(policy: Any, ranks: Ranks) -> None:
 
 
 def fsdp_options(network: nn.Module) -> tuple[set[str], dict[str, Any]]:
-    """Classes of the layers gathered one by one, and ``fully_shard``'s arguments, as accelerate was told."""
+    """Layer classes to wrap individually, and arguments of ``fully_shard``, from accelerate's configuration."""
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
@@ -338,7 +340,7 @@ def fsdp_options(network: nn.Module) -> tuple[set[str], dict[str, Any]]:
     precision = {"no": None, "bf16": th.bfloat16}
     if (name := mixed_precision()) not in precision:
         raise ValueError(f"mixed_precision {name!r} is not offered; choose {' or '.join(precision)}.")
-    # Weights and moments stay float32, as published; only the passes are in half precision.
+    # Weights and moments stay float32, as published; only the forward and backward passes use bf16.
     dtypes = MixedPrecisionPolicy(param_dtype=precision[name], reduce_dtype=th.float32)
     named = plugin.transformer_cls_names_to_wrap
     if not named:

@@ -1,4 +1,4 @@
-"""Direct Preference Optimization from pairs of rollouts: the paper's offline baseline."""
+"""Direct Preference Optimization (DPO) on pairs of rollouts: the paper's offline baseline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wmpo_gym.policies.base import GroupPolicy
 
 logger = logging.getLogger(__name__)
 
-ROUNDING = 1e-4  # nats; before the first step every margin is zero but for rounding
+ROUNDING = 1e-4  # nats; before the first optimizer step every margin is zero up to rounding
 
 
 def preference_pairs(
@@ -29,12 +29,12 @@ def preference_pairs(
 
     Args:
         successes: bool (N,).
-        group_ids: int64 (N,); equal numbers had a common start state.
-        failures_per_success: Most pairs per success, each with another failure.
-        rng: Chooses the failures where there are more.
+        group_ids: int64 (N,); episodes with the same id share a start state.
+        failures_per_success: Maximum number of pairs per success, each with a different failure.
+        rng: Selects the failures if a group has more.
 
     Returns:
-        int64 (P, 2), episodes (winner, loser); empty if no group holds both.
+        int64 (P, 2), episodes (winner, loser); empty if no group has both successes and failures.
     """
     pairs = []
     for group in th.unique(group_ids):
@@ -48,12 +48,12 @@ def preference_pairs(
 
 
 def pair_gain(log_prob: th.Tensor, reference: th.Tensor, mask: th.Tensor, rows: th.Tensor) -> th.Tensor:
-    """Log-probability of episodes under the policy minus that under the reference, in nats.
+    """Log-ratio of the policy to the reference per episode, in nats.
 
     Args:
-        log_prob: Float (M, L) of M decisions under the current weights.
-        reference: Float (M, L) under the weights that sampled them.
-        mask: bool (M, L), the tokens that were acted on.
+        log_prob: Float (M, L), log-probabilities of M decisions under the current weights.
+        reference: Float (M, L), log-probabilities under the weights that sampled them.
+        mask: bool (M, L), the tokens whose actions were executed.
         rows: int64 (M,), episode of each decision, 0 to N-1.
 
     Returns:
@@ -70,7 +70,7 @@ def preference_loss(winner: th.Tensor, loser: th.Tensor, beta: float) -> th.Tens
     Args:
         winner: Float (P,) from :func:`pair_gain`.
         loser: Float (P,).
-        beta: Weight of the reference.
+        beta: Strength of the regularisation towards the reference.
     """
     return -th.nn.functional.logsigmoid(beta * (winner - loser))
 
@@ -78,37 +78,38 @@ def preference_loss(winner: th.Tensor, loser: th.Tensor, beta: float) -> th.Tens
 class DPO(GroupAlgorithm):
     """Direct Preference Optimization (arXiv 2305.18290) of whole episodes, as in WMPO's comparison (§4.1).
 
-    One iteration collects groups of rollouts from common start states with the policy as it is, pairs every
-    success with failures of its own group, and raises the success's log-probability against the failure's,
-    both measured from the policy that made them: the log-probabilities noted while sampling are the
-    reference, and no second model is kept. With ``max_iterations=1`` all rollouts come from the policy that
-    training starts with, which is the paper's offline baseline; more iterations collect anew each time.
+    Each iteration collects groups of rollouts from shared start states with the current policy, pairs every
+    success with failures of its group, and raises the log-probability of the success relative to that of the
+    failure. The reference is the policy that sampled the rollouts: its log-probabilities are stored while
+    sampling, so no second model is needed. With ``max_iterations=1`` all rollouts come from the initial
+    policy, which is the paper's offline baseline; every further iteration collects new rollouts.
 
-    DPO lowers the likelihood of failures without bound and destroys a policy when it goes on too long.
-    Therefore some groups are held back, and the weights kept are those with the lowest loss on them; if that
-    never falls below indifference (log 2) the policy stays as it was. A lower loss does not have to mean more
-    successes; a subclass that can afford to measure them overrides :meth:`score`.
+    DPO lowers the likelihood of failures without bound and degrades the policy if training continues too
+    long. Some groups are therefore held out for validation, and the weights with the lowest held-out loss
+    are restored; if that loss never falls below log 2 (indifference), the policy is unchanged. A lower loss
+    does not guarantee a higher success rate; a subclass can measure success directly in :meth:`score`.
 
     Args:
         policy: See :class:`~wmpo_gym.algorithms.group_algorithm.GroupAlgorithm` for this and every
             argument that is not listed here.
-        env: See there.
+        env: See GroupAlgorithm.
         learning_rate: A number or a schedule.
-        beta: How strongly the policy is held to its reference; larger holds more.
+        beta: Strength of the regularisation towards the reference; larger values stay closer to it.
         sft_weight: Weight of the winners' negative log-likelihood per token, which keeps them from losing
-            probability together with the failures (arXiv 2404.19733, eq. 1); 0 is plain DPO.
-        failures_per_success: Pairs that each success forms, with different failures of its group.
+            probability together with the failures (arXiv 2404.19733, eq. 1); 0 is standard DPO.
+        failures_per_success: Maximum number of pairs per success, with different failures of its group.
         batch_size: Pairs per optimizer step.
         micro_batch_size: Pairs per forward pass, None for the whole minibatch; does not change the gradient.
-        n_epochs: Most passes over the pairs of an iteration.
-        patience: Passes without a lower held-out loss after which an iteration ends.
-        validation_share: Share of the groups that is held back; 0 holds back none and keeps the last weights.
-        max_grad_norm: Gradients are scaled down to this norm.
+        n_epochs: Maximum number of epochs over the pairs of an iteration.
+        patience: Epochs without a lower held-out loss after which an iteration ends.
+        validation_share: Fraction of the groups held out for validation; 0 uses none and keeps the last
+            weights.
+        max_grad_norm: Gradients are clipped to this norm.
         **kwargs: Further arguments of GroupAlgorithm.
 
     Attributes:
-        history: One dictionary of logged numbers per iteration.
-        budget: What training has spent (:class:`~wmpo_gym.envs.ledger.Ledger`).
+        history: One dictionary of logged metrics per iteration.
+        budget: Cost of training so far (:class:`~wmpo_gym.envs.ledger.Ledger`).
     """
 
     log_name = "DPO"
@@ -163,12 +164,14 @@ class DPO(GroupAlgorithm):
         super().__init__(policy, env, learning_rate, group_size, n_groups, **kwargs)
 
     def train(self, rollouts: Trajectories) -> None:
-        """Learn from the pairs of one iteration; the policy is unchanged if there are none."""
+        """Update the policy on the preference pairs of one iteration; no change if there are none."""
         successes, group_ids = self._outcomes(rollouts)
         pairs = preference_pairs(successes, group_ids, self.failures_per_success, self.group_rng)
         self.logger.record("rollout/n_pairs", len(pairs))
         if not len(pairs):
-            logger.warning("Iteration %d: no success has a failure beside it to learn from.", self._iteration)
+            logger.warning(
+                "Iteration %d: no group has both a success and a failure, no update.", self._iteration
+            )
             return
         training, held_out = self._split(pairs, group_ids)
         self.policy.set_training_mode(True)
@@ -193,19 +196,21 @@ class DPO(GroupAlgorithm):
             self.logger.record(f"train/{name}", value)
 
     def score(self, rollouts: Trajectories, held_out: th.Tensor) -> float | None:
-        """How good the present weights are, higher is better; asked before the first pass and after each.
+        """Validation score of the current weights, higher is better.
+
+        Called before the first epoch and after every epoch.
 
         Args:
-            rollouts: Those of the iteration.
-            held_out: Pairs ``(P, 2)`` not to be trained on, by their index among the rollouts of all ranks.
+            rollouts: Rollouts of the iteration.
+            held_out: Pairs ``(P, 2)`` excluded from training, as indices into the rollouts of all ranks.
 
         Returns:
-            Minus the loss on the held-out pairs, or None without any; with None the last weights are kept.
+            The negative loss on the held-out pairs. None if there are none; the last weights are then kept.
         """
         return -self._held_out_loss(rollouts, held_out) if len(held_out) else None
 
     def _agreed_score(self, rollouts: Trajectories, held_out: th.Tensor) -> float | None:
-        """The main rank's score; others may round otherwise."""
+        """The main rank's score, used by all ranks because rounding may differ between them."""
         return self.ranks.gather(self.score(rollouts, held_out))[0]
 
     def _outcomes(self, rollouts: Trajectories) -> tuple[th.Tensor, th.Tensor]:
@@ -220,7 +225,7 @@ class DPO(GroupAlgorithm):
         return copy.deepcopy(self.policy.state_dict())
 
     def _split(self, pairs: th.Tensor, group_ids: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """Pairs to train on and pairs of groups held back; at least one group stays for training."""
+        """Training pairs and held-out pairs, split by group; at least one group stays for training."""
         group = group_ids[pairs[:, 0]]
         groups = th.unique(group).numpy()
         n_held = math.ceil(self.validation_share * len(groups))
@@ -229,7 +234,7 @@ class DPO(GroupAlgorithm):
         return pairs[~back], pairs[back]
 
     def _epoch(self, rollouts: Trajectories, pairs: th.Tensor) -> dict[str, float]:
-        """One pass over the pairs in random order; means over its optimizer steps."""
+        """One epoch over the pairs in random order; metrics are means over the optimizer steps."""
         order = th.as_tensor(self.group_rng.permutation(len(pairs)))
         steps = [self._update(rollouts, pairs[index]) for index in order.split(self.batch_size)]
         return {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
@@ -244,7 +249,7 @@ class DPO(GroupAlgorithm):
             winner, loser = self._gains(rollouts, part)
             loss = preference_loss(winner, loser, self.beta).sum() / len(pairs)
             if self.sft_weight:
-                # The reference's share of the log-likelihood is constant and left out.
+                # The reference's log-likelihood is constant and left out.
                 per_token = winner / n_tokens[part[:, 0]].to(winner)
                 loss = loss - self.sft_weight * per_token.sum() / len(pairs)
             self._backward(loss)
@@ -256,14 +261,14 @@ class DPO(GroupAlgorithm):
         return {**self.ranks.add(total), "grad_norm": self._step_optimizer(self.max_grad_norm)}
 
     def _micro_batches(self, rollouts: Trajectories, pairs: th.Tensor) -> tuple[th.Tensor, ...]:
-        """The pairs whose group is this rank's, by their index among its rollouts, some at a time."""
+        """Micro-batches of the pairs of this rank's groups, as indices into its own rollouts."""
         if self.ranks.size > 1 and rollouts.global_indices is not None:
             here = th.isin(pairs, rollouts.global_indices).all(1)
             pairs = th.searchsorted(rollouts.global_indices, pairs[here])
         return pairs.split(self.micro_batch_size or len(pairs)) if len(pairs) else ()
 
     def _gains(self, rollouts: Trajectories, pairs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """How much likelier than to the reference winners and losers are, in nats per episode: (P,) each."""
+        """Log-ratios to the reference of winners and losers, in nats per episode: (P,) each."""
         episodes, place = th.unique(pairs, return_inverse=True)
         some = rollouts.select(episodes)
         log_prob = self._log_prob(some.obs, some.traces)[0]

@@ -1,4 +1,4 @@
-"""From whatever the user calls an environment to the ``VecEnv`` that Stable-Baselines3 works with."""
+"""Conversion of environments to Stable-Baselines3's ``VecEnv``, and helpers for group rollouts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ def as_vec_env(env: str | gym.Env | gym.vector.VectorEnv | VecEnv, n_envs: int) 
     """Adapt an environment for a group algorithm.
 
     Args:
-        env: The id of an environment, of this package or any other, one of this package's ``VectorEnv``, or
-            any SB3 ``VecEnv``. A single ``gymnasium.Env`` is returned as it is (Stable-Baselines3 wraps it;
-            enough for ``predict``).
-        n_envs: Rows to make when ``env`` is an id.
+        env: Any registered environment id, a ``VectorEnv`` of this package, or an SB3 ``VecEnv``. A single
+            ``gymnasium.Env`` is returned unchanged (Stable-Baselines3 wraps it; sufficient for ``predict``).
+        n_envs: Number of rows if ``env`` is an id.
 
     Returns:
-        An SB3 ``VecEnv``. A ``VectorEnv`` is taken over: it is switched to the autoreset mode SB3 expects.
+        An SB3 ``VecEnv``. A ``VectorEnv`` is switched in place to the autoreset mode SB3 expects.
     """
     if isinstance(env, str):
         from wmpo_gym.envs.sb3 import make_sb3_env
@@ -50,11 +49,10 @@ def as_vec_env(env: str | gym.Env | gym.vector.VectorEnv | VecEnv, n_envs: int) 
 
 @contextmanager
 def finished_rows_wait(env: VecEnv) -> Iterator[None]:
-    """Within this block a finished row of one of this package's envs repeats itself at no cost.
+    """Context manager that disables autoreset in this package's envs: finished rows are skipped at no cost.
 
-    Other envs go on resetting finished rows, and what those rows do then is ignored. Outside the block the
-    env resets finished rows as Stable-Baselines3 expects, so that ``evaluate_policy`` works on a training
-    env.
+    Other envs still reset finished rows; their further steps are ignored. Outside the context the env resets
+    finished rows as Stable-Baselines3 expects, so that ``evaluate_policy`` works on a training env.
     """
     batch = _own_batch(env)
     if batch is None:
@@ -69,7 +67,7 @@ def finished_rows_wait(env: VecEnv) -> Iterator[None]:
 
 
 def offload_env(env: VecEnv) -> None:
-    """Let one of this package's envs give back what it does not need while the policy is updated."""
+    """Free the device memory of this package's envs while the policy is updated."""
     batch = _own_batch(env)
     if batch is not None:
         batch.rest()
@@ -83,7 +81,7 @@ def _own_batch(env: VecEnv) -> ChunkVectorEnv | None:
 def env_attribute(env: VecEnv, name: str) -> list[Any]:
     """Distinct values of an attribute over the rows, in order; empty if the env has no such attribute.
 
-    Rows of one batched env share their objects, so such an env answers with one value.
+    The rows of a batched env share their objects, so such an env has a single value.
     """
     if not env.has_attr(name):
         return []
@@ -91,7 +89,7 @@ def env_attribute(env: VecEnv, name: str) -> list[Any]:
 
 
 def read_ledger(env: VecEnv) -> Ledger:
-    """What the env has spent since it was made; zeros for an env that keeps no ledger."""
+    """Cost of the env since it was created; zeros for an env without a ledger."""
     return sum(env_attribute(env, "ledger"), Ledger())
 
 
@@ -101,9 +99,9 @@ def take_rows(obs: VecObs, rows: np.ndarray) -> VecObs:
 
 
 def training_start_states(env: VecEnv) -> np.ndarray | None:
-    """Start-state ids an env offers for training, int64; None if it has no numbered start states.
+    """Start state ids of an env for training, int64; None if it has no numbered start states.
 
-    An env that knows its task keeps back the ids of the splits it was not made for.
+    Ids of other splits than the env's are excluded if the env has a task.
     """
     ids, split, task = (env_attribute(env, name) for name in ("start_state_ids", "split", "task_spec"))
     if not ids or ids[0] is None:
@@ -122,18 +120,18 @@ def reset_groups(
     start_state_ids: np.ndarray | None,
     ranks: Ranks | None = None,
 ) -> tuple[VecObs, np.ndarray | None]:
-    """Reset all rows, neighbours in groups to a common start state.
+    """Reset all rows, adjacent rows in groups to a shared start state.
 
-    Every row is seeded anew, so what follows depends on ``rng`` and on the actions alone; that is what lets a
-    resumed run repeat the numbers without any state of the env. Rows of a group have different seeds (own
-    noise) and one ``start_state_id``; in an env without ids they have one seed instead.
+    Every row is reseeded, so that the episodes depend only on ``rng`` and the actions, and a resumed run
+    reproduces its results without saved env state. Rows of a group have different seeds (independent noise)
+    and the same ``start_state_id``; in an env without ids they share a seed instead.
 
     Args:
-        env: Its number of rows is a multiple of ``group_size``.
+        env: Environment whose number of rows is a multiple of ``group_size``.
         group_size: Rows per group.
         rng: Draws start states and seeds.
-        start_state_ids: Ids to draw from, without repeats where there are enough; None takes the env's own.
-        ranks: Processes whose envs make up the batch; None is this one alone.
+        start_state_ids: Ids to draw from, without repeats if there are enough; None uses the env's ids.
+        ranks: Processes whose envs make up the batch; None is this process alone.
 
     Returns:
         The first observations, and the id of each row (int64) or None.
@@ -156,11 +154,11 @@ def reset_groups(
 
 
 def world_fitness(env: VecEnv) -> dict[str, Any] | None:
-    """The gates of the world an env imagines with; warns loudly if one failed or was never looked at.
+    """Validation gates of an env's world model; warns if a gate failed or was never measured.
 
     Returns:
-        The env's ``world_fitness``, per gate an object with ``passed`` True, False or None (not measurable);
-        None for an env that imagines nothing.
+        The env's ``world_fitness``, one mapping per gate with ``passed`` True, False or None (not
+        measurable); None for an env without a world model.
     """
     found = env_attribute(env, "world_fitness")
     if not found:

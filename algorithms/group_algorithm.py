@@ -1,4 +1,4 @@
-"""What GRPO and DPO share: batches of grouped rollouts, which groups are kept, and the learning loop."""
+"""Common base of GRPO and DPO: collection and filtering of rollout groups, and the training loop."""
 
 from __future__ import annotations
 
@@ -52,43 +52,43 @@ SelfGroupAlgorithm = TypeVar("SelfGroupAlgorithm", bound="GroupAlgorithm")
 
 NO_LIMIT = 10**12
 
-# An episode that is still running after so many decisions has no time limit; a batch would never end.
+# An episode that runs longer than this many decisions has no time limit; a batch would never end.
 MAX_DECISIONS = 10_000
 
 
 class GroupAlgorithm(ResumableAlgorithm):
-    """Base of algorithms that learn from groups of rollouts with a common start state.
+    """Base class of algorithms that train on groups of rollouts from a shared start state.
 
-    A *batch* of rollouts resets every row of the env, ``group_size`` neighbouring rows to one start state,
-    and runs them to the end of their first episode. ``num_timesteps`` counts decisions of rows that are
+    One *batch* of rollouts resets every row of the env, ``group_size`` adjacent rows to the same start state,
+    and runs each row until its first episode ends. ``num_timesteps`` counts the decisions of rows that are
     still running.
 
-    Started by ``torchrun`` as several processes, each runs its share of the groups in its own env, gradients
-    are summed, and the main process writes logs and files; every number below, but the rows of an ``env``
-    that is no id, is of all processes together (``docs/distributed.md``).
+    With several processes started by ``torchrun``, each runs its share of the groups in its own env,
+    gradients are summed, and the main process writes logs and files. The counts below are totals over all
+    processes, except for the rows of an ``env`` that is not given as an id (``docs/distributed.md``).
 
     Args:
-        policy: ``"VLAPolicy"``, another alias, a :class:`~wmpo_gym.policies.GroupPolicy` class, or a policy
-            of such a class to start from, which is copied.
-        env: Environment id, Gymnasium ``VectorEnv`` or SB3 ``VecEnv``; its rows must fill whole groups. None
-            for a loaded model that only predicts.
+        policy: ``"VLAPolicy"``, another alias, a :class:`~wmpo_gym.policies.GroupPolicy` class, or a
+            ``GroupPolicy`` instance, whose weights are copied.
+        env: Environment id, Gymnasium ``VectorEnv`` or SB3 ``VecEnv``; the number of rows must be a multiple
+            of ``group_size``. None for a loaded model that only predicts.
         learning_rate: A number, or a function of the remaining progress (1 to 0).
         group_size: Rollouts per start state.
-        n_groups: Informative groups per iteration; batches are collected until there are as many, surplus
-            groups are left out. None takes one batch with whatever it holds. For an env id it is also the
-            number of groups in a batch (None: 8).
-        success_bounds: Groups with a success rate outside are dropped (both bounds inclusive). None drops
+        n_groups: Informative groups per iteration; batches are collected until this number is reached, and
+            surplus groups are dropped. None collects one batch and uses all of its informative groups. For an
+            env id it is also the number of groups in a batch (None: 8).
+        success_bounds: Groups with a success rate outside these bounds (inclusive) are dropped. None drops
             only groups whose returns are all equal.
-        max_extra_batches: How many batches more than ``n_groups`` needs are run when groups are dropped.
-        start_state_ids: Ids to draw start states from; None takes the env's own ``start_state_ids``. An env
-            without any gives the rows of a group a common seed instead.
-        checkpoint_dir: Where to write resumable checkpoints; None writes none.
+        max_extra_batches: Maximum number of additional batches collected to replace dropped groups.
+        start_state_ids: Ids to draw start states from; None uses the env's ``start_state_ids``. In an env
+            without start state ids, the rows of a group share a seed instead.
+        checkpoint_dir: Directory for resumable checkpoints; None writes none.
         checkpoint_interval: Iterations between checkpoints.
         stats_window_size: Episodes in SB3's episode buffers (the logged rates cover the whole iteration).
         tensorboard_log: TensorBoard directory, or None.
         policy_kwargs: Arguments of the policy.
         verbose: 0 silent, 1 tables, 2 debug.
-        seed: Seed of policy, start states and env rows; None draws one.
+        seed: Random seed of policy, start states and env rows; None draws one.
         device: Torch device, ``"auto"`` for CUDA when there is one.
         _init_setup_model: Build the policy now (SB3's ``load`` does it later).
 
@@ -157,12 +157,12 @@ class GroupAlgorithm(ResumableAlgorithm):
         self.start_state_ids = None if start_state_ids is None else np.asarray(start_state_ids, np.int64)
         self.checkpoint_dir = checkpoint_dir
         self.checkpoint_interval = checkpoint_interval
-        # Here and not in _setup_model: load() restores attributes first and must not restart the id stream.
+        # Not in _setup_model: load() calls it after restoring attributes and must not reseed this generator.
         self.group_rng = np.random.default_rng(seed)
         self.history: list[dict[str, float]] = []
         self.sharded = False
         self.world_fitness: Any = None
-        self.budget = Ledger()  # what learn() has spent in its env, runs before a resume included
+        self.budget = Ledger()  # cost of learn() in its env, including runs before a resume
         self._iteration = 0
         if _init_setup_model:
             self._setup_model()
@@ -174,11 +174,11 @@ class GroupAlgorithm(ResumableAlgorithm):
 
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        """SB3's hook of ``__init__``, ``load`` and ``set_env``; also accepts a Gymnasium ``VectorEnv``."""
+        """SB3's hook in ``__init__``, ``load`` and ``set_env``; also accepts a Gymnasium ``VectorEnv``."""
         return BaseAlgorithm._wrap_env(as_vec_env(env, 1), verbose, monitor_wrapper)
 
     def _get_policy_from_name(self, policy_name: str) -> type[GroupPolicy]:
-        """SB3's hook; the VLA is imported only when it is asked for."""
+        """SB3's hook; imports the VLA policy only if it is requested."""
         if policy_name == "VLAPolicy":
             from wmpo_gym.policies.vla_policy import VLAPolicy
 
@@ -206,7 +206,7 @@ class GroupAlgorithm(ResumableAlgorithm):
             self._check_env()
 
     def _check_env(self) -> None:
-        """Check that the rows of the env fill groups, and note the fitness of its world."""
+        """Check that the env's rows form whole groups, and read the validation gates of its world model."""
         if self.n_envs % self.group_size:
             fitting = self.group_size * max(1, self.n_envs // self.group_size)
             raise ValueError(
@@ -223,10 +223,10 @@ class GroupAlgorithm(ResumableAlgorithm):
     # ------------------------------------------------------------------ rollouts
 
     def collect_batch(self, callback: BaseCallback) -> Trajectories | None:
-        """One episode in every row.
+        """Run one episode in every row.
 
         Returns:
-            All of them, or None if the callback asked to stop.
+            All episodes, or None if the callback requested a stop.
         """
         obs, ids = reset_groups(self.env, self.group_size, self.group_rng, self.start_state_ids, self.ranks)
         recorder = TrajectoryRecorder(self.n_envs)
@@ -262,24 +262,24 @@ class GroupAlgorithm(ResumableAlgorithm):
 
     @th.no_grad()
     def _sample(self, obs: Obs, indices: th.Tensor, n_live: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """Decisions of this rank's live rows, given their indices among the ``n_live`` of all ranks."""
+        """Sample decisions for this rank's running rows, given their indices among all ranks' ``n_live``."""
         if self.ranks.size == 1:
             return self.policy.sample(obs_to(obs, self.device))
         if len(indices):
             return self.policy.sample_part(obs_to(obs, self.device), indices, n_live)
-        # Its rows are done; sampling is collective, so it samples for a row of zeros.
+        # All rows of this rank are done; sampling is collective, so it samples for a row of zeros.
         chosen, log_probs, traces = self.policy.sample_part(
             obs_to(zero_obs(obs), self.device), indices.new_zeros(1), n_live
         )
         return chosen[:0], log_probs[:0], traces[:0]
 
     def _note_episode(self, total: float, length: int, success: bool) -> None:
-        """Feed SB3's episode buffers (not the raw infos: rows may already run their next episode)."""
+        """Add an episode to SB3's buffers (not the raw infos: the row may already be in its next episode)."""
         episode = {"r": float(total), "l": int(length), "t": time.time() - self.start_time / 1e9}
         self._update_info_buffer([{"episode": episode, "is_success": bool(success)}], np.array([True]))
 
     def collect_rollouts(self, callback: BaseCallback) -> Trajectories | None:
-        """The informative groups of one iteration (possibly none), or None if a callback asked to stop."""
+        """Collect the informative groups of one iteration; None if a callback requested a stop."""
         self.policy.set_training_mode(False)
         callback.on_rollout_start()
         per_batch = self.ranks.size * self.n_envs // self.group_size
@@ -287,8 +287,8 @@ class GroupAlgorithm(ResumableAlgorithm):
             1 if self.n_groups is None else math.ceil(self.n_groups / per_batch) + self.max_extra_batches
         )
         kept: list[Trajectories] = []
-        indices: list[th.Tensor] = []  # of the kept groups among those of all ranks
-        n_kept = 0  # of all ranks
+        indices: list[th.Tensor] = []  # of the kept groups, among the kept groups of all ranks
+        n_kept = 0  # over all ranks
         statistics = RolloutStatistics(self.group_size)
         for _ in range(n_batches):
             with finished_rows_wait(self.env):
@@ -318,7 +318,7 @@ class GroupAlgorithm(ResumableAlgorithm):
     # ------------------------------------------------------------------ learning
 
     def _synchronize_ranks(self) -> None:
-        """Let every rank start from the main rank's weights and random states, sharded if FSDP is on.
+        """Broadcast the main rank's weights and random states; shard the weights if FSDP is enabled.
 
         Raises:
             ValueError: If the envs of the ranks differ in size, or half precision is configured without FSDP.
@@ -346,22 +346,22 @@ class GroupAlgorithm(ResumableAlgorithm):
 
     @abstractmethod
     def train(self, rollouts: Trajectories) -> None:
-        """Improve the policy on the informative groups of one iteration (at least one, of all ranks)."""
+        """Update the policy on the informative groups of one iteration (at least one over all ranks)."""
 
     def _backward(self, loss: th.Tensor) -> None:
-        """Add the gradient of this rank's part of the loss of all ranks."""
-        # FSDP averages gradients over the ranks; these are to be summed.
+        """Backpropagate this rank's part of the loss over all ranks."""
+        # FSDP averages gradients over the ranks, but they must be summed.
         (loss * self.ranks.size if self.sharded else loss).backward()
 
     def _missing_forwards(self, n_forwards: int) -> int:
-        """How many forward passes fewer than another rank this one makes, if the weights are sharded.
+        """Number of dummy forward passes this rank needs to match the others, if the weights are sharded.
 
-        All ranks must then make equally many.
+        With sharded weights all ranks must run the same number of forward passes.
         """
         return self.ranks.largest(n_forwards) - n_forwards if self.sharded else 0
 
     def _dummy_forwards(self, n_forwards: int, rollouts: Trajectories) -> None:
-        """Forward and backward passes without effect, while other ranks still gather the weights."""
+        """Dummy forward and backward passes, so that collective operations match across ranks."""
         obs, trace = zero_obs(rollouts.obs), zero_obs(rollouts.traces)
         for _ in range(n_forwards):
             log_prob = self._log_prob(obs, trace)[0]
@@ -369,13 +369,13 @@ class GroupAlgorithm(ResumableAlgorithm):
                 self._backward(0.0 * log_prob.sum())
 
     def _log_prob(self, obs: Obs, traces: th.Tensor) -> tuple[th.Tensor, ...]:
-        """The forward passes over some decisions; the policy's ``log_prob`` and ``entropy`` come first."""
+        """Forward passes over some decisions; the policy's ``log_prob`` and ``entropy`` come first."""
         return self.policy.log_prob(obs_to(obs, self.device), traces.to(self.device))
 
     def _step_optimizer(self, max_grad_norm: float) -> float:
-        """Step along the gradient accumulated by all ranks, scaled down to a norm; returns the norm before.
+        """Optimizer step with the gradient summed over all ranks and clipped; returns the unclipped norm.
 
-        A gradient that is not finite leaves the weights as they are.
+        The step is skipped if the gradient is not finite.
         """
         optimizer = self.policy.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -385,7 +385,7 @@ class GroupAlgorithm(ResumableAlgorithm):
             optimizer.step()
             self._n_updates += 1
         else:
-            logger.warning("Update skipped, the weights are unchanged: its gradient norm is %s.", norm)
+            logger.warning("Update skipped, the weights are unchanged: the gradient norm is %s.", norm)
         return norm
 
     def learn(
@@ -399,28 +399,28 @@ class GroupAlgorithm(ResumableAlgorithm):
         max_iterations: int | None = None,
         resume: bool = False,
     ) -> SelfGroupAlgorithm:
-        """Alternate rollouts and updates.
+        """Run the training loop: collect rollouts, then update the policy.
 
         Args:
-            total_timesteps: Decisions to make; the last iteration is always finished. May be left out if
+            total_timesteps: Number of decisions; the last iteration is always completed. Optional if
                 ``max_iterations`` is given.
             callback: Called once per ``env.step``.
-            log_interval: Iterations between log entries; None for none.
-            tb_log_name: Name of the TensorBoard run; None is the algorithm's.
-            reset_num_timesteps: Count from zero. False goes on with a trained model for ``total_timesteps``
-                more.
-            progress_bar: Show a bar with the time left.
-            max_iterations: Iterations (rollouts and an update each) after which to stop in any case.
-            resume: Go on from the newest checkpoint in ``checkpoint_dir``, if there is one, with the numbers
-                an uninterrupted run would have had; the two limits are then those of the whole run.
+            log_interval: Iterations between log entries; None writes none.
+            tb_log_name: Name of the TensorBoard run; None uses the algorithm's name.
+            reset_num_timesteps: Start counting from zero. False continues training a trained model for
+                ``total_timesteps`` more decisions.
+            progress_bar: Show a progress bar with the remaining time.
+            max_iterations: Maximum number of iterations (rollouts and one update each).
+            resume: Continue from the newest checkpoint in ``checkpoint_dir``, if there is one. The results
+                are those of an uninterrupted run, and both limits apply to the whole run.
 
         Returns:
             The model.
 
         Raises:
-            WriteError: If a checkpoint cannot be written; nothing trained is lost.
-            ValueError: If no limit is given, or if the checkpoints belong to other settings, or to an earlier
-                run and ``resume`` is False.
+            WriteError: If a checkpoint cannot be written; no training progress is lost.
+            ValueError: If no limit is given, or if the checkpoints were written with different settings, or
+                by an earlier run while ``resume`` is False.
         """
         if total_timesteps >= NO_LIMIT and max_iterations is None:
             raise ValueError("learn() needs total_timesteps or max_iterations.")
@@ -452,7 +452,7 @@ class GroupAlgorithm(ResumableAlgorithm):
                 offload_env(self.env)
                 self.train(rollouts)
             else:
-                logger.warning("Iteration %d: no informative group, the update is skipped.", self._iteration)
+                logger.warning("Iteration %d: no informative group, update skipped.", self._iteration)
             self.logger.record("time/rollout_seconds", collected - started)
             self.logger.record("time/train_seconds", time.time() - collected)
             self.dump_logs(write=log_interval is not None and self._iteration % log_interval == 0)
@@ -470,7 +470,7 @@ class GroupAlgorithm(ResumableAlgorithm):
         return super()._init_callback(callback, progress_bar=False)
 
     def dump_logs(self, write: bool = True) -> None:
-        """Add times and budget to what was recorded, note it in ``history``, and write it to the logs."""
+        """Add times and budget to the recorded metrics, append them to ``history`` and write the logs."""
         seconds = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         record = self.logger.record
         record("time/iterations", self._iteration, exclude="tensorboard")
@@ -490,6 +490,6 @@ class GroupAlgorithm(ResumableAlgorithm):
 
 
 def _constructor_arguments(policy: GroupPolicy) -> dict[str, Any]:
-    """Arguments that make a policy like one in memory, its spaces left out."""
+    """Constructor arguments of a policy, without the observation and action space."""
     arguments = policy._get_constructor_parameters()
     return {k: v for k, v in arguments.items() if k not in ("observation_space", "action_space")}

@@ -1,9 +1,9 @@
-"""Group Relative Policy Optimization for policies over action tokens: its loss, and its update.
+"""Group Relative Policy Optimization (GRPO) for policies over action tokens: loss and policy update.
 
-:mod:`~wmpo_gym.algorithms.group_algorithm` holds the other half, rollouts and the loop around the two.
+Rollout collection and the training loop are in :mod:`~wmpo_gym.algorithms.group_algorithm`.
 
-Shapes: N trajectories, M decisions (one action chunk each), L tokens per decision. ``rows`` int64 (M,) says
-which trajectory a decision belongs to. Every function accepts an empty mask; none of them returns NaN for it.
+Shapes: N trajectories, M decisions (one action chunk each), L tokens per decision. ``rows`` int64 (M,) is the
+trajectory of each decision. Every function accepts an empty mask and does not return NaN for it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ KLKind = Literal["k1", "abs", "k2", "k3"]
 # Added to the standard deviation of a group's returns (WMPO, and GRPO before it).
 ADVANTAGE_EPS = 1e-6
 
-# Above this the policy evaluates its own decisions differently from how it made them.
+# Above this error, log_prob assigns sampled decisions other probabilities than sample did.
 RATIO_TOLERANCE = 1e-3
 
 
 def masked_mean(values: th.Tensor, mask: th.Tensor, dim: int | None = None) -> th.Tensor:
-    """Mean of the entries where ``mask`` is True, over everything or over one dimension.
+    """Mean of the entries where ``mask`` is True, over all entries or along one dimension.
 
-    Where nothing is kept the mean is 0; the published row-wise mean gives NaN there and poisons the update.
+    The mean over an empty mask is 0; the published row-wise mean is NaN there and corrupts the update.
     """
     kept = th.where(mask, values, th.zeros_like(values))
     total, count = (kept.sum(), mask.sum()) if dim is None else (kept.sum(dim), mask.sum(dim))
@@ -46,16 +46,16 @@ def masked_mean(values: th.Tensor, mask: th.Tensor, dim: int | None = None) -> t
 
 
 def group_advantages(returns: th.Tensor, group_ids: th.Tensor, normalize: bool = True) -> th.Tensor:
-    """Advantage of a trajectory over the others of its group: ``(R - mean) / (std + 1e-6)``.
+    """Group-relative advantage of each trajectory: ``(R - mean) / (std + 1e-6)``.
 
-    The standard deviation is the unbiased one. A group without spread gets 0 everywhere; a group of one has
-    no baseline and keeps its return. A return of NaN means *unscorable*: it gets 0 and does not count in its
-    group.
+    The standard deviation is unbiased. A group with equal returns gets advantage 0; a group of one has no
+    baseline and keeps its return. A return of NaN marks an episode that could not be scored: its advantage
+    is 0 and it is excluded from the group statistics.
 
     Args:
         returns: Float (N,).
-        group_ids: int64 (N,); equal numbers form a group, in any order.
-        normalize: Divide by the standard deviation. False leaves ``R - mean`` (Dr. GRPO, arXiv 2503.20783).
+        group_ids: int64 (N,); trajectories with the same id form a group, in any order.
+        normalize: Divide by the standard deviation. False uses ``R - mean`` (Dr. GRPO, arXiv 2503.20783).
 
     Returns:
         float32 (N,).
@@ -80,7 +80,7 @@ def group_advantages(returns: th.Tensor, group_ids: th.Tensor, normalize: bool =
 
 
 def loss_units(mask: th.Tensor, rows: th.Tensor, normalizer: LossNormalizer) -> int:
-    """Over how many tokens, or trajectories with a token, a minibatch's loss is averaged."""
+    """Number of tokens, or of trajectories with at least one token, that a minibatch's loss averages over."""
     if normalizer == "token":
         return int(mask.sum())
     return len(th.unique(rows[mask.any(1)]))
@@ -91,18 +91,18 @@ def token_weights(
 ) -> th.Tensor:
     """Weight of every token in the loss of a minibatch; the loss is ``(weights * token_loss).sum()``.
 
-    Because the weights are fixed before the forward passes, the minibatch may be cut into micro-batches at
-    any place without changing the gradient.
+    Because the weights are computed before the forward passes, the minibatch can be split into micro-batches
+    anywhere without changing the gradient.
 
     Args:
-        mask: bool (M, L), the tokens that count.
+        mask: bool (M, L), the tokens that contribute to the loss.
         rows: int64 (M,), the trajectory of each decision.
-        normalizer: ``"trajectory"``, the published one: mean over the tokens of a trajectory, then over
-            trajectories (those without a token are left out). ``"token"``: mean over all tokens alike.
-        n_units: :func:`loss_units` of the whole minibatch, if this is a part of it.
+        normalizer: ``"trajectory"`` (published): mean over the tokens of a trajectory, then over trajectories
+            (excluding those without tokens). ``"token"``: mean over all tokens.
+        n_units: :func:`loss_units` of the whole minibatch, if the inputs are only a part of it.
 
     Returns:
-        float32 (M, L), 0 outside the mask; sums to 1 over the minibatch, or to 0 if nothing is kept.
+        float32 (M, L), 0 outside the mask; sums to 1 over the minibatch, or to 0 if the mask is empty.
 
     Raises:
         ValueError: If the normalizer is unknown.
@@ -119,11 +119,11 @@ def token_weights(
 
 
 class Surrogate(NamedTuple):
-    """The clipped objective, token by token.
+    """Clipped surrogate objective per token.
 
     Attributes:
-        loss: Float (M, L), to be weighted and summed; lower is better.
-        clipped: bool (M, L), True where the clip took the gradient away.
+        loss: Float (M, L), unweighted loss; lower is better.
+        clipped: bool (M, L), True where clipping removes the gradient.
         log_ratio: Float (M, L), new minus old log-probability.
     """
 
@@ -139,14 +139,14 @@ def clipped_surrogate(
     clip_range: float = 0.2,
     clip_range_high: float = 0.28,
 ) -> Surrogate:
-    """PPO's pessimistic objective with DAPO's asymmetric clip; no dual clip, as published.
+    """PPO's clipped objective with DAPO's asymmetric clip range; no dual clip, as published.
 
     Args:
         log_prob: Float (M, L) under the current weights.
-        old_log_prob: Float (M, L) under the weights that sampled.
+        old_log_prob: Float (M, L) under the weights that sampled the decisions.
         advantages: Float (M, L) or (M, 1).
-        clip_range: The ratio is cut at ``1 - clip_range`` below ...
-        clip_range_high: ... and at ``1 + clip_range_high`` above.
+        clip_range: The ratio is clipped below at ``1 - clip_range``.
+        clip_range_high: The ratio is clipped above at ``1 + clip_range_high``.
     """
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
@@ -156,10 +156,10 @@ def clipped_surrogate(
 
 
 def kl_penalty(log_prob: th.Tensor, ref_log_prob: th.Tensor, kind: KLKind = "k3") -> th.Tensor:
-    """Estimate of the divergence from a reference, token by token.
+    """Estimate of the KL divergence from a reference policy per token.
 
-    ``k1`` is the plain difference, ``abs`` its size, ``k2`` half its square, and ``k3`` the unbiased estimate
-    that is never negative (Schulman 2020; GRPO, arXiv 2402.03300, eq. 4).
+    ``k1`` is the difference of log-probabilities, ``abs`` its absolute value, ``k2`` half its square, and
+    ``k3`` the unbiased non-negative estimate (Schulman 2020; GRPO, arXiv 2402.03300, eq. 4).
 
     Raises:
         ValueError: If the kind is unknown.
@@ -177,15 +177,15 @@ def kl_penalty(log_prob: th.Tensor, ref_log_prob: th.Tensor, kind: KLKind = "k3"
 
 
 class GRPO(GroupAlgorithm):
-    """Group Relative Policy Optimization as WMPO uses it (arXiv 2511.09515 §3.4 and table 4).
+    """Group Relative Policy Optimization as used in WMPO (arXiv 2511.09515 §3.4 and table 4).
 
-    A rollout's advantage is how much better it ended than the others from the same start state, in standard
-    deviations of their group; every token it acted on is pushed by it through PPO's clipped ratio, with
-    DAPO's asymmetric clip and dynamic sampling (arXiv 2503.14476). No critic, no reward shaping, no KL by
-    default.
+    The advantage of a rollout is its return relative to the other rollouts from the same start state, in
+    standard deviations of the group. It weights PPO's clipped ratio of every executed token, with DAPO's
+    asymmetric clip range and dynamic sampling (arXiv 2503.14476). There is no critic, no reward shaping and,
+    by default, no KL penalty.
 
-    With few rollouts per iteration large minibatches are what makes it climb: one or two optimizer steps per
-    epoch (``batch_size=None`` takes all rollouts at once). The sampling temperature belongs to the policy.
+    With few rollouts per iteration, large minibatches work best: one or two optimizer steps per epoch
+    (``batch_size=None`` uses all rollouts at once). The sampling temperature is a setting of the policy.
 
     Example::
 
@@ -193,36 +193,36 @@ class GRPO(GroupAlgorithm):
         model.learn(100_000, progress_bar=True)
         model.policy.save_pretrained("my-better-policy")
 
-    ``save`` and ``load`` are those of Stable-Baselines3 and use pickle inside: load only files you trust. To
-    share a policy use ``policy.save_pretrained``; to survive a kill use ``checkpoint_dir``.
+    ``save`` and ``load`` are those of Stable-Baselines3 and use pickle: load only files you trust. To share a
+    policy use ``policy.save_pretrained``; to resume interrupted runs use ``checkpoint_dir``.
 
     Args:
         policy: See :class:`~wmpo_gym.algorithms.group_algorithm.GroupAlgorithm` for this and every
             argument that is not listed here.
-        env: See there.
-        learning_rate: A number or a schedule. The default suits policies of about a million weights; the
-            published 7 B policy was trained with 5e-6.
-        batch_size: Rollouts per optimizer step; None takes all of an iteration.
-        micro_batch_size: Decisions per forward pass, None for the whole minibatch. Does not change the
-            gradient, only memory and speed (on a CPU 64 to 128 is a third faster than all at once).
-        n_epochs: Passes over the rollouts of an iteration.
-        clip_range: How far the ratio may fall below 1.
-        clip_range_high: How far the ratio may rise above 1.
+        env: See GroupAlgorithm.
+        learning_rate: A number or a schedule. The default is tuned for policies of about a million
+            parameters; the published 7B policy was trained with 5e-6.
+        batch_size: Rollouts per optimizer step; None uses all rollouts of an iteration.
+        micro_batch_size: Decisions per forward pass, None for the whole minibatch. Affects memory and speed,
+            not the gradient (64 to 128 is fastest on a CPU).
+        n_epochs: Epochs over the rollouts of an iteration.
+        clip_range: Lower clip range of the ratio (clipped below at 1 - clip_range).
+        clip_range_high: Upper clip range of the ratio (clipped above at 1 + clip_range_high).
         normalize_advantage: Divide by the standard deviation of the group's returns.
         loss_normalizer: ``"trajectory"`` averages over the tokens of a rollout, then over rollouts
-            (published); ``"token"`` averages over all tokens alike.
-        ratio_level: ``"token"`` clips every token's ratio by itself, ``"chunk"`` the geometric mean over the
-            tokens of a decision.
-        kl_coef: Weight of the divergence from the policy training started with; 0 keeps no copy of it.
-        max_grad_norm: Gradients are scaled down to this norm.
-        recompute_log_probs: Evaluate the old log-probabilities again with the training forward pass instead
-            of keeping those of sampling; for policies whose two passes round differently (half precision).
+            (published); ``"token"`` averages over all tokens.
+        ratio_level: ``"token"`` clips the ratio of each token, ``"chunk"`` the geometric mean over the tokens
+            of a decision.
+        kl_coef: Weight of the KL divergence from the initial policy; 0 keeps no copy of that policy.
+        max_grad_norm: Gradients are clipped to this norm.
+        recompute_log_probs: Recompute the old log-probabilities with the training forward pass instead of
+            reusing those from sampling; for policies whose two passes round differently (half precision).
         **kwargs: Further arguments of GroupAlgorithm.
 
     Attributes:
-        history: One dictionary of logged numbers per iteration.
-        budget: What training has spent (:class:`~wmpo_gym.envs.ledger.Ledger`).
-        world_fitness: Gates of the world that was trained in; None if the env has no world.
+        history: One dictionary of logged metrics per iteration.
+        budget: Cost of training so far (:class:`~wmpo_gym.envs.ledger.Ledger`).
+        world_fitness: Validation gates of the world model; None if the env has no world model.
     """
 
     log_name = "GRPO"
@@ -279,7 +279,7 @@ class GRPO(GroupAlgorithm):
             self.reference_policy = copy.deepcopy(self.policy).requires_grad_(False)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, Any]:
-        if self.kl_coef and not self._n_updates:  # weights may have been put in since the constructor
+        if self.kl_coef and not self._n_updates:  # weights may have been loaded since the constructor
             self.reference_policy.load_state_dict(self.policy.state_dict())
         return super()._setup_learn(*args, **kwargs)
 
@@ -292,7 +292,7 @@ class GRPO(GroupAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         minibatches = self._minibatches(rollouts)
-        if self.recompute_log_probs:  # in the very batches of the update: others may round differently
+        if self.recompute_log_probs:  # with the same batches as the update, so that rounding is the same
             rollouts.log_probs = th.cat([self._evaluate(rollouts.select(index)) for index in minibatches])
         advantages = group_advantages(rollouts.returns, rollouts.group_ids, self.normalize_advantage)
         scored = ~rollouts.returns.isnan()
@@ -301,12 +301,12 @@ class GRPO(GroupAlgorithm):
         for _ in range(self.n_epochs):
             for index in minibatches:
                 history.append(self._update(rollouts.select(index), advantages[index]))
-        self.policy.optimizer.zero_grad()  # the gradient's memory, for the next rollouts
+        self.policy.optimizer.zero_grad()  # frees the gradients' memory for the next rollouts
         self.policy.set_training_mode(False)
         self._log_update(history)
 
     def _minibatches(self, rollouts: Trajectories) -> list[th.Tensor]:
-        """Indices of this rank's rollouts in each minibatch of the rollouts of all ranks."""
+        """For each global minibatch, the indices of this rank's rollouts."""
         total = self.ranks.total(len(rollouts))
         indices = th.arange(total) if rollouts.global_indices is None else rollouts.global_indices
         size = self.batch_size or total
@@ -323,11 +323,11 @@ class GRPO(GroupAlgorithm):
 
         Args:
             batch: The minibatch.
-            advantages: float32 (N,), of its trajectories.
+            advantages: float32 (N,), one per trajectory.
 
         Returns:
-            ``loss`` and the means over tokens of ``clip_fraction``, ``approx_kl``, ``entropy`` (and ``kl``);
-            ``ratio_max_error``, the largest distance of a ratio from 1. All of them are of all ranks.
+            ``loss``, the means over tokens of ``clip_fraction``, ``approx_kl``, ``entropy`` (and ``kl``), and
+            ``ratio_max_error``, the largest distance of a ratio from 1; all over all ranks.
         """
         n_units = self.ranks.total(loss_units(batch.token_mask, batch.rows, self.loss_normalizer))
         weights = token_weights(batch.token_mask, batch.rows, self.loss_normalizer, n_units)
@@ -338,7 +338,7 @@ class GRPO(GroupAlgorithm):
         for part in parts:
             mask = batch.token_mask[part].to(self.device)
             log_prob, entropy, *reference = self._log_prob(index_obs(batch.obs, part), batch.traces[part])
-            # Old values outside the mask are arbitrary; the new ones in their place keep every ratio finite.
+            # Old values outside the mask are arbitrary; replaced by the new ones so that ratios stay finite.
             old = th.where(mask, batch.log_probs[part].to(self.device), log_prob.detach())
             new = log_prob
             if self.ratio_level == "chunk":
@@ -371,13 +371,13 @@ class GRPO(GroupAlgorithm):
         return (*passed, reference[0])
 
     def _micro_batches(self, batch: Trajectories) -> tuple[th.Tensor, ...]:
-        """Indices of the decisions of each micro-batch; none if there is no decision."""
+        """Decision indices of each micro-batch; empty if there are no decisions."""
         parts = th.arange(batch.n_decisions).split(self.micro_batch_size or max(batch.n_decisions, 1))
         return parts if batch.n_decisions else ()
 
     @th.no_grad()
     def _evaluate(self, rollouts: Trajectories) -> th.Tensor:
-        """Log-probabilities of all decisions under the present weights, float32 (M, L)."""
+        """Log-probabilities of all decisions under the current weights, float32 (M, L)."""
         parts = self._micro_batches(rollouts)
         n_missing = self._missing_forwards(len(parts))
         found = [self._log_prob(index_obs(rollouts.obs, part), rollouts.traces[part])[0] for part in parts]
@@ -385,7 +385,7 @@ class GRPO(GroupAlgorithm):
         return th.cat(found).float().cpu() if parts else rollouts.log_probs
 
     def _log_update(self, history: list[dict[str, float]]) -> None:
-        """Record the means over the optimizer steps, and the ratio error of the very first one."""
+        """Log the means over the optimizer steps, and the ratio error of the first one."""
         error = history[0]["ratio_max_error"]
         if error > RATIO_TOLERANCE:
             warnings.warn(

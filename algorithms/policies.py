@@ -1,4 +1,4 @@
-"""Policies GRPO knows by name: the VLA, and small Gaussian ones for any ``Box`` of actions."""
+"""Small Gaussian policies for group algorithms, for any ``Box`` action space."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from wmpo_gym.policies.base import GroupPolicy
 
 
 class GaussianPolicy(GroupPolicy):
-    """Independent Gaussians over every number of the action (chunk); each number counts as one token.
+    """Diagonal Gaussian policy over the action (chunk); every action component counts as one token.
 
-    The trace is the unclipped action float32 (B, L), ordered action by action, L the size of the action
-    space.
+    The trace is the unclipped action, float32 (B, L), ordered action by action, where L is the size of the
+    action space.
 
     Args:
-        observation_space: Anything the features extractor takes.
+        observation_space: Any space the features extractor accepts.
         action_space: ``Box``.
         lr_schedule: Learning-rate schedule of the optimizer.
         net_arch: Hidden layers between features and means.
-        log_std_init: Logarithm of the first standard deviation, in units of half the action range.
-        temperature: Multiplies the standard deviation, in ``sample`` and ``log_prob`` alike.
-        features_extractor_class: Turns observations into features; None takes what suits the class.
-        features_extractor_kwargs: Its arguments.
-        optimizer_class: Optimizer.
-        optimizer_kwargs: Its arguments besides the learning rate.
+        log_std_init: Log of the initial standard deviation, in units of half the action range.
+        temperature: Multiplies the standard deviation, in both ``sample`` and ``log_prob``.
+        features_extractor_class: Features extractor; None uses the default of the policy class.
+        features_extractor_kwargs: Arguments of the features extractor.
+        optimizer_class: Optimizer class.
+        optimizer_kwargs: Arguments of the optimizer besides the learning rate.
     """
 
     default_extractor: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
@@ -89,7 +89,7 @@ class GaussianPolicy(GroupPolicy):
         distribution = self._distribution(obs)
         trace = distribution.mean
         if not deterministic:
-            # Drawn on the CPU, so that a seed means the same on every device.
+            # Drawn on the CPU, so that a seed gives the same noise on every device.
             noise = self.draw(lambda n: th.randn(n, *trace.shape[1:], generator=self._generator), len(trace))
             trace = trace + distribution.stddev * noise.to(trace.device)
         actions = trace.clamp(self.centre - self.half_range, self.centre + self.half_range)
@@ -102,13 +102,13 @@ class GaussianPolicy(GroupPolicy):
 
 
 class GaussianCnnPolicy(GaussianPolicy):
-    """:class:`GaussianPolicy` for an image of at least 36 pixels."""
+    """:class:`GaussianPolicy` for an image with sides of at least 36 pixels."""
 
     default_extractor = NatureCNN
 
 
 class GaussianMultiInputPolicy(GaussianPolicy):
-    """:class:`GaussianPolicy` for a ``Dict`` of images (at least 36 pixels) and vectors."""
+    """:class:`GaussianPolicy` for a ``Dict`` of images (sides of at least 36 pixels) and vectors."""
 
     default_extractor = CombinedExtractor
 

@@ -1,7 +1,7 @@
-"""Stable-Baselines3's SAC on the imagined and the simulated environment; no algorithm of our own.
+"""Stable-Baselines3's SAC, configured for the imagined and the simulated environment.
 
-What is added: a replay buffer whose memory is stated and checked before it is taken, a discount per action
-chunk instead of per action, and demonstrations put into the buffer before training.
+Additions: the memory of the replay buffer is reported and checked before allocation, the discount is per
+action chunk instead of per action, and the buffer can be pre-filled with demonstrations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wmpo_gym.utils.memory import available_memory
 logger = logging.getLogger(__name__)
 
 STEP_DISCOUNT = 0.99  # per control step; a chunk of K steps is discounted by its K-th power
-MEMORY_SHARE = 0.8  # of the free memory that a replay buffer may take
+MEMORY_SHARE = 0.8  # largest fraction of the free memory for a replay buffer
 
 
 def make_sac(
@@ -35,20 +35,20 @@ def make_sac(
     seed: int | None = None,
     **kwargs: Any,
 ) -> SAC:
-    """A SAC for either environment.
+    """Create a SAC model for the imagined or the simulated environment.
 
     Args:
         env: Environment id, ``VectorEnv`` of this package, or SB3 ``VecEnv``.
-        n_envs: Rows, if ``env`` is an id.
-        buffer_size: Transitions (action chunks) the replay buffer holds; it stores every frame twice.
-        policy_kwargs: Of SB3's ``MultiInputPolicy``; by default 128 features and two layers of 256.
-        seed: Seed of everything.
-        **kwargs: Any argument of ``stable_baselines3.SAC``; these defaults differ from its own:
-            ``train_freq`` 1, ``gradient_steps`` as many as rows, ``learning_starts`` 500, and ``gamma``
-            0.99 per control step, that is 0.99 to the power of K per chunk.
+        n_envs: Number of rows if ``env`` is an id.
+        buffer_size: Replay buffer capacity in transitions (action chunks); it stores every frame twice.
+        policy_kwargs: Arguments of SB3's ``MultiInputPolicy``; by default 128 features and two layers of 256.
+        seed: Random seed.
+        **kwargs: Any argument of ``stable_baselines3.SAC``. These defaults differ from SB3's: ``train_freq``
+            1, ``gradient_steps`` equal to the number of rows, ``learning_starts`` 500, and ``gamma`` 0.99
+            per control step, that is 0.99 to the power of K per chunk.
 
     Raises:
-        MemoryError: If the buffer would not fit into the free memory; names the size that would.
+        MemoryError: If the buffer does not fit into the free memory; the message names a size that fits.
     """
     env = as_vec_env(env, n_envs)
     check_buffer(env, buffer_size)
@@ -71,10 +71,10 @@ def make_sac(
 
 # -- memory --------------------------------------------------------------------------------------------------
 def buffer_bytes(observation_space: spaces.Space, action_space: spaces.Box, buffer_size: int) -> int:
-    """Memory of SB3's replay buffer: observation and next observation, action, reward, done, timeout."""
+    """Size in bytes of SB3's replay buffer: observation, next observation, action, reward, done, timeout."""
     parts = observation_space.values() if isinstance(observation_space, spaces.Dict) else [observation_space]
-    seen = sum(_item_bytes(part) for part in parts)
-    return buffer_size * (2 * seen + _item_bytes(action_space) + 3 * 4)
+    observation = sum(_item_bytes(part) for part in parts)
+    return buffer_size * (2 * observation + _item_bytes(action_space) + 3 * 4)
 
 
 def _item_bytes(space: spaces.Space) -> int:
@@ -83,10 +83,10 @@ def _item_bytes(space: spaces.Space) -> int:
 
 
 def check_buffer(env: VecEnv, buffer_size: int) -> None:
-    """State what a replay buffer will take, and refuse one that would not fit.
+    """Print the memory a replay buffer needs, and raise an error if it does not fit.
 
     Raises:
-        MemoryError: If it would take more than four fifths of the free memory.
+        MemoryError: If it needs more than four fifths of the free memory.
     """
     size, free = buffer_bytes(env.observation_space, env.action_space, buffer_size), available_memory()
     print(f"SAC's replay buffer of {buffer_size:,} transitions takes {size / 2**20:,.0f} MiB.")
@@ -100,18 +100,19 @@ def check_buffer(env: VecEnv, buffer_size: int) -> None:
 
 # -- demonstrations ------------------------------------------------------------------------------------------
 def add_demonstrations(model: SAC, episodes: Sequence[Episode], task: Task) -> int:
-    """Put recorded episodes into the replay buffer, cut into chunks; the reward is 1 at a success.
+    """Add recorded episodes to the replay buffer, split into chunks; the reward is 1 at success.
 
     Args:
-        model: Made by :func:`make_sac`.
+        model: Model created by :func:`make_sac`.
         episodes: Labelled episodes of the task.
-        task: Gives the chunk length; a last chunk that is not full is filled with its last action.
+        task: Defines the chunk length; an incomplete last chunk is padded with its last action.
 
     Returns:
-        Transitions added. SB3 adds as many at a time as there are rows, so the last few may be left out.
+        Number of transitions added. SB3 adds one transition per row at a time, so the last few may be left
+        out.
 
     Raises:
-        ValueError: If an episode has no label or the environment's action space is not that of the task.
+        ValueError: If an episode has no label, or the environment's action space differs from the task's.
     """
     if model.action_space.shape != (task.chunk, task.action_dim):
         raise ValueError(
@@ -141,7 +142,7 @@ def add_demonstrations(model: SAC, episodes: Sequence[Episode], task: Task) -> i
 
 
 def _observations(frames: Sequence[np.ndarray], task_ids: np.ndarray) -> dict[str, np.ndarray]:
-    # SB3 turns pictures into channels-first before they reach the buffer.
+    # SB3 transposes images to channels-first before it stores them in the buffer.
     return {"pixels": np.stack(frames).transpose(0, 3, 1, 2), "task_id": task_ids}
 
 

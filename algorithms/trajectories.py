@@ -1,7 +1,7 @@
-"""Rollouts as flat lists of the decisions that were really made.
+"""Storage of rollouts as a flat list of decisions, without padding.
 
-A batch of N episodes of different length is stored decision by decision, without padding: nothing after an
-episode's end is kept, so nothing of it can reach a gradient. Pixels stay uint8 on the CPU.
+A batch of N episodes of different lengths contains no data after an episode's end, so none of it can
+contribute to a gradient. Pixels stay uint8 on the CPU.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ def index_obs(obs: Obs, index: th.Tensor) -> Obs:
 
 
 def obs_to(obs: Obs, device: th.device | str) -> Obs:
-    """Observations on another device."""
+    """Move observations to a device."""
     return {k: v.to(device) for k, v in obs.items()} if isinstance(obs, dict) else obs.to(device)
 
 
 def cat_obs(parts: Sequence[Obs]) -> Obs:
-    """Batches of observations, one after the other."""
+    """Concatenate batches of observations."""
     if isinstance(parts[0], dict):
         return {k: th.cat([p[k] for p in parts]) for k in parts[0]}
     return th.cat(list(parts))
 
 
 def zero_obs(obs: Obs) -> Obs:
-    """One row of zeros of the same kind as a batch of observations."""
+    """One row of zeros with the structure of a batch of observations."""
     if isinstance(obs, dict):
         return {k: zero_obs(v) for k, v in obs.items()}
     return obs.new_zeros(1, *obs.shape[1:])
 
 
 def action_mask(n_actions: th.Tensor, chunk: int, tokens_per_action: int) -> th.Tensor:
-    """Which tokens of a decision were acted on: those of its first ``n_actions`` actions.
+    """Mask of the tokens of executed actions: those of a decision's first ``n_actions`` actions.
 
     Args:
-        n_actions: int64 (M,), actions carried out before the episode ended, 0 to ``chunk``.
+        n_actions: int64 (M,), actions executed before the episode ended, 0 to ``chunk``.
         chunk: Actions per decision, K.
         tokens_per_action: Tokens per action.
 
@@ -59,12 +59,12 @@ def action_mask(n_actions: th.Tensor, chunk: int, tokens_per_action: int) -> th.
 
 
 def informative_groups(scores: th.Tensor, bounds: tuple[float, float] | None = (0.1, 0.9)) -> th.Tensor:
-    """Dynamic sampling (DAPO, arXiv 2503.14476): which groups can teach anything.
+    """Dynamic sampling (DAPO, arXiv 2503.14476): mask of the groups with a learning signal.
 
     Args:
         scores: Float or bool (n_groups, group_size), 1 for success; any return if ``bounds`` is None.
-        bounds: Lowest and highest success rate that is kept, both inclusive, compared in float32. None keeps
-            every group whose scores are not all equal.
+        bounds: Lowest and highest success rate to keep, both inclusive, compared in float32. None keeps every
+            group whose scores are not all equal.
 
     Returns:
         bool (n_groups,), True for the groups to keep.
@@ -79,21 +79,21 @@ def informative_groups(scores: th.Tensor, bounds: tuple[float, float] | None = (
 
 @dataclass
 class Trajectories:
-    """N episodes with M decisions in all, sorted by episode and then by time.
+    """N episodes with M decisions in total, sorted by episode, then by time.
 
     Attributes:
-        obs: What each decision was made on, (M, ...) in the env's dtype.
-        traces: (M, L), what the policy needs to find a decision again (for token policies int64 tokens).
-        log_probs: float32 (M, L) at the time of sampling.
-        token_mask: bool (M, L), tokens of actions that were carried out.
+        obs: Observation of each decision, (M, ...) in the env's dtype.
+        traces: (M, L), the policy's representation of a decision (int64 action tokens for token policies).
+        log_probs: float32 (M, L), log-probabilities at sampling time.
+        token_mask: bool (M, L), tokens of executed actions.
         rows: int64 (M,), episode of each decision, 0 to N-1.
         returns: float32 (N,), sum of rewards; NaN if the episode could not be scored.
         successes: bool (N,).
         lengths: int64 (N,), decisions per episode.
-        n_actions: int64 (N,), actions carried out per episode.
+        n_actions: int64 (N,), actions executed per episode.
         group_ids: int64 (N,).
         start_state_ids: int64 (N,), -1 where the env has no numbered start states.
-        global_indices: int64 (N,), index of each episode among those of all ranks; None if they are all here.
+        global_indices: int64 (N,), index of each episode over all ranks; None if this rank holds all of them.
     """
 
     obs: Obs
@@ -124,7 +124,7 @@ class Trajectories:
         return len(th.unique(self.group_ids))
 
     def token_counts(self) -> th.Tensor:
-        """Tokens of actions that were carried out, int64 (N,)."""
+        """Number of tokens of executed actions per episode, int64 (N,)."""
         return th.zeros(len(self), dtype=th.int64).index_add(0, self.rows, self.token_mask.sum(1))
 
     def select(self, index: th.Tensor) -> Trajectories:
@@ -146,7 +146,7 @@ class Trajectories:
 
     @staticmethod
     def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
-        """Several batches as one, without global indices; groups of different batches stay different."""
+        """Concatenate batches, without global indices; groups of different batches stay separate."""
         if len(parts) == 1:
             return parts[0]
         names = [f.name for f in fields(Trajectories) if f.name != "global_indices"]
@@ -164,7 +164,7 @@ _PER_DECISION = {"traces", "log_probs", "token_mask", "rows"}
 
 
 class TrajectoryRecorder:
-    """Collects a batch of episodes step by step, of the rows that are still running only.
+    """Collects a batch of episodes step by step, recording only the running rows.
 
     Args:
         n_rows: Episodes in the batch.
@@ -187,14 +187,14 @@ class TrajectoryRecorder:
         rewards: np.ndarray,
         n_actions: np.ndarray,
     ) -> None:
-        """Record one decision of each of ``rows`` (int64 (m,)); everything has m rows, obs are on the CPU."""
+        """Record one decision for each of ``rows`` (int64 (m,)); all inputs have m rows, obs on the CPU."""
         self._steps.append((th.as_tensor(rows), obs, traces.cpu(), log_probs.float().cpu(), token_mask))
         self.returns[rows] += rewards
         self.lengths[rows] += 1
         self.n_actions[rows] += n_actions
 
     def build(self, group_size: int, start_state_ids: np.ndarray | None) -> Trajectories:
-        """The finished batch; rows form groups of ``group_size`` neighbours."""
+        """Return the finished batch; ``group_size`` adjacent rows form a group."""
         rows, obs, traces, log_probs, token_mask = zip(*self._steps, strict=True)
         order = th.argsort(th.cat(rows), stable=True)
         n_rows = len(self.returns)
@@ -215,7 +215,7 @@ class TrajectoryRecorder:
 
 
 class RolloutStatistics:
-    """What an iteration logs about its rollouts: every episode counts, those of dropped groups too.
+    """Rollout metrics of an iteration over all episodes, including those of dropped groups.
 
     Args:
         group_size: Rollouts per group.
@@ -226,7 +226,7 @@ class RolloutStatistics:
         self._batches: list[th.Tensor] = []  # float32 (n_rows, 4)
 
     def add(self, batch: Trajectories, kept: th.Tensor) -> None:
-        """Count a batch; ``kept`` bool (n_groups,) says which of its groups are used."""
+        """Add a batch; ``kept`` bool (n_groups,) marks the groups used for training."""
         columns = batch.successes, batch.returns, batch.lengths, kept.repeat_interleave(self.group_size)
         self._batches.append(th.stack([column.float() for column in columns], dim=1))
 
