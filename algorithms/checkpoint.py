@@ -266,7 +266,8 @@ class ResumableAlgorithm(BaseAlgorithm):
 
         Raises:
             ValueError: If ``resume`` is True without a ``checkpoint_dir``, if the directory holds an earlier
-                run and ``resume`` is False, if the settings differ, or if not every rank finds the checkpoint.
+                run and ``resume`` is False, if the settings differ, or if a rank does not find the
+                checkpoint.
         """
         if self.checkpoint_dir is None:
             if resume:

@@ -322,7 +322,7 @@ def shard(policy: Any, ranks: Ranks) -> None:
 
 
 def fsdp_options(network: nn.Module) -> tuple[set[str], dict[str, Any]]:
-    """Layer classes to wrap individually, and arguments of ``fully_shard``, from accelerate's configuration."""
+    """Layer classes to wrap and arguments of ``fully_shard``, from accelerate's configuration."""
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 

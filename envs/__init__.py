@@ -1,4 +1,4 @@
-"""The two environments, imagined and simulated, and their adapter to Stable-Baselines3.
+"""The imagined and the simulated environment, and their adapter to Stable-Baselines3.
 
 Names are imported when first used: ``import wmpo_gym.envs`` needs neither torch nor mujoco.
 """

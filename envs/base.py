@@ -1,4 +1,4 @@
-"""What a batch of episodes *is*: task, spaces, settings, rendering. What it does is in ``chunk_env``."""
+"""Base of the batched environments: task, spaces, settings and rendering; stepping is in ``chunk_env``."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from wmpo_gym.tasks import Task, get_task
 
 
 class ResumablePickle(EzPickle):
-    """Pickle and copy by constructor arguments, then go on at the same state; weights stay in their files."""
+    """Pickle by constructor arguments plus the current state; weights are loaded from their files again."""
 
     spec: Any
     ledger: Ledger
     started: bool
 
     def __getstate__(self) -> dict[str, Any]:
-        """Constructor arguments, spec, ledger and, after a first reset, the rows' state."""
+        """Constructor arguments, spec, ledger and, after the first reset, the rows' state."""
         state = self.get_state() if self.started else None
         return {**super().__getstate__(), "spec": self.spec, "ledger": self.ledger.copy(), "state": state}
 
@@ -48,7 +48,7 @@ class ResumablePickle(EzPickle):
 
 
 class TaskVectorEnv(ResumablePickle, VectorEnv):
-    """Task, spaces and settings of a batch; the arguments are those of :class:`ChunkVectorEnv`."""
+    """Task, spaces and settings of a batch; for the arguments see :class:`ChunkVectorEnv`."""
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array", "rgb_array_list"], "render_fps": 10}
     reward_term_names: tuple[str, ...] = ("success", "progress")
@@ -91,13 +91,13 @@ class TaskVectorEnv(ResumablePickle, VectorEnv):
         self._stepped = np.zeros(num_envs, np.bool_)  # rows that executed a chunk in this step
         self._clips = np.zeros((num_envs, self.task_spec.chunk, *self._episode.pixels.shape[1:]), np.uint8)
         self._clip_lengths = np.zeros(num_envs, np.int64)
-        self._proprio: dict[int, np.ndarray] = {}  # of the rows that executed a chunk, where robots tell it
+        self._proprio: dict[int, np.ndarray] = {}  # of the rows that executed a chunk, if available
 
     def set_autoreset(self, mode: str | AutoresetMode, *, skip_finished: bool = False) -> None:
-        """Change what happens to finished rows; the arguments are those of the constructor.
+        """Set how finished rows are handled; for the arguments see the constructor.
 
         Raises:
-            ValueError: If the mode is unknown, or resets the rows that ``skip_finished`` wants to leave.
+            ValueError: If the mode is unknown, or ``skip_finished`` is combined with an autoreset mode.
         """
         self.autoreset_mode = parse_autoreset_mode(mode)
         if skip_finished and self.autoreset_mode is not AutoresetMode.DISABLED:
@@ -138,12 +138,12 @@ class TaskVectorEnv(ResumablePickle, VectorEnv):
 
     @property
     def instructions(self) -> tuple[str, ...]:
-        """The sentences; ``task_id`` indexes them."""
+        """The instructions; ``task_id`` indexes them."""
         return self.task_spec.instructions
 
     @property
     def task_description(self) -> tuple[str, ...]:
-        """The sentence of every row's present episode."""
+        """Instruction of every row's current episode."""
         return tuple(self.instructions[i] for i in self._episode.task_id)
 
     @property  # type: ignore[misc]  # as in SyncVectorEnv: one per row, and no setter
@@ -157,7 +157,7 @@ class TaskVectorEnv(ResumablePickle, VectorEnv):
         return tuple(self._generators.seeds)
 
     def adopt_generator(self, row: int, generator: np.random.Generator, seed: int | None) -> None:
-        """Let ``row`` draw from a generator that the caller holds."""
+        """Use a generator of the caller for ``row``."""
         self._generators.generators[row], self._generators.seeds[row] = generator, seed
 
     def render(self) -> tuple[Any, ...] | None:

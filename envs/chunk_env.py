@@ -1,8 +1,8 @@
-"""The contract both environments share: one batched implementation, and a single environment as its facade.
+"""Common batched implementation of the imagined and the simulated environment.
 
-One ``step`` executes one action chunk of K control steps. A subclass of :class:`ChunkVectorEnv` says how an
-episode begins and how a chunk is executed; seeds, start states, autoreset, validation, info, state and the
-ledger live here.
+One ``step`` executes one action chunk of K control steps. A subclass of :class:`ChunkVectorEnv` defines how
+an episode begins and how a chunk is executed; this module handles seeds, start states, autoreset, validation,
+info, state and the ledger.
 """
 
 from __future__ import annotations
@@ -32,42 +32,43 @@ class FinishedRowError(ResetNeeded, AssertionError):
 
 
 class ChunkVectorEnv(TaskVectorEnv):
-    """Base of the batched environments.
+    """Base class of the batched environments.
 
     Args:
-        num_envs: Rows of the batch.
+        num_envs: Number of rows.
         task: Task or its name.
         autoreset_mode: ``AutoresetMode`` or its name.
         max_episode_steps: Chunks after which an episode is truncated; None is the task's horizon.
-        render_mode: None, ``"rgb_array"`` (the row's frame) or ``"rgb_array_list"`` (those of its chunk).
-        render_size: Rendered frames are enlarged by a whole factor to about this side in pixels.
-        return_frames: Put the chunk's frames, uint8 ``(K, H, W, 3)``, into ``info["frames"]`` of every step,
-            and where a simulator tells its robot's state, float32 ``(K + 1, P)``, into ``info["proprio"]``.
+        render_mode: None, ``"rgb_array"`` (current frame) or ``"rgb_array_list"`` (the chunk's frames).
+        render_size: Rendered frames are enlarged by an integer factor to about this side in pixels.
+        return_frames: Return the chunk's frames, uint8 ``(K, H, W, 3)``, in ``info["frames"]`` of every step
+            and, if the simulator provides it, the robot's state, float32 ``(K + 1, P)``, in
+            ``info["proprio"]``.
         image_size: Side of the observation in pixels; None is the task's.
         split: Split that start states are drawn from; None draws from all of them.
         reward_terms: Weight per named term, added to ``{"success": 1.0}``. Known: ``reward_term_names``.
-        skip_finished: In DISABLED mode a finished row repeats its last observation with reward 0 and False
+        skip_finished: In DISABLED mode, a finished row repeats its last observation with reward 0 and False
             flags until it is reset, at no cost; otherwise stepping it is an error.
 
     Raises:
-        ValueError: If an argument is unknown; the message lists what is allowed.
+        ValueError: If an argument is invalid; the message lists the allowed values.
     """
 
-    # -- what a subclass provides ----------------------------------------------------------------------------
+    # -- implemented by subclasses ---------------------------------------------------------------------------
     @property
     def start_state_ids(self) -> np.ndarray:
         """Ids that ``options={"start_state_id": …}`` accepts, int64."""
         raise NotImplementedError
 
     def _open(self) -> None:
-        """Acquire what is heavy (weights, simulators); called before every reset, cheap after the first."""
+        """Load weights or create simulators; called before every reset, cheap after the first call."""
 
     def _begin(self, starts: Starts) -> tuple[np.ndarray, np.ndarray]:
-        """Begin episodes; return first frames uint8 (n, H, W, 3) and task ids int64 (n,)."""
+        """Begin episodes; returns the first frames uint8 (n, H, W, 3) and task ids int64 (n,)."""
         raise NotImplementedError
 
     def _advance(self, rows: np.ndarray, actions: np.ndarray) -> Chunk:
-        """Execute ``actions`` (n, K, D) in ``rows`` and enter the cost into the ledger."""
+        """Execute ``actions`` (n, K, D) in ``rows`` and add the cost to the ledger."""
         raise NotImplementedError
 
     def _dump_rows(self, rows: np.ndarray) -> State:
@@ -75,14 +76,14 @@ class ChunkVectorEnv(TaskVectorEnv):
         raise NotImplementedError
 
     def _load_rows(self, rows: np.ndarray, state: State) -> None:
-        """Write what :meth:`_dump_rows` returned into ``rows``."""
+        """Restore the state returned by :meth:`_dump_rows` in ``rows``."""
         raise NotImplementedError
 
     def _reward_terms(self, rows: np.ndarray, chunk: Chunk) -> dict[str, np.ndarray]:
-        """Unweighted terms (n,), one per name in ``reward_term_names``; before the rows are updated."""
+        """Unweighted reward terms (n,) by name; called before the rows are updated."""
         return {
             "success": chunk.is_success.astype(np.float64),
-            # Telescopes: over an episode it adds up to the success probability of the last frame.
+            # Telescoping: the sum over an episode is the success probability of the last frame.
             "progress": chunk.success_prob - self._episode.success_prob[rows],
         }
 
@@ -94,14 +95,14 @@ class ChunkVectorEnv(TaskVectorEnv):
 
         Args:
             seed: None, an int (row i gets seed + i) or one int or None per row.
-            options: ``start_state_id`` (int or int array ``(num_envs,)``; rows with one id are a group: equal
-                first observation, own noise), ``noise_seed`` (int: row i gets it + i, or int array),
-                ``start_frames`` (uint8 ``(H, W, 3)`` or ``(num_envs, H, W, 3)``; a ``start_state_id`` beside
-                them is a label) with optional ``task_id``, and ``reset_mask`` (bool array). What is not given
-                is drawn by the row's generator.
+            options: ``start_state_id`` (int or int array ``(num_envs,)``; rows with the same id have the same
+                first observation and independent noise), ``noise_seed`` (int array, or an int s for s + i in
+                row i), ``start_frames`` (uint8 ``(H, W, 3)`` or ``(num_envs, H, W, 3)``; a
+                ``start_state_id`` is then only a label) with optional ``task_id``, and ``reset_mask`` (bool
+                array). Other values are drawn from the row's generator.
 
         Raises:
-            ValueError: If a seed or an option is not valid. Nothing has changed then.
+            ValueError: If a seed or an option is invalid; the environment is unchanged.
         """
         began = time.perf_counter()
         seeds = parse_seeds(seed, self.num_envs)
@@ -117,7 +118,7 @@ class ChunkVectorEnv(TaskVectorEnv):
         return self._observation(), self._info(choice.rows)
 
     def _check_choice(self, choice: ResetOptions) -> None:
-        """Refuse start states the environment does not have; ids beside start frames are mere labels."""
+        """Check that the start states exist; ids given with start frames are only labels."""
         if choice.start_state_id is None or choice.start_frames is not None:
             return
         wanted = np.unique(choice.start_state_id[choice.rows])
@@ -135,9 +136,9 @@ class ChunkVectorEnv(TaskVectorEnv):
 
     @property
     def split(self) -> str | None:
-        """Split that episodes without a given start state are drawn from; None draws from all.
+        """Split from which start states are drawn; None draws from all.
 
-        Another one counts from the next reset on.
+        Setting it takes effect at the next reset.
         """
         return self._split
 
@@ -150,7 +151,7 @@ class ChunkVectorEnv(TaskVectorEnv):
 
     @cached_property
     def _pool(self) -> np.ndarray:
-        """Ids that episodes without a given start state are drawn from."""
+        """Ids from which start states are drawn."""
         others = self.task_spec.start_states.total if self.split else 0
         excluded = set(range(others)) - set(self.task_spec.split_ids(self.split or "train"))
         pool = np.array([i for i in self.start_state_ids.tolist() if i not in excluded], np.int64)
@@ -161,9 +162,9 @@ class ChunkVectorEnv(TaskVectorEnv):
         return pool
 
     def _start(self, choice: ResetOptions) -> None:
-        """Begin episodes in ``choice.rows``; what the caller did not choose is drawn."""
+        """Begin episodes in ``choice.rows``; values the caller did not set are drawn."""
         rows = choice.rows
-        # Always three numbers per episode, so that an option never shifts a row's later draws.
+        # Always draw three numbers per episode, so that options do not change a row's later draws.
         draws = self._generators.draw(rows, 3)
         ids, noise, task_ids = self._pool[draws[:, 0] % len(self._pool)], draws[:, 1], None
         if choice.start_frames is not None:
@@ -195,7 +196,7 @@ class ChunkVectorEnv(TaskVectorEnv):
             Observations, rewards float64, terminations, truncations (never both) and infos.
 
         Raises:
-            ValueError: If an action is not valid; the message names row and value, and no row was stepped.
+            ValueError: If an action is invalid; the message names row and value, and no row is stepped.
             FinishedRowError: In DISABLED mode without ``skip_finished``, if a finished row was not reset.
         """
         began = time.perf_counter()
@@ -224,7 +225,7 @@ class ChunkVectorEnv(TaskVectorEnv):
         return self._observation(), rewards, terminations, truncations, infos
 
     def rest(self) -> None:
-        """Nothing will be imagined for a while: give back what the next reset or step can fetch again."""
+        """Free memory that the next reset or step can allocate again; called before a policy update."""
 
     def _execute(self, rows: np.ndarray, actions: np.ndarray) -> None:
         chunk = self._advance(rows, actions)
@@ -239,7 +240,7 @@ class ChunkVectorEnv(TaskVectorEnv):
             self._proprio = dict(zip(rows.tolist(), chunk.proprio, strict=True))
 
     def _autoreset(self, finished: np.ndarray) -> dict[str, Any]:
-        """Reset what the mode asks for; return the infos of the step."""
+        """Reset rows according to the autoreset mode; returns the infos of the step."""
         infos: dict[str, Any] = {}
         ended = np.flatnonzero(self._episode.done & ~finished)
         if self.autoreset_mode is AutoresetMode.SAME_STEP and ended.size:
@@ -268,16 +269,16 @@ class ChunkVectorEnv(TaskVectorEnv):
         if self.return_frames and stepped.size:
             add_info(infos, self.num_envs, stepped, {"frames": self._clips[stepped]})
             if self._proprio:
-                told = np.stack([self._proprio[row] for row in stepped.tolist()])
-                add_info(infos, self.num_envs, stepped, {"proprio": told})
+                proprio = np.stack([self._proprio[row] for row in stepped.tolist()])
+                add_info(infos, self.num_envs, stepped, {"proprio": proprio})
         return infos
 
     # -- state -----------------------------------------------------------------------------------------------
     def get_state(self, rows: Iterable[int] | None = None) -> State:
-        """Everything needed to continue ``rows`` (None: all) exactly, generators included.
+        """State from which ``rows`` (None: all) continue exactly, including the generators.
 
         Returns:
-            A flat dict of arrays of leading length n, fit for ``np.savez``.
+            A flat dict of arrays of leading length n, suitable for ``np.savez``.
         """
         if not self.started:
             raise ResetNeeded("Call reset() before get_state().")
@@ -287,10 +288,12 @@ class ChunkVectorEnv(TaskVectorEnv):
         return state | {f"dynamics.{key}": value for key, value in self._dump_rows(index).items()}
 
     def set_state(self, state: Mapping[str, np.ndarray], rows: Iterable[int] | None = None) -> None:
-        """Write what :meth:`get_state` returned into ``rows`` (None: all), from any number of source rows.
+        """Restore a state returned by :meth:`get_state` in ``rows`` (None: all).
+
+        The state may come from other row indices or another batch.
 
         Raises:
-            ValueError: If the state has another number of rows or misses something.
+            ValueError: If the state has another number of rows or lacks an entry.
         """
         index = np.arange(self.num_envs) if rows is None else np.asarray(list(rows))
         if not self.started:

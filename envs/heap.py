@@ -1,4 +1,4 @@
-"""Freed memory kept for the next chunk."""
+"""Settings of glibc's malloc that keep freed memory for reuse."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ KEPT = 256 * 1024**2
 def keep_freed_memory() -> bool:
     """Let the C library keep up to 256 MiB of freed memory instead of returning it to the system.
 
-    A network's activations are megabytes that are freed and asked for again in every layer. By default each
-    of them is mapped anew and every page of it faults, which cost a third of the time of imagination on the
-    bundled world. Nothing is changed where the C library is not glibc.
+    A network allocates and frees megabytes of activations in every layer. By default each allocation is a
+    new memory mapping whose pages all fault, which takes a considerable part of the time on a CPU. Without
+    glibc nothing is changed.
 
     Returns:
         Whether it took effect.
@@ -24,7 +24,7 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> bool:
-    """Undo :func:`keep_freed_memory`: back to the most that glibc comes to keep by itself, 64 MiB."""
+    """Undo :func:`keep_freed_memory`: restore 64 MiB, the largest threshold glibc sets dynamically."""
     return _set_thresholds(2 * LARGEST_BLOCK)
 
 

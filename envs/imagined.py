@@ -1,4 +1,4 @@
-"""``WMPO-Imagined-v0``: a learned world model is the dynamics, a learned classifier the reward."""
+"""``WMPO-Imagined-v0``: environment with a learned world model as dynamics and a classifier as reward."""
 
 from __future__ import annotations
 
@@ -31,72 +31,73 @@ if TYPE_CHECKING:
 
 # What must agree between the task of the spaces and the task a world was trained for.
 SHARED_FIELDS = ("name", "instructions", "chunk", "action_dim", "image_size")
-OTHER_NOISE = 0x5DEECE66D  # turns a noise seed into that of the second opinion
+OTHER_NOISE = 0x5DEECE66D  # XORed with a noise seed to get that of the second rollout
 
 
 class ImaginedVectorEnv(ChunkVectorEnv):
-    """A batch of episodes imagined by a world model, natively batched.
+    """Batched environment whose episodes are imagined by a world model.
 
     ## Description
-    One step samples the K frames that follow an action chunk and lets the success classifier look at every
-    one of them. Row i draws its noise from a generator of its own, so nothing depends on what else is in the
-    batch; finished rows are not put through the networks. Weights are loaded at the first reset.
+    One step samples the K frames that follow an action chunk and evaluates the success classifier on each of
+    them. Row i draws its noise from its own generator, so results do not depend on the other rows; finished
+    rows are not evaluated by the networks. Weights are loaded at the first reset.
 
     ## Action Space
     ``Box(-1, 1, (K, D), float32)``: one chunk of K control steps.
 
     ## Observation Space
     ``Dict(pixels: Box(0, 255, (H, W, 3), uint8), task_id: Discrete(n_instructions))``: the chunk's last
-    frame, or the frame of success.
+    frame, or the frame at which success was predicted.
 
     ## Rewards
     1.0 at the step in which the success probability first reaches the threshold, else 0.0, plus
     ``reward_terms``.
 
     ## Starting State
-    One of the world's start frames, drawn from ``split`` or named by ``options={"start_state_id": …}``; or
-    any picture by ``options={"start_frames": …}``.
+    One of the world's start frames, drawn from ``split`` or selected by ``options={"start_state_id": …}``; or
+    any image given by ``options={"start_frames": …}``.
 
     ## Episode End
     Terminated at the first frame whose probability reaches the threshold; truncated after
-    ``max_episode_steps`` chunks (a limit of trust in the model, not of the task).
+    ``max_episode_steps`` chunks.
 
     ## Arguments
     See below and :class:`~wmpo_gym.envs.chunk_env.ChunkVectorEnv`.
 
     ## Info
     ``is_success``, ``success_prob`` (of the observed frame; 0.0 until the classifier's first window is full),
-    ``start_state_id`` (-1 for a picture without id), ``instruction``, ``n_frames`` (control steps executed by
-    this step, up to the frame of success), ``nfe`` (network evaluations it spent), ``reward_<term>``; with
-    ``return_frames`` also ``frames`` on steps.
+    ``start_state_id`` (-1 for an image without id), ``instruction``, ``n_frames`` (control steps executed by
+    this step, up to the predicted success), ``nfe`` (network evaluations of this step), ``reward_<term>``;
+    with ``return_frames`` also ``frames`` after steps.
 
     ## Version History
     * v0: first release.
 
     Args:
-        num_envs: Rows.
-        task: Task or its name; None is the world's own, or ``"move-block"``.
-        world: A :class:`World`, its directory, the name of a bundled one or a hub id; None is the bundled
+        num_envs: Number of rows.
+        task: Task or its name; None uses the world's task, or ``"move-block"``.
+        world: A :class:`World`, its directory, the name of a bundled world or a hub id; None uses the bundled
             world of the task.
-        device: Where the networks run. On CPU equal seeds give equal pixels; on a GPU kernels may differ by
-            one grey level.
-        offload: Make room on the device while nobody imagines: :meth:`rest`, which algorithms call before
-            they update the policy, moves the world's networks to the CPU, and the next reset or step moves
-            them back. Changes no number.
-        max_batch: Rows put through the networks at once, which changes no number; None is all on an
-            accelerator and the network's ``cpu_batch`` on a CPU, whose caches hold no more.
-        dtype: ``"bfloat16"`` lets a copy of world model and autoencoder compute in it; not on a CPU, and not
-            the convolutional network. The numbers change.
-        compile: Compile the network with ``torch.compile``: minutes for the first chunk, less for the others.
-        threshold: Success probability that counts; None is the classifier's calibrated one.
-        consecutive_windows: Frames in a row that must reach the threshold before success counts. The bundled
-            classifier learned success from last frames, where nothing follows; leave it at 1 there.
-        dual_noise: Imagine an episode again under other noise when success is claimed, and let the claim
-            count only if it is repeated; else the episode goes on. Costs up to as many frames again.
+        device: Device of the networks. On a CPU, equal seeds give equal pixels; GPU kernels may differ by one
+            grey level.
+        offload: Move the world's networks to the CPU during policy updates, to free device memory.
+            Algorithms call :meth:`rest` before an update; the next reset or step moves the networks back.
+            Results are unchanged.
+        max_batch: Maximum number of rows per network call; results are unchanged. None uses all rows on an
+            accelerator, and the network's ``cpu_batch`` (chosen for the caches) on a CPU.
+        dtype: ``"bfloat16"`` runs a copy of the world model and autoencoder in bfloat16; not available on a
+            CPU or for the convolutional network. Results change.
+        compile: Compile the network with ``torch.compile``; the first chunk then takes minutes.
+        threshold: Success probability threshold; None uses the classifier's calibrated threshold.
+        consecutive_windows: Number of consecutive frames that must reach the threshold. Use 1 with the
+            bundled classifier, which was trained with success at the last frame of an episode.
+        dual_noise: When success is predicted, imagine the episode again under different noise, and count the
+            success only if it is predicted again; otherwise the episode continues. Up to doubles the number
+            of imagined frames.
         **kwargs: See :class:`~wmpo_gym.envs.chunk_env.ChunkVectorEnv`.
 
     Raises:
-        ValueError: If there is no such task or world, or they do not belong together.
+        ValueError: If the task or world does not exist, or they do not match.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         self._source = self.task if world is None else world
         self._world: World | None = None
         self._device, self._offload = device, offload
-        self._place: str | None = None  # where the networks are, once they are loaded
+        self._place: str | None = None  # current device of the networks, None before they are loaded
         self._max_batch = max_batch or num_envs
         self._fits_caches = max_batch is None and device == "cpu"
         self._dtype, self._compile = dtype, compile
@@ -167,9 +168,9 @@ class ImaginedVectorEnv(ChunkVectorEnv):
 
     @property
     def world_fitness(self) -> dict[str, Any]:
-        """The gates on the world's card, each with ``passed`` (None: not measurable); empty if not validated.
+        """Validation gates from the world's card, each with ``passed`` (None: not measurable), or empty.
 
-        Algorithms read it before they train and warn; the environment itself only shows it.
+        Algorithms read it before training and warn about failed gates; the environment does not act on it.
         """
         return dict(self.world.card.get("gates") or {})
 
@@ -186,11 +187,11 @@ class ImaginedVectorEnv(ChunkVectorEnv):
 
     @property
     def threshold(self) -> float:
-        """Success probability from which on an episode counts as a success."""
+        """Success probability at which an episode counts as a success."""
         return self.classifier.threshold if self._threshold is None else self._threshold
 
     def describe(self) -> str:
-        """Readable summary, with the world's fitness."""
+        """Readable summary, including the world's validation gates."""
         gates = [f"{name} {(gate or {}).get('passed')}" for name, gate in self.world_fitness.items()]
         return "\n".join(
             [
@@ -202,7 +203,7 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         )
 
     def _check_world(self, world: World) -> None:
-        """Refuse a world that does not fit the spaces or cannot judge an episode."""
+        """Check that the world matches the spaces and has a usable success classifier."""
         for field in SHARED_FIELDS:
             ours, theirs = getattr(self.task_spec, field), getattr(world.task, field)
             if ours != theirs:
@@ -245,15 +246,15 @@ class ImaginedVectorEnv(ChunkVectorEnv):
             self._move_to("cpu")
 
     def _networks(self) -> list[torch.nn.Module]:
-        """The world's networks, and the copies that compute in another dtype."""
+        """The world's networks, and their copies in another dtype."""
         parts: list[Any] = [self.world.classifier]
         for owner in (self.world, self._imagination):
             parts += [owner.network, getattr(owner.autoencoder, "vae", None)]
-        parts = [getattr(part, "original", part) for part in parts]  # not the compiled way to call it
+        parts = [getattr(part, "original", part) for part in parts]  # unwrap compiled networks
         return list({id(network): network for network in parts if network is not None}.values())
 
     def _move_to(self, place: str) -> None:
-        """Have the networks, and what the rows' episodes depend on, on a device."""
+        """Move the networks and the rows' rollout state to a device."""
         import torch
 
         if place == self._place:
@@ -263,7 +264,7 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         if self._state is not None:
             self._state = self._state.to(place)
         if self._place is not None and self._place.startswith("cuda"):
-            torch.cuda.empty_cache()  # others cannot use what this process merely keeps
+            torch.cuda.empty_cache()  # release cached memory for other users of the device
         self._place = place
 
     # -- episodes --------------------------------------------------------------------------------------------
@@ -304,7 +305,7 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         frames, probs = chunk.frames, chunk.probs
         assert probs is not None, "there is a classifier"
         nfe = np.full(len(rows), self._imagination.nfe_per_chunk)
-        # NaN, where the window is not full, compares as not reached.
+        # NaN (window not full yet) compares as not reached.
         reached, self._streak[rows] = in_a_row(probs >= self.threshold, self._streak[rows], self._consecutive)
         if self._dual_noise:
             self._history.add(rows, actions)
@@ -327,7 +328,7 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         )
 
     def _claimed_again(self, rows: np.ndarray) -> np.ndarray:
-        """Whether success is claimed under other noise too, bool (n,); counted in the ledger."""
+        """Whether success is also predicted under different noise, bool (n,); added to the ledger."""
         import torch
 
         history = self._history.rows(rows)
@@ -354,13 +355,13 @@ class ImaginedVectorEnv(ChunkVectorEnv):
         return claimed
 
     def _count(self, chunk: ImaginedChunk) -> None:
-        """Enter an imagined chunk into the ledger."""
+        """Add an imagined chunk to the ledger."""
         self.ledger.imagined_frames += chunk.frames.shape[0] * chunk.frames.shape[1]
         self.ledger.nfe += len(chunk.rows) * self._imagination.nfe_per_chunk
 
     # -- state -----------------------------------------------------------------------------------------------
     def _states(self) -> dict[str, Any]:
-        """The parts of the rows' state, under the names they have in a dumped state."""
+        """Parts of the rows' rollout state, by their prefix in a dumped state."""
         assert self._state is not None, "begun by the reset"
         return {"dream": self._state.imagination, "judge": self._state.classifier}
 
@@ -386,7 +387,7 @@ class ImaginedVectorEnv(ChunkVectorEnv):
 
 
 def _task_of(task: str | Task | None, world: World | str | Path | None) -> Task:
-    """The task asked for, else the world's own; reads no weights."""
+    """The requested task, or else the world's task; loads no weights."""
     if task is not None:
         return get_task(task)
     if world is None:
@@ -397,7 +398,7 @@ def _task_of(task: str | Task | None, world: World | str | Path | None) -> Task:
 
 
 class ImaginedEnv(ChunkEnv):
-    """One row of :class:`ImaginedVectorEnv`, where the spaces, rewards and infos are described."""
+    """Single-row :class:`ImaginedVectorEnv`; see there for spaces, rewards and infos."""
 
     vector_class = ImaginedVectorEnv
 
@@ -408,10 +409,10 @@ class ImaginedEnv(ChunkEnv):
 
     @property
     def world_fitness(self) -> dict[str, Any]:
-        """The gates on the world's card; empty if it was never validated."""
+        """Validation gates from the world's card; empty if it was never validated."""
         return self._batch.world_fitness
 
     @property
     def threshold(self) -> float:
-        """Success probability from which on an episode counts as a success."""
+        """Success probability at which an episode counts as a success."""
         return self._batch.threshold

@@ -1,4 +1,4 @@
-"""Per-row bookkeeping of the batched environments: what passes between the contract and the dynamics."""
+"""Per-row state of the batched environments: start states, executed chunks, episodes and generators."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MASK_64 = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Starts:
-    """Where the n episodes that begin are to start; frames and task ids are given together or not at all."""
+    """Start states of n new episodes; frames and task ids are given together or not at all."""
 
     rows: np.ndarray  # int64 (n,)
     start_state_ids: np.ndarray  # int64 (n,), -1 for a start frame without id
@@ -28,7 +28,7 @@ class Starts:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What executing one chunk in n rows led to; a row that succeeds stops there."""
+    """Result of executing one chunk in n rows; a row stops at its success."""
 
     pixels: np.ndarray  # uint8 (n, H, W, 3), the last frame
     n_frames: np.ndarray  # int64 (n,), control steps executed, 1..K
@@ -36,23 +36,23 @@ class Chunk:
     success_prob: np.ndarray  # float64 (n,), of the last frame
     nfe: int | np.ndarray = 0  # network evaluations, for all rows or per row
     frames: np.ndarray | None = None  # uint8 (n, K, H, W, 3), the last one repeated after an early stop
-    proprio: np.ndarray | None = None  # float32 (n, K + 1, P), likewise, the state before the chunk first
+    proprio: np.ndarray | None = None  # float32 (n, K + 1, P), first the state before the chunk
 
 
 @dataclass
 class EpisodeRows(Rows):
-    """The running episode of every row.
+    """State of the current episode of every row.
 
     Attributes:
-        pixels: uint8 ``(N, H, W, 3)``, the frame the row is at.
+        pixels: uint8 ``(N, H, W, 3)``, current frame.
         task_id: int64 ``(N,)``.
         start_state_id: int64 ``(N,)``, -1 for a start frame without id.
         n_steps: int64 ``(N,)``, chunks executed in this episode.
         n_frames: int64 ``(N,)``, control steps executed by the last step of the environment.
-        nfe: int64 ``(N,)``, network evaluations it spent.
+        nfe: int64 ``(N,)``, network evaluations of that step.
         is_success: bool ``(N,)``.
         success_prob: float64 ``(N,)``.
-        done: bool ``(N,)``, the episode is over and the row waits for its reset.
+        done: bool ``(N,)``, True if the episode is over and the row has not been reset.
     """
 
     pixels: np.ndarray
@@ -83,7 +83,7 @@ class EpisodeRows(Rows):
         self.pixels[rows], self.task_id[rows], self.start_state_id[rows] = pixels, task_ids, start_state_ids
 
     def advance(self, rows: np.ndarray, chunk: Chunk) -> None:
-        """Enter an executed chunk, in place."""
+        """Update ``rows`` with an executed chunk, in place."""
         self.pixels[rows] = chunk.pixels
         self.n_steps[rows] += 1
         self.n_frames[rows] = chunk.n_frames
@@ -114,11 +114,11 @@ def unpack_generator(packed: np.ndarray) -> np.random.Generator:
 
 
 class RowGenerators:
-    """One NumPy generator per row, so that a row's luck does not depend on its neighbours.
+    """One NumPy generator per row, so that a row's random numbers do not depend on the other rows.
 
     Attributes:
-        generators: None before a row's first reset.
-        seeds: What they were seeded with; -1 after a state was restored.
+        generators: One per row; None before a row's first reset.
+        seeds: Seeds of the generators; -1 after a state was restored.
     """
 
     def __init__(self, num_envs: int) -> None:
@@ -126,7 +126,7 @@ class RowGenerators:
         self.seeds: list[int | None] = [None] * num_envs
 
     def seed(self, rows: np.ndarray, seeds: list[int | None]) -> None:
-        """Seed ``rows``; a None keeps the generator there is, or makes one from fresh entropy."""
+        """Seed ``rows``; None keeps the existing generator, or creates one from fresh entropy."""
         for row in rows:
             if seeds[row] is not None or self.generators[row] is None:
                 self.generators[row], self.seeds[row] = seeding.np_random(seeds[row])
@@ -140,7 +140,7 @@ class RowGenerators:
         return np.stack([pack_generator(self._of(row)) for row in rows])
 
     def unpack(self, rows: np.ndarray, packed: np.ndarray) -> None:
-        """Restore what :meth:`pack` returned."""
+        """Restore the states returned by :meth:`pack`."""
         for row, state in zip(rows, packed, strict=True):
             self.generators[row], self.seeds[row] = unpack_generator(state), -1
 
@@ -170,20 +170,20 @@ def add_info(
 
 
 def object_array(values: list[Any]) -> np.ndarray:
-    """One-dimensional object array of the values, whatever they are."""
+    """One-dimensional object array of the values."""
     array = np.empty(len(values), dtype=object)
     array[:] = values
     return array
 
 
 def take_prefixed(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The entries whose key starts with ``prefix``, under the rest of the key."""
+    """Entries whose key starts with ``prefix``, with the prefix removed."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def resize(frames: np.ndarray, size: int) -> np.ndarray:
     """Resize square frames ``(..., H, H, 3)`` uint8 to ``(..., size, size, 3)``; always a new array.
 
-    Whole multiples repeat pixels, everything else averages areas.
+    Integer upscaling repeats pixels; otherwise areas are averaged.
     """
     return resize_area(frames, size, size)

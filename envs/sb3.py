@@ -1,6 +1,6 @@
-"""Either environment as a Stable-Baselines3 ``VecEnv``.
+"""Adapter of both environments to Stable-Baselines3's ``VecEnv``.
 
-SB3 does not take a ``gymnasium.vector.VectorEnv``, and it expects a finished row to be reset within the same
+SB3 does not accept a ``gymnasium.vector.VectorEnv``, and it expects finished rows to be reset in the same
 step, with the last observation and the last info in ``infos[i]``.
 """
 
@@ -29,14 +29,15 @@ PER_ROW = ("task_description", "np_random", "np_random_seed", "simulators")
 
 
 def make_sb3_env(env_id: str, n_envs: int = 1, *, skip_finished: bool = False, **kwargs: Any) -> VecMonitor:
-    """Make a batch of either environment for Stable-Baselines3.
+    """Create a batched environment for Stable-Baselines3.
 
     Args:
         env_id: ``"WMPO-Imagined-v0"``, ``"WMPO-Simulated-v0"`` or one of the ids per task.
-        n_envs: Rows.
-        skip_finished: For algorithms that collect whole waves of episodes: a finished row is done once, then
-            repeats its last observation with reward 0 and done False, at no cost, until the next ``reset()``.
-            Code that waits for the next done (``evaluate_policy``, SB3's own algorithms) needs False.
+        n_envs: Number of rows.
+        skip_finished: For algorithms that collect one batch of episodes at a time: a finished row reports
+            done once, then repeats its last observation with reward 0 and done False, at no cost, until the
+            next ``reset()``. Code that waits for the next done (``evaluate_policy``, SB3's own algorithms)
+            needs False.
         **kwargs: Passed to ``gymnasium.make_vec``.
 
     Returns:
@@ -46,14 +47,14 @@ def make_sb3_env(env_id: str, n_envs: int = 1, *, skip_finished: bool = False, *
 
 
 class Sb3VecEnv(VecEnv):
-    """A :class:`ChunkVectorEnv`, also inside vector wrappers, behind SB3's interface.
+    """SB3 ``VecEnv`` around a :class:`ChunkVectorEnv`, which may be inside vector wrappers.
 
     Args:
-        env: The batch; its autoreset mode is set to what SB3 needs.
+        env: The batch; its autoreset mode is set to the one SB3 needs.
         skip_finished: See :func:`make_sb3_env`.
 
     Raises:
-        TypeError: If it is another kind of vector environment.
+        TypeError: If ``env`` is another kind of vector environment.
     """
 
     def __init__(self, env: VectorEnv, *, skip_finished: bool = False) -> None:
@@ -71,11 +72,11 @@ class Sb3VecEnv(VecEnv):
 
     @property
     def spec(self) -> Any:
-        """The spec the environment was made from."""
+        """Gymnasium spec of the environment."""
         return self.env.spec
 
     def reset(self) -> Any:
-        """Begin new episodes in all rows, with the seeds and options set before; they are used once."""
+        """Begin new episodes in all rows, with the seeds and options set before (used once)."""
         obs, infos = self.env.reset(seed=list(self._seeds), options=self._merged_options())
         self._reset_seeds()
         self._reset_options()
@@ -83,7 +84,7 @@ class Sb3VecEnv(VecEnv):
         return obs
 
     def _merged_options(self) -> dict[str, Any]:
-        """SB3 holds options per row; the batch takes one array per option."""
+        """Merge SB3's options per row into one array per option."""
         keys = {key for options in self._options for key in options}
         merged: dict[str, Any] = {}
         for key in sorted(keys):
@@ -96,17 +97,17 @@ class Sb3VecEnv(VecEnv):
         return merged
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Remember the actions ``(n_envs, K, D)``."""
+        """Store the actions ``(n_envs, K, D)``."""
         self._actions = actions
 
     def step_wait(self) -> Any:
-        """Execute them; return observations, rewards float32, dones and one info per row."""
+        """Execute the stored actions; return observations, rewards float32, dones and one info per row."""
         obs, rewards, terminations, truncations, infos = self.env.step(self._actions)
         dones = terminations | truncations
         rows = [_row(infos, row) for row in range(self.num_envs)]
         for row in np.flatnonzero(dones).tolist():
             if "final_info" in infos:
-                # The top level of the info belongs to the next episode already.
+                # The top level of the info already belongs to the next episode.
                 self.reset_infos[row] = rows[row]
                 rows[row] = _row(infos["final_info"], row)
                 rows[row]["terminal_observation"] = infos["final_obs"][row]
@@ -121,12 +122,12 @@ class Sb3VecEnv(VecEnv):
         self.env.close()
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """The rows' present frames."""
+        """The rows' current frames."""
         frames = self.env.render()
         return [None] * self.num_envs if frames is None else list(frames)
 
     def get_attr(self, attr_name: str, indices: Indices = None) -> list[Any]:
-        """Attribute of the batch for every row asked for."""
+        """Attribute of the batch, once per selected row."""
         value = (
             getattr(self.env, attr_name)
             if hasattr(self.env, attr_name)
@@ -145,14 +146,14 @@ class Sb3VecEnv(VecEnv):
         setattr(self.env.unwrapped, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Indices = None, **kwargs: Any) -> list[Any]:
-        """Call a method of the batch once; every row asked for gets the result (of ``render`` its own)."""
+        """Call a method of the batch once and return its result per selected row (``render``: row's own)."""
         method: Callable[..., Any] = getattr(self.env.unwrapped, method_name)
         result = method(*args, **kwargs)
         per_row = method_name == "render" and result is not None
         return [result[row] if per_row else result for row in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type, indices: Indices = None) -> list[bool]:
-        """No row is wrapped by itself."""
+        """False for every row, because rows are not wrapped individually."""
         return [False for _ in self._get_indices(indices)]
 
 

@@ -1,4 +1,4 @@
-"""The single environment as a facade over a batch of one row."""
+"""Single environment: a wrapper around a batch of one row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wmpo_gym.tasks import Task
 
 
 def _of_batch(name: str, doc: str) -> property:
-    """Attribute that the facade shares with its batch."""
+    """Property that forwards to the attribute ``name`` of the wrapped batch."""
 
     def read(self: ChunkEnv) -> Any:
         return getattr(self._batch, name)
@@ -26,7 +26,7 @@ def _of_batch(name: str, doc: str) -> property:
 
 
 class ChunkEnv(ResumablePickle, gymnasium.Env):
-    """One row of :attr:`vector_class` with the Gymnasium single-environment interface.
+    """Single Gymnasium environment backed by one row of :attr:`vector_class`.
 
     Args:
         task: As for :attr:`vector_class`.
@@ -48,7 +48,7 @@ class ChunkEnv(ResumablePickle, gymnasium.Env):
     started = _of_batch("started", "Whether there has been a reset.")
     task = _of_batch("task", "Name of the task.")
     task_spec = _of_batch("task_spec", "The :class:`Task`.")
-    instructions = _of_batch("instructions", "The sentences; ``task_id`` indexes them.")
+    instructions = _of_batch("instructions", "The instructions; ``task_id`` indexes them.")
     start_state_ids = _of_batch("start_state_ids", "Ids that the reset option ``start_state_id`` accepts.")
     split = _of_batch("split", "Split that start states are drawn from; None draws from all.")
     reward_weights = _of_batch("reward_weights", "Weight of each reward term.")
@@ -57,7 +57,7 @@ class ChunkEnv(ResumablePickle, gymnasium.Env):
 
     @property
     def task_description(self) -> str:
-        """The sentence of the present episode."""
+        """Instruction of the current episode."""
         return self._batch.task_description[0]
 
     def reset(
@@ -86,25 +86,25 @@ class ChunkEnv(ResumablePickle, gymnasium.Env):
         return self._first(obs), float(rewards[0]), bool(terminations[0]), bool(truncations[0]), info
 
     def render(self) -> Any:
-        """The present frame, or the list of the last chunk's frames."""
+        """The current frame, or the list of the last chunk's frames."""
         frames = self._batch.render()
         return None if frames is None else frames[0]
 
     def describe(self) -> str:
-        """Readable summary of what the environment is made of."""
+        """Readable summary of the environment's settings."""
         return self._batch.describe()
 
     def get_state(self) -> dict[str, np.ndarray]:
-        """Everything needed to go on exactly: arrays of leading length 1, fit for ``np.savez``."""
+        """State from which the episode continues exactly: arrays of leading length 1, for ``np.savez``."""
         return self._batch.get_state()
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restore what :meth:`get_state` returned, generators included."""
+        """Restore a state returned by :meth:`get_state`, including the generators."""
         self._batch.set_state(state)
         self._np_random, self._np_random_seed = self._batch.np_random[0], self._batch.np_random_seed[0]
 
     def close(self) -> None:
-        """Release the batch; calling it twice is fine."""
+        """Close the batch; may be called repeatedly."""
         self._batch.close()
 
     @staticmethod
@@ -113,6 +113,6 @@ class ChunkEnv(ResumablePickle, gymnasium.Env):
 
     @staticmethod
     def _first_info(infos: dict[str, Any]) -> dict[str, Any]:
-        """Python scalars, so that flags compare with ``is`` and infos are JSON-able."""
+        """Info of the row with Python scalars, so that flags compare with ``is`` and infos are JSON-able."""
         row = {key: value[0] for key, value in infos.items() if not key.startswith("_")}
         return {key: value.item() if isinstance(value, np.generic) else value for key, value in row.items()}

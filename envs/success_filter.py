@@ -1,4 +1,4 @@
-"""When a claim of the success classifier counts: checks beyond a first window above the threshold."""
+"""Filters for the success classifier's predictions: consecutive windows, and a check under other noise."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from wmpo_gym.utils.rows import Rows
 
 
 def in_a_row(reached: np.ndarray, streak: np.ndarray, needed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frames that end a run of enough frames above the threshold.
+    """Debounce success predictions: mark frames preceded by enough consecutive frames above the threshold.
 
     Args:
         reached: bool (n, K), frames of a chunk above the threshold.
-        streak: int64 (n,), length of the run that the chunk before ended with.
-        needed: Frames in a row that count; 1 is any frame.
+        streak: int64 (n,), length of the run at the end of the previous chunk.
+        needed: Required number of consecutive frames; 1 accepts any frame.
 
     Returns:
-        bool (n, K), and the runs (n,) this chunk ends with.
+        bool (n, K), and the length of the run at the end of this chunk (n,).
     """
     counted = np.zeros_like(reached)
     for k in range(reached.shape[1]):
@@ -30,13 +30,13 @@ def in_a_row(reached: np.ndarray, streak: np.ndarray, needed: int) -> tuple[np.n
 
 @dataclass
 class EpisodeHistory(Rows):
-    """First frames, actions and noise seeds of running episodes, to imagine them again under other noise.
+    """History of running episodes, from which they can be imagined again under different noise.
 
     Attributes:
         first: uint8 (rows, H, W, 3), first frames.
         actions: float32 (rows, chunks, K, D), zeros after ``age``.
         age: int64 (rows,), chunks executed.
-        seed: int64 (rows,), seeds of the noise they had.
+        seed: int64 (rows,), noise seeds of the episodes.
     """
 
     first: np.ndarray
@@ -46,7 +46,7 @@ class EpisodeHistory(Rows):
 
     @classmethod
     def empty(cls, rows: int, frame: tuple[int, ...], actions: tuple[int, ...]) -> EpisodeHistory:
-        """Zeros; shapes of a frame and of an episode's actions (chunks, K, D)."""
+        """All zeros, for the shapes of a frame and of an episode's actions (chunks, K, D)."""
         return cls(
             np.zeros((rows, *frame), np.uint8),
             np.zeros((rows, *actions), np.float32),
@@ -55,10 +55,10 @@ class EpisodeHistory(Rows):
         )
 
     def begin(self, rows: np.ndarray, first: np.ndarray, seeds: Any) -> None:
-        """Start anew in some rows."""
+        """Begin new episodes in some rows."""
         self.first[rows], self.seed[rows], self.age[rows], self.actions[rows] = first, seeds, 0, 0.0
 
     def add(self, rows: np.ndarray, actions: np.ndarray) -> None:
-        """Note a chunk (n, K, D) per row."""
+        """Append one action chunk per row, (n, K, D)."""
         self.actions[rows, self.age[rows]] = actions
         self.age[rows] += 1

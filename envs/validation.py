@@ -1,7 +1,7 @@
-"""Checks of what callers hand to the environments.
+"""Validation of the arguments of the environments.
 
-Everything here only reads: a call that fails has changed nothing, so no row of a batch is lost to one bad
-action or option.
+Nothing is modified: after a failed call all rows are in the state they had before, so one invalid action or
+option does not lose the other rows of a batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode
 
 from wmpo_gym.tasks import Task
 
-ROUNDING = 1e-5  # beyond [-1, 1] by which an action may lie
+ROUNDING = 1e-5  # tolerance by which an action may exceed [-1, 1]
 OPTIONS = ("start_state_id", "reset_mask", "noise_seed", "start_frames", "task_id")
 
 
@@ -41,10 +41,10 @@ def check_settings(
     render_mode: str | None,
     render_modes: Sequence[str],
 ) -> None:
-    """Refuse constructor arguments that cannot be.
+    """Validate constructor arguments.
 
     Raises:
-        ValueError: Naming the argument and what is allowed.
+        ValueError: If an argument is invalid; the message names it and the allowed values.
     """
     for name, value in (
         ("num_envs", num_envs),
@@ -60,11 +60,11 @@ def check_settings(
 
 
 def parse_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int | None]:
-    """One seed per row, with the meaning ``SyncVectorEnv`` gives them.
+    """Convert a ``seed`` argument to one seed per row, with the semantics of ``SyncVectorEnv``.
 
     Args:
-        seed: None leaves every generator as it is, an int s seeds row i with s + i, a sequence holds one int
-            or None per row.
+        seed: None keeps every generator, an int s seeds row i with s + i, a sequence holds one int or None
+            per row.
         num_envs: Number of rows.
 
     Raises:
@@ -85,16 +85,17 @@ def parse_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> list[
 
 
 def check_actions(actions: Any, shape: tuple[int, int, int]) -> np.ndarray:
-    """Return the actions as float32, or say which entry is wrong.
+    """Validate actions and return them as float32, clipped to [-1, 1].
+
+    Values that exceed the range by at most :data:`ROUNDING` are clipped, because affine wrappers such as
+    ``RescaleAction`` round.
 
     Args:
-        actions: Array-like of ``shape``; any floating dtype, since NumPy and PyTorch make float64 easily.
+        actions: Array-like of ``shape``, of any floating dtype.
         shape: ``(num_envs, chunk, action_dim)``.
 
     Raises:
-        ValueError: On another shape or dtype, and on NaN, infinite or out-of-range values. Values beyond the
-            range by no more than :data:`ROUNDING` are clipped: an affine map in front of the environment,
-            such as ``RescaleAction``, rounds.
+        ValueError: On another shape or dtype, and on NaN, infinite or out-of-range values.
     """
     array = np.asarray(actions)
     if array.shape != shape:
@@ -127,7 +128,7 @@ class ResetOptions:
         start_state_id: int64 ``(num_envs,)`` or None (drawn by each row's generator).
         noise_seed: int64 ``(num_envs,)`` or None (drawn by each row's generator).
         start_frames: uint8 ``(num_envs, H, W, 3)`` or None.
-        task_id: int64 ``(num_envs,)`` or None; the instruction that goes with ``start_frames``.
+        task_id: int64 ``(num_envs,)`` or None; instruction index for ``start_frames``.
     """
 
     rows: np.ndarray
@@ -138,11 +139,11 @@ class ResetOptions:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, num_envs: int, task: Task) -> ResetOptions:
-        """Read a caller's options without changing the mapping (outer wrappers read it again).
+        """Parse reset options without modifying the mapping, since outer wrappers read it again.
 
         Raises:
             ValueError: On an unknown key or a value of the wrong shape or range.
-            TypeError: If ``reset_mask`` is no boolean array.
+            TypeError: If ``reset_mask`` is not a boolean array.
         """
         options = options or {}
         for key in options:

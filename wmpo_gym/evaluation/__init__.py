@@ -1,4 +1,4 @@
-"""Protocol, statistics, twin replay, gates, report: what tells a gain in imagination from a gain.
+"""Evaluation: replay in the paired simulator, validation gates, metrics, self-correction.
 
 Names are imported when first used.
 """

@@ -1,11 +1,11 @@
-"""Four gates that say, before anyone trains in a world, whether a gain in it can be a gain in reality.
+"""Four validation gates that check, before training in a world model, whether gains in it can transfer.
 
-1. *physics*: are outcomes stable under tiny differences, so that a good model can predict them at all?
-2. *learnable*: does the algorithm climb with unlimited simulated episodes?
-3. *faithful*: is the object where it should be, and do actions matter more than noise?
-4. *honest*: are claimed successes true, and true successes claimed?
+1. *physics*: are outcomes stable under tiny perturbations, so that a model can predict them at all?
+2. *learnable*: does the algorithm improve the policy with unlimited simulated episodes?
+3. *faithful*: are objects where they should be, and do actions matter more than noise?
+4. *honest*: are predicted successes true (precision), and true successes predicted (recall)?
 
-They warn, they do not forbid: prototypes gained below these figures too.
+A failed gate is a warning, not an error: training can help below these thresholds too.
 """
 
 from __future__ import annotations
@@ -28,24 +28,23 @@ DISPLACEMENT_PX = 0.3
 MIN_GAIN = 15.0  # points within MAX_ITERATIONS of GRPO on simulated episodes
 MAX_ITERATIONS = 15
 TOLERANCE_SHARE = 0.25  # of the task's success tolerance
-# Share of a recording's change that imagination must explain where objects cannot be located. The bundled
-# world explains 0.95 of its policy's episodes, and 0.11 if given another episode's actions.
+# Share of a recording's change that imagination must explain if objects cannot be located.
 MIN_EXPLAINED = 0.8
-MIN_AGREEMENT = 0.8  # precision and recall; TARGET_AGREEMENT is what to aim at
+MIN_AGREEMENT = 0.8  # minimum of precision and recall; TARGET_AGREEMENT is the recommended value
 TARGET_AGREEMENT = 0.9
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """One gate.
+    """Result of one validation gate.
 
     Attributes:
         name: One of :data:`GATES`.
-        passed: Whether it holds; None where it cannot be measured (no simulator).
-        figures: What was measured; rates and differences in their JSON form.
-        measured: The figure that decided, in words.
-        threshold: What was wanted, in words.
-        explanation: What the figure means for training in this world.
+        passed: Whether the gate passed; None if it cannot be measured (no simulator).
+        figures: Measured metrics; rates and differences in their JSON form.
+        measured: The deciding metric as text.
+        threshold: The required value as text.
+        explanation: Meaning of the result for training in this world.
     """
 
     name: str
@@ -71,7 +70,7 @@ def physics_gate(
     seed: int = 0,
     progress: bool = False,
 ) -> GateResult:
-    """Gate 1: replay the same actions with the object shifted a little, in a random direction per episode.
+    """Gate 1: replay the same actions with the object slightly shifted in a random direction per episode.
 
     Args:
         task: The task. Without ``displace`` and ``to_pixels`` in its simulator the gate is not measurable.
@@ -108,8 +107,8 @@ def physics_gate(
         f"{100 * flips.value:.1f} % flip",
         f"< {100 * MAX_FLIPS:.0f} % of outcomes flip at {displacement_px:g} px",
         f"With the object shifted by {displacement_px:g} px and the same actions, {100 * flips.value:.1f} % "
-        "of the outcomes change. A task whose outcome hangs on less than a model can resolve cannot be "
-        "imagined.",
+        "of the outcomes change. A world model cannot predict outcomes that depend on differences below its "
+        "resolution.",
     )
 
 
@@ -119,7 +118,7 @@ def learnable_gate(before: np.ndarray, after: np.ndarray, iterations: int) -> Ga
     Args:
         before: Outcomes of the base policy, bool (N,).
         after: Outcomes of the policy trained in the simulator, bool (N,).
-        iterations: GRPO iterations that it took.
+        iterations: Number of GRPO iterations.
     """
     gain = paired_difference(before, after)
     return GateResult(
@@ -129,7 +128,7 @@ def learnable_gate(before: np.ndarray, after: np.ndarray, iterations: int) -> Ga
         f"{gain.points:+.1f} points in {iterations} iterations",
         f"gain ≥ {MIN_GAIN:.0f} points within {MAX_ITERATIONS} iterations",
         f"GRPO with unlimited simulated episodes changed success by {gain.points:+.1f} points in "
-        f"{iterations} iterations. What does not climb there cannot climb in imagination.",
+        f"{iterations} iterations. Without an improvement there, none can be expected in imagination.",
     )
 
 
@@ -141,15 +140,15 @@ def faithful_gate(
     explained_change: float | None = None,
     **figures: Any,
 ) -> GateResult:
-    """Gate 3: object error at the success step, and what actions change against what noise changes.
+    """Gate 3: object error at the success step, and sensitivity to actions compared with noise.
 
     Args:
-        task: Gives the tolerance.
-        error_at_success: Pixels (M,), or None where objects cannot be located.
-        sensitivity: From :func:`action_sensitivity`.
-        explained_change: Share of the recordings' change that imagination explains, which decides where
-            objects cannot be located; None if that was not measured either.
-        **figures: Shown too.
+        task: The task; defines the success tolerance.
+        error_at_success: Pixels (M,), or None if objects cannot be located.
+        sensitivity: Result of :func:`action_sensitivity`.
+        explained_change: Share of the recordings' change that imagination explains, the criterion if objects
+            cannot be located; None if it was not measured.
+        **figures: Further metrics to report.
     """
     obeys = sensitivity["different_actions"] > sensitivity["different_noise"]
     median, passed = float("nan"), None if obeys else False
@@ -159,19 +158,19 @@ def faithful_gate(
         passed = bool(median < limit and obeys)
         measured, wanted = f"{median:.2f} px", f"median object error < {limit:.2f} px"
         text = (
-            f"At the step that decides, the imagined object is off by at most {median:.2f} px in half of the "
-            f"episodes; the task tolerates {task.success_tolerance_px:.2f} px."
+            f"At the deciding step, the median error of the imagined object is {median:.2f} px; the task's "
+            f"tolerance is {task.success_tolerance_px:.2f} px."
         )
     elif explained_change is not None:
         passed = bool(explained_change >= MIN_EXPLAINED and obeys)
         measured, wanted = f"{explained_change:.2f} explained", f"explained change ≥ {MIN_EXPLAINED:g}"
         text = (
-            f"Objects cannot be located here; imagination explains {100 * explained_change:.0f} % of what "
-            "changes in a recording's pictures, in half of the episodes (a still picture explains nothing)."
+            f"Objects cannot be located here; imagination explains {100 * explained_change:.0f} % of the "
+            "change in a recording's frames (median; repeating the first frame explains 0 %)."
         )
     else:
         measured, wanted = "objects not located", "object error"
-        text = "Its objects cannot be located, so only the reaction to actions was measured."
+        text = "Objects cannot be located, so only the sensitivity to actions was measured."
     return GateResult(
         "faithful",
         passed,
@@ -193,8 +192,8 @@ def honest_gate(agreement: Agreement, judge: str) -> GateResult:
     """Gate 4: precision and recall of claimed successes.
 
     Args:
-        agreement: Claims judged by outcomes.
-        judge: Who says what is true, e.g. ``"twin replay"``.
+        agreement: Predicted successes compared with true outcomes.
+        judge: Source of the true outcomes, e.g. ``"twin replay"``.
     """
     values = [rate.value for rate in (agreement.precision, agreement.recall)]
     return GateResult(
@@ -209,13 +208,13 @@ def honest_gate(agreement: Agreement, judge: str) -> GateResult:
         },
         f"precision {percent(values[0])}, recall {percent(values[1])}",
         f"precision and recall ≥ {MIN_AGREEMENT:g} (target {TARGET_AGREEMENT:g})",
-        f"Judged by {judge} of the same full-horizon actions, {agreement.precision} of the claimed successes "
-        f"are true and {agreement.recall} of the true ones are claimed.",
+        f"Compared with {judge} of the same full-horizon actions, {agreement.precision} of the predicted "
+        f"successes are true and {agreement.recall} of the true successes are predicted.",
     )
 
 
 def gates_text(gates: Mapping[str, Mapping[str, Any]]) -> str:
-    """The gates as a table to print, each with its explanation."""
+    """The gates as a text table, followed by their explanations."""
     words = {True: "passed", False: "FAILED", None: "not measurable"}
     rows: list[tuple[str, ...]] = [("gate", "", "measured", "wanted")]
     for name in GATES:

@@ -1,8 +1,7 @@
 """Metrics of imagined frames against recorded ones: PSNR, SSIM, object error, action sensitivity.
 
-Recorded episodes are imagined again from their first frame with their own actions, over their whole length,
-and compared with the recording. No success classifier is needed, so that a world that is only pre-trained can
-be judged too.
+Recorded episodes are imagined from their first frame with the recorded actions, over their whole length, and
+compared with the recording. No success classifier is needed, so a pre-trained world can be evaluated too.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def object_error(
 
 
 def world_quality(world: World, episodes: Sequence[Episode], *, seed: int = 0) -> dict[str, Any]:
-    """Judge a world on recorded episodes that it was not trained on.
+    """Evaluate a world model on recorded episodes that it was not trained on.
 
     Args:
         world: The world.
@@ -60,12 +59,13 @@ def world_quality(world: World, episodes: Sequence[Episode], *, seed: int = 0) -
         seed: Seed of the imagination's noise.
 
     Returns:
-        Lists over the control steps 1 to T, means over the episodes that last so long: ``psnr_db``, ``ssim``
-        (Wang et al. 2004) and, where the task's object can be located, the median ``object_error_px``; and
-        how much the picture changes, in grey levels, under ``different_actions`` and ``different_noise``.
+        Lists over the control steps 1 to T, each a mean over the episodes of at least that length:
+        ``psnr_db``, ``ssim`` (Wang et al. 2004) and, if the task's object can be located, the median
+        ``object_error_px``; and the change of the frames in grey levels under ``different_actions`` and
+        ``different_noise``.
 
     Raises:
-        ValueError: If there is no episode, or one longer than the task's horizon.
+        ValueError: If there is no episode, or an episode is longer than the task's horizon.
     """
     task = world.task
     if not episodes or max(e.n_steps for e in episodes) > task.horizon:
@@ -95,7 +95,7 @@ def world_quality(world: World, episodes: Sequence[Episode], *, seed: int = 0) -
 
 
 def sampler_distance(world: World, other: World, episodes: Sequence[Episode], *, seed: int = 0) -> float:
-    """How far two worlds' clips of the same actions and the same noise are apart, in grey levels."""
+    """Mean absolute difference of two worlds' clips for the same actions and noise, in grey levels."""
     horizon = world.task.horizon
     first = np.stack([e.frames[0] for e in episodes])
     actions = np.stack([to_horizon(e.actions, horizon) for e in episodes])
@@ -104,12 +104,12 @@ def sampler_distance(world: World, other: World, episodes: Sequence[Episode], *,
 
 
 def moved_object_error(world: World, episodes: Sequence[Episode], *, seed: int = 0) -> float | None:
-    """How far from its recorded place the named object ends in imagination, where the recording moved it.
+    """Final position error of the task's object, over the recordings in which the object was moved.
 
     Args:
         world: The world; its classifier is not used.
-        episodes: Recordings, of whom no labels are needed.
-        seed: Seed of the imagination.
+        episodes: Recordings; labels are not used.
+        seed: Seed of the imagination's noise.
 
     Returns:
         Median over those episodes in pixels; None if there are none, or if objects cannot be located.
@@ -132,7 +132,7 @@ def moved_object_error(world: World, episodes: Sequence[Episode], *, seed: int =
 
 
 def sample_video(world: World, episodes: Sequence[Episode], *, n: int = 6, seed: int = 0) -> np.ndarray:
-    """Recordings (left) beside their imagination (right), one below the other.
+    """Video of recordings (left) and their imagination (right), one episode per row.
 
     Returns:
         uint8 (T+1, n H + gaps, 2 W + gap, 3).
@@ -162,7 +162,7 @@ def _sensitivity(world: World, imagined: np.ndarray, actions: np.ndarray, seed: 
             imagine_frames(world, imagined[:, 0], other_actions, seed=other_seed), imagined
         )
 
-    # Another episode's actions; a single episode is mirrored in action space instead.
+    # Another episode's actions; with a single episode its negated actions.
     others = np.roll(actions, 1, axis=0) if len(actions) > 1 else -actions
     return {"different_actions": change(others, seed), "different_noise": change(actions, seed + 1)}
 
@@ -170,11 +170,11 @@ def _sensitivity(world: World, imagined: np.ndarray, actions: np.ndarray, seed: 
 def action_sensitivity(
     world: World, actions: np.ndarray, frames: np.ndarray, task_ids: np.ndarray, *, seed: int = 0
 ) -> dict[str, float]:
-    """How much the frames depend on the actions, compared with the noise.
+    """Sensitivity of the frames to the actions, compared with the noise.
 
     Args:
         world: The world.
-        actions: float (N, T, D); an episode's different actions are those of its neighbour in the list.
+        actions: float (N, T, D); the different actions of an episode are those of the previous one.
         frames: uint8 (N, H, W, 3) start frames.
         task_ids: int64 (N,).
         seed: Seed of the noise.

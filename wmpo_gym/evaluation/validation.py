@@ -1,4 +1,4 @@
-"""Measure the gates of a world and write them into its card."""
+"""Measurement of a world's validation gates, which are written to its card."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def validate(
     real_episodes: Sequence[Episode] | None = None,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Measure the gates and write them into the world's card.
+    """Measure the validation gates and write them to the world's card.
 
     Args:
-        world: The world; ``world.card["gates"]`` is replaced. Save the world to keep them.
-        policy: The policy that is to be trained in it.
-        episodes: Start states of gates 1, 3 and 4.
-        split: Their split; the world must not have been trained on it.
+        world: The world; ``world.card["gates"]`` is replaced. Save the world to keep the result.
+        policy: The policy to be trained in the world.
+        episodes: Number of start states for gates 1, 3 and 4.
+        split: Split of the start states; the world must not have been trained on it.
         seed: Root seed.
-        deterministic: Greedy actions.
-        learnable: Gate 2, or how to measure it (:func:`measure_learnable` takes a minute or more). None keeps
-            the one in the card, since it belongs to task and policy and not to the world; without one it
-            stays missing.
-        real_episodes: Held-out labelled episodes. Given, or where the task has no simulator, gates 3 and 4
-            are measured on them and 1 and 2 are not measurable.
+        deterministic: Use greedy actions.
+        learnable: Result of gate 2, or a function that measures it (see :func:`measure_learnable`, which
+            takes a minute or more). None keeps the result in the card, if any, since gate 2 depends on task
+            and policy and not on the world.
+        real_episodes: Held-out labelled episodes. If given, or if the task has no simulator, gates 3 and 4
+            are measured on them, and gates 1 and 2 are not measurable.
         progress: Show progress bars.
 
     Returns:
@@ -71,13 +71,13 @@ def validate(
         kept = (world.card.get("gates") or {}).get("learnable")
         if learnable is not None:
             kept = (learnable() if callable(learnable) else learnable).to_dict()
-        results = _validate_in_twin(world, policy, ids, seed, deterministic, progress)
+        results = _validate_in_simulator(world, policy, ids, seed, deterministic, progress)
         results |= {"learnable": kept} if kept else {}
     world.card["gates"] = {name: results[name] for name in GATES if name in results}
     return world.card["gates"]
 
 
-def _validate_in_twin(
+def _validate_in_simulator(
     world: World, policy: Any, ids: np.ndarray, seed: int, deterministic: bool, progress: bool
 ) -> dict[str, dict[str, Any]]:
     task = world.task
@@ -90,15 +90,15 @@ def _validate_in_twin(
 
 
 def judge_comparison(world: World, comparison: TwinComparison, *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Gates 3 and 4 of a comparison with the twin."""
-    made, few = comparison.imagined, slice(0, SENSITIVITY_EPISODES)
+    """Gates 3 and 4 from a comparison with the paired simulator."""
+    imagined, few = comparison.imagined, slice(0, SENSITIVITY_EPISODES)
     sensitivity = action_sensitivity(
-        world, made.actions[few], made.frames[few, 0], made.task_ids[few], seed=seed
+        world, imagined.actions[few], imagined.frames[few, 0], imagined.task_ids[few], seed=seed
     )
     errors = None if comparison.error is None else comparison.error_at_success()
     horizon = comparison.error_by_step()
-    figures = {"median_object_error_px_at_horizon": horizon["median"][-1]} if horizon else {}
-    faithful = faithful_gate(world.task, errors, sensitivity, **figures)
+    metrics = {"median_object_error_px_at_horizon": horizon["median"][-1]} if horizon else {}
+    faithful = faithful_gate(world.task, errors, sensitivity, **metrics)
     return {
         "faithful": faithful.to_dict(),
         "honest": honest_gate(comparison.agreement, "twin replay").to_dict(),
@@ -139,14 +139,14 @@ def _validate_on_recordings(
 
 
 def _errors_at_end(task: Task, imagined: Imagined, episodes: Sequence[Episode]) -> np.ndarray | None:
-    """Object error at the recorded end of successes, else at the false claim."""
+    """Object error at the end of recorded successes, or else at the falsely predicted success."""
     errors = []
     for i, episode in enumerate(episodes):
         step = episode.n_steps if episode.success else int(imagined.claimed_step[i])
         if step == NEVER or step > episode.n_steps:
             continue
-        made, real = imagined.frames[i : i + 1, step : step + 1], episode.frames[None, step : step + 1]
-        error = object_error(task, made, real, imagined.task_ids[i : i + 1])
+        frame, recorded = imagined.frames[i : i + 1, step : step + 1], episode.frames[None, step : step + 1]
+        error = object_error(task, frame, recorded, imagined.task_ids[i : i + 1])
         if error is None:
             return None
         errors.append(float(error[0, 0]))
@@ -154,9 +154,10 @@ def _errors_at_end(task: Task, imagined: Imagined, episodes: Sequence[Episode]) 
 
 
 def _explained_change(imagined: Imagined, episodes: Sequence[Episode]) -> float:
-    """Share of the recorded pictures' change since the first one that imagination explains.
+    """Share of the recorded frames' change since the first frame that imagination explains.
 
-    Median over the episodes of 1 minus the squared error relative to that of a still picture; 1 is perfect.
+    Median over the episodes of 1 minus the squared error relative to that of repeating the first frame; 1 is
+    perfect.
     """
     shares = []
     for i, episode in enumerate(episodes):
@@ -179,18 +180,18 @@ def measure_learnable(
     progress: bool = True,
     **grpo: Any,
 ) -> GateResult:
-    """Measure gate 2: train a copy of a policy with GRPO in the simulator and compare.
+    """Measure gate 2: train a copy of a policy with GRPO in the simulator and compare success rates.
 
-    Stops as soon as the wanted gain is reached. ``policy`` itself is not changed.
+    Training stops when the required gain is reached. ``policy`` is not changed.
 
     Args:
         policy: A :class:`~wmpo_gym.policies.base.GroupPolicy`.
         task: The task; it needs a simulator.
-        episodes: Start states of the comparison.
-        split: Their split; training uses the train split.
+        episodes: Number of start states for the comparison.
+        split: Split of the start states; training uses the train split.
         n_groups: Groups per iteration.
         group_size: Rollouts per group.
-        block: Iterations between two looks at the gain.
+        block: Iterations between evaluations of the gain.
         seed: Root seed.
         progress: Show progress bars.
         **grpo: Further arguments of :class:`~wmpo_gym.algorithms.grpo.GRPO`.
@@ -219,7 +220,7 @@ def measure_learnable(
 
 
 def has_simulator(task: Task) -> bool:
-    """Whether the task's twin can be run here."""
+    """Whether the task's paired simulator is available."""
     factory = find_simulator(task)
     if factory is None or not str(factory).startswith("wmpo_gym."):
         return factory is not None
