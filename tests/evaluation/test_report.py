@@ -128,7 +128,7 @@ def test_report_escapes_and_shows_every_part(report):
         "wmpo demo --seed 0",
         "654,321",
         "GRPO on 128 real",
-        "twin: failure",
+        "simulated: failure",
     ):
         assert needle in text, needle
 

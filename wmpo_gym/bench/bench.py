@@ -1,6 +1,6 @@
-"""Speed of imagination and of the paired simulator, the split of the time, and what optimisations save.
+"""Benchmark of imagination and of the paired simulator: speed, time per component, gain of optimisations.
 
-Policies are left out: actions are random unless a policy is given, and its time never counts.
+The policy's time is excluded; actions are random unless a policy is given.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ ROWS = (1, 8, 64)
 def bench_imagined(
     world: World, rows: int, *, repeats: int = REPEATS, seed: int = 0, **options: Any
 ) -> dict[str, Any]:
-    """Speed of the imagined environment with everything on.
+    """Speed of the imagined environment with all optimisations.
 
     Args:
         world: The world.
         rows: Batch size.
-        repeats: Whole episodes of the batch.
+        repeats: Number of episode batches.
         seed: Seed of environment and actions.
-        **options: Of the environment: ``device``, ``dtype``, ``compile``.
+        **options: Options of the environment: ``device``, ``dtype``, ``compile``.
 
     Returns:
-        See :func:`bench_environment`; the parts are network, decoder, classifier and glue.
+        See :func:`bench_environment`; the components are network, decoder, classifier and glue.
     """
     env = make_rollout_env("WMPO-Imagined-v0", rows, world=world, **options)
-    env.reset(seed=seed)  # takes the networks to their device
+    env.reset(seed=seed)  # moves the networks to their device
     imagination = env.unwrapped._imagination  # type: ignore[attr-defined]
     targets = [
         (imagination.network, ("forward", "encode_context", "denoise"), "network"),
@@ -61,9 +61,9 @@ def bench_imagined(
 
 
 def bench_simulated(task: Any, rows: int, *, repeats: int = REPEATS, seed: int = 0) -> dict[str, Any]:
-    """Speed of the paired simulator; parts are physics, renderer, glue. See :func:`bench_imagined`."""
+    """Speed of the paired simulator by physics, renderer and glue; see :func:`bench_imagined`."""
     env = make_rollout_env("WMPO-Simulated-v0", rows, task=task)
-    env.reset(seed=seed)  # makes the simulators
+    env.reset(seed=seed)  # creates the simulators
     simulators = env.unwrapped.simulators  # type: ignore[attr-defined]
     targets = [
         (s, names, part)
@@ -81,12 +81,12 @@ def bench_environment(
     seed: int,
     synchronize: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Step a batch with random actions.
+    """Measure the speed of an environment with random actions.
 
     Args:
-        env: Made with :func:`~wmpo_gym.rollouts.rollout.make_rollout_env`; is closed.
-        targets: What to time by name, see :func:`timed_methods`.
-        repeats: Whole episodes of the batch, after one to warm up.
+        env: Environment from :func:`~wmpo_gym.rollouts.rollout.make_rollout_env`; it is closed at the end.
+        targets: Methods to time, see :func:`timed_methods`.
+        repeats: Number of episode batches, after one for warm-up.
         seed: Seed of environment and actions.
         synchronize: See :class:`Stopwatch`.
 
@@ -145,18 +145,18 @@ def bench(
     progress: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
-    """Everything above in one run.
+    """Run the full benchmark.
 
     Args:
         world: The world.
-        policy: Whose episodes are timed in the comparisons with the reference loop; None is random actions.
+        policy: Policy of the comparison with the reference loop; None uses random actions.
         rows: Batch sizes.
-        repeats: Repeats of every measurement.
-        simulated: Measure the paired simulator too.
-        transformer: Changes to :data:`~wmpo_gym.bench.transformer.CPU_STDIT` and its ``rows``.
+        repeats: Repetitions of every measurement.
+        simulated: Also measure the paired simulator.
+        transformer: Overrides of :data:`~wmpo_gym.bench.transformer.CPU_STDIT` and of its ``rows``.
         seed: Root seed.
         progress: Show a progress bar.
-        **options: Of the imagined environment: ``device``, ``dtype``, ``compile``.
+        **options: Options of the imagined environment: ``device``, ``dtype``, ``compile``.
 
     Returns:
         JSON-able. First the headline numbers: ``frames_per_second`` and ``split`` (largest batch of this
@@ -197,7 +197,7 @@ def bench(
     jobs: list[Callable[[], None]] = []
     jobs += [partial(measure, "imagined", bench_imagined, world, n, **options) for n in rows]
     jobs += [partial(measure, "simulated", bench_simulated, world.task, n) for n in rows if simulated]
-    # The reference loop first: on a heap that others have grown it would not pay for its own memory.
+    # The reference loop first: with a heap that is already large, it would not pay for its allocations.
     for job in progress_bar([compare, *jobs, compare_transformer], desc="bench", disable=not progress):
         job()
     largest = max(result["imagined"], key=lambda entry: entry["rows"])
@@ -216,7 +216,7 @@ def bench(
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a benchmark ran on, and how much of it was somebody else's."""
+    """Description of the machine, including its current load."""
     import torch
 
     return {
@@ -231,7 +231,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def bench_text(result: Mapping[str, Any]) -> str:
-    """The result of :func:`bench` as tables to print."""
+    """The result of :func:`bench` as text tables."""
     lines = []
     for name in ("imagined", "simulated"):
         entries = result.get(name)
@@ -261,7 +261,7 @@ def bench_text(result: Mapping[str, Any]) -> str:
 
 
 def training_text(result: Mapping[str, Any]) -> list[str]:
-    """Lines about the results of :func:`~wmpo_gym.bench.transformer.bench_training`."""
+    """Text lines for the results of :func:`~wmpo_gym.bench.transformer.bench_training`."""
     lines = []
     for name, entry in (("transformer", "training"), ("this world's network", "training_bundled")):
         t = result[entry]
@@ -275,7 +275,7 @@ def training_text(result: Mapping[str, Any]) -> list[str]:
 
 
 def target_lines(result: Mapping[str, Any]) -> list[str]:
-    """A line per target of speed: the measured median, its range over the repeats, and the target."""
+    """One text line per speed target: measured median, range over the repeats, and target."""
     t, training = result["transformer"], result["training"]
     rows = [
         ("same steps, times the reference loop", t["ratio"], t["ratio_range"], 2.5),
@@ -298,12 +298,12 @@ def target_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def transformer_text(t: Mapping[str, Any]) -> list[str]:
-    """Lines about the result of :func:`~wmpo_gym.bench.transformer.bench_transformer`."""
+    """Text lines for the result of :func:`~wmpo_gym.bench.transformer.bench_transformer`."""
     measured = (
         ""
         if t["executed_steps"] == t["denoising_steps"]
         else (
-            f", {t['executed_steps']} of {t['denoising_steps']} denoising steps carried out, counted for all"
+            f", {t['executed_steps']} of {t['denoising_steps']} denoising steps executed, extrapolated to all"
         )
     )
     split = ", ".join(f"{part} {100 * share:.1f} %" for part, share in t["split"].items())
@@ -322,7 +322,7 @@ def transformer_text(t: Mapping[str, Any]) -> list[str]:
 
 
 def machine_text(machine: Mapping[str, Any]) -> str:
-    """One line about the machine."""
+    """One text line that describes the machine."""
     return (
         f"{machine['processor']}, {machine['threads']} thread(s) of {machine['cores']} cores, load "
         f"{machine['load']:.1f}, {machine['device']}, peak memory {machine['peak_memory_mb']:,.0f} MB"
@@ -334,7 +334,7 @@ def _frames_made(env: Any) -> int:
 
 
 def _processor() -> str:
-    """Name of the processor as the system tells it."""
+    """Name of the processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
@@ -343,12 +343,12 @@ def _processor() -> str:
 
 
 def _load() -> float:
-    """Mean number of processes that wanted a core in the last minute; NaN where the system does not tell."""
+    """Load average of the last minute; NaN if not available."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
 def _peak_memory_mb() -> float:
-    """Largest resident memory of this process so far, MB (Linux and macOS; NaN elsewhere)."""
+    """Peak resident memory of this process in MB (Linux and macOS; NaN elsewhere)."""
     try:
         import resource
     except ImportError:

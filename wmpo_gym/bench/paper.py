@@ -17,22 +17,22 @@ N_CHUNKS = 2  # per episode; every chunk costs the same, so more would only take
 
 
 def bench_paper(*, repeats: int = 3, compile: bool = False, seed: int = 0) -> dict[str, Any]:
-    """STDiT3-XL at 256x256 pixels in bfloat16, 16 rows, 30 and 4 denoising steps, on one CUDA card.
+    """Benchmark STDiT3-XL at 256x256 pixels in bfloat16, 16 rows, 30 and 4 denoising steps, on one GPU.
 
-    With the SDXL autoencoder (bfloat16) and VideoMAE-base (float32) in the loop; no episode ends early, and
-    all denoising steps are carried out.
+    The loop includes the SDXL autoencoder (bfloat16) and VideoMAE-base (float32). No episode ends early, and
+    all denoising steps are executed.
 
     Args:
-        repeats: Batches.
+        repeats: Number of batches.
         compile: Compile the network's fast path.
         seed: Seed of weights and inputs.
 
     Returns:
-        See :func:`~wmpo_gym.bench.transformer.bench_transformer`; beside it ``weights``
+        The result of :func:`~wmpo_gym.bench.transformer.bench_transformer` with, in addition, ``weights``
         ("random"), ``network_parameters`` and ``machine``.
 
     Raises:
-        ValueError: If torch sees no CUDA card.
+        ValueError: If torch finds no CUDA device.
     """
     import torch
 
@@ -77,11 +77,11 @@ def published_parts(
     vae: Mapping[str, Any] = SDXL_AUTOENCODER,
     classifier: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
-    """Imagination and success classifier of the published sizes with random weights.
+    """World model rollout and success classifier of the published sizes, with random weights.
 
     Args:
-        device: Where they are made.
-        dtype: Of network and autoencoder.
+        device: Device of the networks.
+        dtype: Data type of network and autoencoder.
         compile: Compile the network's fast path.
         seed: Seed of the weights.
         image_size: Side of the frames in pixels.
@@ -116,7 +116,7 @@ def published_parts(
 
 
 def paper_text(result: Mapping[str, Any]) -> str:
-    """The result of :func:`bench_paper` to print."""
+    """The result of :func:`bench_paper` as text."""
     return "\n".join(
         [
             f"STDiT3-XL ({result['network_parameters']:,} parameters), 256x256 pixels, {result['dtype']}, "

@@ -1,11 +1,11 @@
-"""The published loop of imagination, as a reference for the speed of the imagined environment.
+"""Reference implementation of the published rollout loop, the baseline for the environment's speed.
 
-The reference loop does what the published one does (paper §3, and its code): it computes the context anew at
-every denoising step, imagines every episode to the horizon and all rows at once, and classifies all windows
-when that is over, every window preprocessed by itself. It calls PyTorch's own layers in PyTorch's own memory
-layout and leaves freed memory to the C library. What else the published loop spends is left out: attention
-without a fused kernel, a second modulation of every frame in every block, a noised copy of the clip that is
-never read, and the policy, which is timed in neither way.
+Like the published loop (paper §3, and its code), it recomputes the context at every denoising step, imagines
+all rows to the horizon at once, and classifies all windows at the end, preprocessing every window separately.
+It uses PyTorch's own layers and memory layout and the C library's default memory management. Further
+inefficiencies of the published loop are not reproduced: attention without a fused kernel, a second modulation
+of every frame in every block, and a noised copy of the clip that is never read. The policy's time is excluded
+in both cases.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class RandomPolicy:
         self.shape, self._rng = shape, np.random.default_rng(seed)
 
     def predict(self, obs: Mapping[str, np.ndarray], deterministic: bool = False) -> tuple[np.ndarray, None]:
-        """One chunk per observation, and no state."""
+        """One random chunk per observation; the state is None."""
         return self._rng.uniform(-1, 1, (len(obs["task_id"]), *self.shape)).astype(np.float32), None
 
 
 @contextmanager
 def reference_kernels() -> Iterator[None]:
-    """Within this block networks use PyTorch's own kernels and freed memory goes back to the system."""
+    """Context manager that uses PyTorch's own kernels and returns freed memory to the system."""
     return_freed_memory()
     try:
         with ordinary_kernels():
@@ -57,35 +57,36 @@ def reference_kernels() -> Iterator[None]:
 
 
 class Uncached:
-    """A network without its fast path: it computes all frames whenever it is called."""
+    """Wrapper that hides a network's cached fast path, so that every call computes all frames."""
 
     def __init__(self, network: Any) -> None:
         self._network = network
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the network itself."""
+        """Call the network."""
         return self._network(*args, **kwargs)
 
 
 def bench_reference(
     world: World, policy: Any = None, *, rows: int = 64, repeats: int = REPEATS, seed: int = 0, **options: Any
 ) -> dict[str, Any]:
-    """Time of the environment against the reference loop, in turn on the same batch of episodes.
+    """Compare the speed of the environment with the reference loop, alternating on the same episodes.
 
     Args:
         world: The world.
-        policy: Whose actions; None is random ones, which seldom succeed and so hide what early stop saves.
+        policy: Policy that chooses the actions; None uses random actions, which rarely succeed and therefore
+            hide the savings of early stopping.
         rows: Batch size.
-        repeats: How often the batch is imagined each way.
+        repeats: Number of repetitions of both loops.
         seed: Root seed.
-        **options: Of the environment: ``device``, ``dtype``, ``compile``.
+        **options: Options of the environment: ``device``, ``dtype``, ``compile``.
 
     Returns:
         ``seconds_per_episode`` and ``reference_seconds_per_episode`` (medians over the repeats), ``ratio``
-        (median of neighbours in time) and ``ratio_range``, and what the ratio is made of: ``loop`` (the
-        reference loop on our kernels) and ``kernels``; ``reference_frames_after_success`` (share of the
-        reference loop's frames that come after the claimed success), ``same_finish`` (share of the episodes
-        that end at the same frame either way) and ``finish`` (the frame each episode ends at).
+        (median over consecutive pairs) and ``ratio_range``, and the factors of the ratio: ``loop`` (the
+        reference loop with our kernels) and ``kernels``; ``reference_frames_after_success`` (share of the
+        reference loop's frames after the predicted success), ``same_finish`` (share of the episodes that end
+        at the same frame in both) and ``finish`` (the last frame of each episode).
     """
     shape = (world.task.chunk, world.task.action_dim)
     env = make_rollout_env("WMPO-Imagined-v0", rows, world=world, **options)
@@ -124,7 +125,7 @@ def bench_reference(
 
 
 def _repeating(actions: np.ndarray) -> Act:
-    """What chooses chunk after chunk of ``actions`` (N, chunks, K, D) whatever it sees."""
+    """Open-loop policy that returns the chunks of ``actions`` (N, chunks, K, D) one after the other."""
     chunks = iter(np.moveaxis(actions, 1, 0))
     return lambda obs: next(chunks)
 
@@ -135,10 +136,10 @@ def _run_environment(
     """Seconds inside the environment and the frame (N,) each episode ended at.
 
     Args:
-        env: Of N rows.
-        actions: (N, chunks, K, D), to be carried out whatever is seen.
-        ids: Start states (N,).
-        seeds: Of the noise (N,).
+        env: Environment with N rows.
+        actions: (N, chunks, K, D), executed open loop.
+        ids: Start state ids (N,).
+        seeds: Noise seeds (N,).
     """
     began = time.perf_counter()
     env.reset(seed=0, options={"start_state_id": ids, "noise_seed": seeds})
@@ -158,9 +159,9 @@ def _run_environment(
 def _run_reference(
     world: World, imagination: Any, act: Act, ids: np.ndarray, seeds: np.ndarray
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Seconds of the reference loop, the frame (N,) of the claims, and the actions (N, chunks, K, D) chosen.
+    """Seconds of the reference loop, the frames (N,) of predicted success, and the actions (N, chunks, K, D).
 
-    Arguments as :func:`_run_environment` and :func:`imagine_by_reference`.
+    For the arguments see :func:`_run_environment` and :func:`imagine_by_reference`.
     """
     import torch
 
@@ -203,17 +204,17 @@ def imagine_by_reference(
     """Imagine all rows to the horizon and classify at the end.
 
     Args:
-        imagination: Whose network is :class:`Uncached`.
+        imagination: World model rollout whose network is an :class:`Uncached`.
         classifier: The success classifier.
         first: uint8 tensor (N, H, W, 3), first frames.
         task_ids: int64 (N,).
-        act: From observations to actions (N, K, D).
-        noise: Gives the noise of the next chunk.
-        n_chunks: Chunks to the horizon.
+        act: Maps observations to actions (N, K, D).
+        noise: Returns the noise of the next chunk.
+        n_chunks: Number of chunks up to the horizon.
 
     Returns:
-        uint8 tensor (N, T+1, H, W, 3), and the first frame (N,) that reaches the threshold, T where none
-        does.
+        uint8 tensor (N, T+1, H, W, 3), and the first frame (N,) that reaches the threshold, T if there is
+        none.
     """
     import torch
 
@@ -227,7 +228,7 @@ def imagine_by_reference(
 
 
 def classify_at_the_end(classifier: Any, frames: Any, task_ids: Any) -> np.ndarray:
-    """First frame (N,) of clips (N, T+1, H, W, 3) that reaches the threshold, T where none does."""
+    """First frame (N,) of clips (N, T+1, H, W, 3) that reaches the threshold, T if there is none."""
     import torch
 
     window = classifier.window

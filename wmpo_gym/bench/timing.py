@@ -1,4 +1,4 @@
-"""Measuring: clocks for functions and for chosen methods, the machine's matmul peak, counted operations."""
+"""Timers for functions and methods, the machine's matmul peak, and FLOP counting."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Targets = Sequence[tuple[Any, Sequence[str], str]]
-"""(object, method names, part) of what is timed."""
-TRIES = 3  # the best of them counts: a peak is what was reached once
+"""Timed methods as (object, method names, part)."""
+TRIES = 3  # the best one counts
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Most floating-point operations per second that a matrix product reached, by any kernel in use.
+    """Peak floating-point operations per second of a matrix product, over the kernels in use.
 
     Args:
         device: Device to measure.
@@ -41,7 +41,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
-    """Seconds that ``work()`` takes on a device, until it is really done, and what it returned."""
+    """Seconds until ``work()`` has finished on the device, and its result."""
     synchronize = synchronizer(device)
     synchronize()
     began = time.perf_counter()
@@ -58,13 +58,13 @@ def synchronizer(device: torch.device) -> Callable[[], None]:
 
 
 def flops_of(work: Callable[[], Any], *, gradients: bool = False) -> float:
-    """Floating-point operations of the products and convolutions in ``work()``, as PyTorch counts them.
+    """Floating-point operations of the matrix products and convolutions in ``work()``, counted by PyTorch.
 
-    Counted on the ordinary kernels: what the fast ones spare is no work done. On a CPU PyTorch does not count
-    the attention itself, 2 % of a small transformer.
+    Counted with the ordinary kernels, so that operations the fast kernels save are included. On a CPU
+    PyTorch does not count the attention itself.
 
     Args:
-        work: What is counted.
+        work: The function to count.
         gradients: Whether ``work`` computes gradients.
     """
     import torch
@@ -78,16 +78,16 @@ def flops_of(work: Callable[[], Any], *, gradients: bool = False) -> float:
 
 
 def median_and_range(values: Any) -> list[float]:
-    """Median, smallest and largest of some numbers."""
+    """Median, minimum and maximum."""
     return [float(np.median(values)), float(np.min(values)), float(np.max(values))]
 
 
-# -- time spent in chosen methods ------------------------------------------------------------------------
+# -- time spent in selected methods ----------------------------------------------------------------------
 class Stopwatch:
-    """Seconds spent in wrapped functions; time in an inner one does not count for the outer one.
+    """Timer of wrapped functions; time in a nested wrapped function is not counted for the outer one.
 
     Args:
-        synchronize: Called before the clock is read, for devices that work in the background.
+        synchronize: Called before the clock is read, for asynchronous devices.
     """
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
@@ -121,10 +121,10 @@ class Stopwatch:
 
 @contextmanager
 def timed_methods(targets: Targets, watch: Stopwatch) -> Iterator[None]:
-    """Time methods of objects for the duration of a block, by shadowing them on the instances.
+    """Context manager that times methods of objects by shadowing them on the instances.
 
     Args:
-        targets: (object, method names, part); missing methods are passed over.
+        targets: (object, method names, part); missing methods are ignored.
         watch: Collects the seconds.
     """
     shadowed = []

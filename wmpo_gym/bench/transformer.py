@@ -1,7 +1,7 @@
-"""Speed of imagination with an ``STDiT``, against the reference loop, and speed of training.
+"""Benchmark of imagination with an ``STDiT``, compared with the reference loop, and of its training.
 
-A transformer with random weights imagines whole episodes. Weights do not decide how long a frame takes, but
-they do decide when an episode ends; the lengths are therefore given: those of a real policy in a real world.
+A transformer with random weights imagines whole episodes. The weights do not affect the time per frame, but
+they would affect the episode lengths; lengths from a trained policy in a trained world are used instead.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ CPU_STDIT: dict[str, Any] = {
     "chunk": 8,
     "predict_sigma": False,
 }
-"""A size that a CPU bears; with patches of an eighth of the side a frame has 64 tokens."""
+"""A size suitable for a CPU; with patches of an eighth of the side, a frame has 64 tokens."""
 
 LENGTHS = (0.25, 0.5, 0.75, 1.0)
-"""Mean episode lengths, as shares of the horizon, for which the ratio is reported."""
+"""Mean episode lengths, as fractions of the horizon, for which the ratio is reported."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many denoising steps count, and how many are carried out.
+    """Number of denoising steps, and how many of them the benchmark executes.
 
     Attributes:
         steps: Denoising steps per chunk (published: 30).
         few: Steps of the few-step sampler.
-        executed: Steps of every chunk that are carried out; their time stands for that of all, since every
-            step does the same work. None is all of them.
+        executed: Steps per chunk that are executed; their time is extrapolated to all steps, which cost the
+            same. None executes all.
     """
 
     steps: int = 30
@@ -59,7 +59,7 @@ class Sampling:
 
 
 def random_stdit(seed: int = 0, **config: Any) -> Any:
-    """An ``STDiT`` of random weights that, unlike a new one, puts out something else than zero."""
+    """An ``STDiT`` with random weights in all layers (a newly initialised one outputs zeros)."""
     import torch
 
     from wmpo_gym.world.networks.stdit import STDiT
@@ -73,12 +73,12 @@ def random_stdit(seed: int = 0, **config: Any) -> Any:
 
 
 def cpu_imagination(world: World, *, seed: int = 0, **config: Any) -> Any:
-    """Imagination of a small random transformer on the frames of a world.
+    """World model rollout of a small random transformer, for the frames of a world.
 
     Args:
-        world: Gives image size and action dimension.
+        world: World that defines image size and action dimension.
         seed: Seed of the weights.
-        **config: Changes to :data:`CPU_STDIT`.
+        **config: Overrides of :data:`CPU_STDIT`.
     """
     from wmpo_gym.world.imagination import Imagination
     from wmpo_gym.world.networks.autoencoder import PixelAutoencoder
@@ -99,18 +99,18 @@ def cpu_imagination(world: World, *, seed: int = 0, **config: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Run:
-    """Seconds of a batch of episodes, those of its parts, and the frames made."""
+    """Time of a batch of episodes, in total and by component, and the number of generated frames."""
 
     seconds: float
     parts: dict[str, float]
     frames: int
 
     def counting(self, times: float) -> float:
-        """Seconds it would have taken with ``times`` as many denoising steps."""
+        """Seconds extrapolated to ``times`` as many denoising steps."""
         return self.seconds + (times - 1) * self.parts["step"]
 
     def split(self, times: float) -> dict[str, float]:
-        """Shares of those seconds; what belongs to no part is glue."""
+        """Share of each component in those seconds; the remainder is glue."""
         parts = {**self.parts, "step": times * self.parts["step"]}
         shares = {part: seconds / self.counting(times) for part, seconds in parts.items()}
         return shares | {"glue": 1.0 - sum(shares.values())}
@@ -127,24 +127,23 @@ def bench_transformer(
     repeats: int = 3,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Time whole episodes of given lengths with every optimisation and the reference loop, in turn.
+    """Compare the optimised rollout with the reference loop on episodes of given lengths.
 
     Args:
         imagination: See :func:`cpu_imagination`.
-        classifier: Success classifier for its frames; what it says decides nothing here.
-        finish: Frames that episodes last; the batch takes ``rows`` of them, evenly from shortest to longest.
-        horizon: Frames that the reference loop imagines of each.
+        classifier: Success classifier for the frames; its predictions do not affect the episode lengths.
+        finish: Episode lengths in frames; the batch uses ``rows`` evenly spaced quantiles of them.
+        horizon: Frames per episode in the reference loop.
         sampling: Denoising steps.
         rows: Batch size.
-        repeats: How often the batch is imagined each way, in turn; ratios are those of neighbours in time.
+        repeats: Number of repetitions of both loops, alternating; ratios are over consecutive pairs.
         seed: Seed of frames, actions and noise.
 
     Returns:
-        ``ratio`` and ``ratio_few_step`` (reference loop over ours; medians, and beside them their ranges
-        ``…_range``); what they are made of: ``early_stop``,
-        ``cached_context`` and ``kernels``; ``frames_per_second`` with all and with few steps; ``split``;
-        ``largest_difference`` of the frames (on [-1, 1], before they are rounded to levels); and
-        ``peak_fraction``, the share of the machine's matmul peak that a denoising step reaches.
+        ``ratio`` and ``ratio_few_step`` (reference loop over ours; medians, with ranges ``…_range``) and
+        their factors ``early_stop``, ``cached_context`` and ``kernels``; ``frames_per_second`` with all and
+        with few steps; ``split``; ``largest_difference`` of the frames (on [-1, 1], before rounding to grey
+        levels); and ``peak_fraction``, the fraction of the machine's matmul peak in a denoising step.
     """
     sampling = sampling or Sampling()
     imagination = copy.copy(imagination)
@@ -179,7 +178,7 @@ def bench_transformer(
         "frames_per_second_few_step": ours.frames / few_seconds,
         "split": ours.split(times),
         "largest_difference": largest_difference(imagination, sampling.steps, seed=seed),
-        **_step_figures(imagination, rows, repeats, seed),
+        **_step_metrics(imagination, rows, repeats, seed),
     }
 
 
@@ -232,7 +231,7 @@ def _imagine_as_environment(
     noise: Callable[[int], Any],
     finish: np.ndarray,
 ) -> int:
-    """As the environment does, but episodes end after ``finish`` (N,) frames; returns the frames made."""
+    """Imagine like the environment, with episodes of ``finish`` (N,) frames; returns the frame count."""
     at_once = (
         getattr(imagination.network, "cpu_batch", len(first)) if first.device.type == "cpu" else len(first)
     )
@@ -251,8 +250,8 @@ def _imagine_as_environment(
     return made
 
 
-def _step_figures(imagination: Any, rows: int, repeats: int, seed: int) -> dict[str, Any]:
-    """Where the speed of one denoising step comes from, and how near it is to the machine's peak."""
+def _step_metrics(imagination: Any, rows: int, repeats: int, seed: int) -> dict[str, Any]:
+    """Speed-ups of one denoising step by cache and kernels, and its fraction of the machine's peak."""
     import torch
 
     network, device = imagination.network, imagination.device
@@ -273,7 +272,7 @@ def _step_figures(imagination: Any, rows: int, repeats: int, seed: int) -> dict[
 
     with torch.no_grad():
         cache = network.encode_context(context)
-        original = getattr(network, "original", network)  # what is compiled cannot be counted
+        original = getattr(network, "original", network)  # FLOPs of compiled code cannot be counted
         flops = flops_of(lambda: original.denoise(z, time_, actions, cache))
         works, rounds = (step, ordinary_step, reference_step), []
         for _ in range(repeats + 1):
@@ -299,14 +298,14 @@ def bench_training(
     """Time training steps of a world model (forward, backward, AdamW) on random latents.
 
     Args:
-        network: On the device and of the floating-point type to measure; is left as it is.
+        network: Network on the device and in the data type to measure; it is not modified.
         image_size: Side of the latents.
         rows: Batch size.
-        repeats: Steps, after one to warm up; the matmul peak is measured anew after each of them.
+        repeats: Number of steps, after one for warm-up; the matmul peak is measured again after each step.
         seed: Seed of the batch.
 
     Returns:
-        ``rows``, ``steps_per_second`` (median), ``gflops_per_second`` (counted forwards and backwards),
+        ``rows``, ``steps_per_second`` (median), ``gflops_per_second`` (forward and backward pass),
         ``peak_fraction`` (median) and ``peak_fraction_range``, and ``peak_memory_gib`` (None on a CPU).
     """
     import torch
@@ -364,7 +363,7 @@ def bench_training(
 
 
 def largest_difference(imagination: Any, steps: int, *, rows: int = 2, seed: int = 0) -> float:
-    """Largest difference of a chunk, before rounding, between all optimisations and the reference loop."""
+    """Largest absolute difference of a chunk, before rounding, between optimised and reference loop."""
     import torch
 
     z, context, actions, _ = _inputs(imagination, rows, seed)

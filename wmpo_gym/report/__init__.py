@@ -1,1 +1,1 @@
-"""``results.json``, its table, and the HTML report."""
+"""Results of a run: ``results.json``, its text table and the HTML report."""

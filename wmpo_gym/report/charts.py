@@ -1,7 +1,7 @@
-"""Two kinds of chart as inline SVG: curves with bands, and points with intervals.
+"""Charts as inline SVG: curves with bands, and points with intervals.
 
-Drawn by hand rather than by a plotting library so that colours come from the page's style sheet: the same
-chart is readable in light and dark mode and at any width, and no dependency is needed.
+The SVG is generated directly, without a plotting library, so that colours come from the page's style sheet
+(light and dark mode), charts scale to any width, and no dependency is needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Series:
         y: Fractions in [0, 1]; NaN or None leaves a point out.
         low: Lower interval ends, or None.
         high: Upper interval ends, or None.
-        dashed: Draw dashed, for what is imagined rather than measured in the twin.
+        dashed: Draw a dashed line, used for imagined rather than simulated results.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Series:
     dashed: bool = False
 
     def points(self) -> list[tuple[float, float, float, float]]:
-        """Defined points as (x, y, low, high)."""
+        """Points with a finite y, as (x, y, low, high)."""
         rows = zip(self.x, self.y, self.low or self.y, self.high or self.y, strict=True)
         return [
             (x, y, y if a is None else a, y if b is None else b)
@@ -49,13 +49,13 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: s
     """Curves of success (percent axis from 0 to 100) as an ``<svg>`` with a legend below.
 
     Args:
-        series: The curves; those without a defined point are left out.
-        x_label: Text under the x axis.
+        series: The curves; those without a finite point are omitted.
+        x_label: Text below the x axis.
         y_label: Text above the y axis.
-        title: Said to screen readers.
+        title: Description for screen readers.
 
     Returns:
-        HTML text, or a note where there is nothing to draw.
+        HTML text, or a note if there is nothing to draw.
     """
     drawn = [s for s in series if s.points()]
     if not drawn:
@@ -86,8 +86,8 @@ def interval_chart(rows: Sequence[tuple[str, float, float, float, int]], *, titl
     """Rates as points with their intervals, one row each, on a percent axis.
 
     Args:
-        rows: (label, rate, low, high, colour 0 to 3), rates in fractions; undefined rates are left out.
-        title: Said to screen readers.
+        rows: (label, rate, low, high, colour 0 to 3), rates as fractions; undefined rates are omitted.
+        title: Description for screen readers.
     """
     rows = [r for r in rows if r[1] is not None and math.isfinite(r[1])]
     if not rows:

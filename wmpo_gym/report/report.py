@@ -1,4 +1,4 @@
-"""``report.html``: one file that opens without a network and shows what a run reached and at what price."""
+"""``report.html``: self-contained HTML report with the results and the cost of a run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from wmpo_gym.utils.video import data_uri, encode_video, side_by_side
 if TYPE_CHECKING:
     from wmpo_gym.evaluation.twin import TwinComparison
 
-# Columns of a learning curve that are drawn: key, legend, whether it is imagined.
+# Plotted columns of a learning curve: key, legend, whether it is imagined.
 CURVES = (
-    ("imagined_success", "imagined (claimed by the classifier)", True),
-    ("twin_success", "twin replay of the same actions", False),
-    ("simulated_success", "policy in the twin, sampled", False),
-    ("simulated_success_greedy", "policy in the twin, greedy", False),
+    ("imagined_success", "imagined (predicted by the classifier)", True),
+    ("twin_success", "same actions replayed in the simulator", False),
+    ("simulated_success", "policy in the simulator, sampled", False),
+    ("simulated_success_greedy", "policy in the simulator, greedy", False),
 )
 POLICIES = (("base", "base policy"), ("wmpo", "after WMPO"))
 HOLD_SECONDS = 1.0
@@ -36,14 +36,14 @@ VERDICTS = {True: ("good", "✓ passed"), False: ("bad", "✗ failed"), None: ("
 
 @dataclass(frozen=True)
 class Clip:
-    """Imagination and twin for the same actions.
+    """Frames of the same actions in imagination and in the paired simulator.
 
     Attributes:
         imagined: uint8 (T1, H, W, 3).
-        twin: uint8 (T2, H, W, 3).
-        claimed: Whether the classifier claimed success in imagination.
-        true: Whether the twin succeeded.
-        caption: What was to be done and from where.
+        twin: uint8 (T2, H, W, 3), simulated frames.
+        claimed: Whether the classifier predicted success in imagination.
+        true: Whether the episode succeeded in the simulator.
+        caption: Instruction and start state.
     """
 
     imagined: np.ndarray
@@ -55,19 +55,19 @@ class Clip:
 
 @dataclass
 class Report:
-    """What a report shows; empty parts are left out.
+    """Contents of a report; empty parts are omitted.
 
     Attributes:
         title: Heading.
-        results: As :func:`~wmpo_gym.report.results.build_results` gives it or as read from the file.
+        results: Result of :func:`~wmpo_gym.report.results.build_results`, or as read from the file.
         curve: One mapping per evaluation during training: ``iteration`` and any of :data:`CURVES`, each a
             fraction or a rate entry ``{"success", "ci95", "n"}``.
-        gates: As :func:`~wmpo_gym.evaluation.gates.validate` returns them.
+        gates: Result of :func:`~wmpo_gym.evaluation.validation.validate`.
         clips: Side-by-side videos.
-        command: The exact command that made the run.
-        protocol: How the results were measured.
-        notes: Sentences to show at the top, e.g. that a gate failed.
-        control_hz: Speed of the videos, frames per second.
+        command: Command line of the run.
+        protocol: Evaluation protocol of the results.
+        notes: Warnings shown at the top, e.g. that a gate failed.
+        control_hz: Frame rate of the videos in Hz.
     """
 
     title: str
@@ -82,12 +82,12 @@ class Report:
 
 
 def choose_clips(comparison: TwinComparison, task: Task, n: int = 8) -> list[Clip]:
-    """Clips of every kind of outcome in turn, so that false claims are shown where there are any.
+    """Select clips that alternate between the four kinds of outcome, so that false predictions are shown too.
 
     Args:
-        comparison: Made with ``record_frames=True``; otherwise there is nothing to show.
-        task: For the instructions.
-        n: How many at most.
+        comparison: Comparison with recorded frames (``record_frames=True``); otherwise the result is empty.
+        task: The task; provides the instructions.
+        n: Maximum number of clips.
     """
     imagined, twin, instructions = comparison.imagined, comparison.replay, task.instructions
     if twin.frames is None:
@@ -114,7 +114,7 @@ def write_report(path: str | Path, report: Report) -> Path:
 
     Args:
         path: The ``.html`` file.
-        report: What to show.
+        report: The contents.
 
     Returns:
         The path.
@@ -126,16 +126,16 @@ def write_report(path: str | Path, report: Report) -> Path:
 
 
 def render_report(report: Report) -> str:
-    """The report as HTML text without a single external reference."""
+    """Render the report as HTML text without external references."""
     sections = [
         _headline(report),
         _notes(report.notes),
-        _section("Success in the simulated twin", _results(report.results)),
+        _section("Success in the simulator", _results(report.results)),
         _section("Learning curve", _curve(report.curve) if report.curve else ""),
         _section("Same actions, imagined and simulated", _clips(report.clips, report.control_hz)),
-        _section("Is this world fit to train in?", gates_table(report.gates)),
-        _section("What it cost", _costs(report.results)),
-        _section("How it was measured", _protocol(report)),
+        _section("Validation of the world model", gates_table(report.gates)),
+        _section("Cost", _costs(report.results)),
+        _section("Evaluation protocol", _protocol(report)),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -147,7 +147,7 @@ def render_report(report: Report) -> str:
 
 
 def gates_table(gates: Mapping[str, Mapping[str, Any]]) -> str:
-    """HTML table of the four gates, or nothing."""
+    """HTML table of the four gates; empty text without gates."""
     if not gates:
         return ""
     rows = []
@@ -161,7 +161,7 @@ def gates_table(gates: Mapping[str, Mapping[str, Any]]) -> str:
             f"<td>{escape(gate['threshold'])}</td></tr>"
             f'<tr><td></td><td class="note" colspan="3">{escape(gate["explanation"])}</td></tr>'
         )
-    head = "<tr><th>gate</th><th></th><th>measured</th><th>wanted</th></tr>"
+    head = "<tr><th>gate</th><th></th><th>measured</th><th>required</th></tr>"
     return f'<div class="card scroll"><table>{head}{"".join(rows)}</table></div>'
 
 
@@ -181,7 +181,7 @@ def _headline(report: Report) -> str:
         (
             "hallucination gap",
             "–" if gap is None else f"{gap:+.1f}",
-            "imagined minus twin replay, points",
+            "imagined minus simulated, points",
             "",
         ),
     ]
@@ -191,8 +191,8 @@ def _headline(report: Report) -> str:
         for name, value, detail, style in tiles
     )
     lead = (
-        "A policy was optimised in a learned world model and judged in the simulated twin, on start states "
-        "it never saw. Every rate carries its 95 % interval."
+        "A policy was optimised in a learned world model and evaluated in the simulator on held-out start "
+        "states. Every rate is given with its 95 % confidence interval."
     )
     header = f'<header><h1>{escape(report.title)}</h1><p class="lead">{lead}</p></header>'
     return f'{header}<div class="tiles">{cells}</div>'
@@ -232,7 +232,7 @@ def _results(results: Mapping[str, Any]) -> str:
         f'<div class="card">{chart}</div><br>'
         + _html_table(table(results), header=True)
         + ("<br>" + _html_table(others) if others else "")
-        + "<h2>Can imagination be believed?</h2>"
+        + "<h2>Agreement of imagination and simulator</h2>"
         + _html_table(agreement_rows(results))
     )
 
@@ -263,13 +263,13 @@ def _clips(clips: Sequence[Clip], fps: float) -> str:
     figures = []
     for clip in clips:
         frames = side_by_side(clip.imagined, clip.twin)
-        # The outcome stands still for a moment before the video begins again.
+        # Hold the last frame for a moment before the video loops.
         frames = np.concatenate([frames, frames[-1:].repeat(round(HOLD_SECONDS * fps), axis=0)])
         uri = data_uri(*encode_video(frames, fps=fps))
         tone = "good" if clip.claimed == clip.true else "bad"
-        verdict = f"imagined: {_outcome(clip.claimed)} · twin: {_outcome(clip.true)}"
+        verdict = f"imagined: {_outcome(clip.claimed)} · simulated: {_outcome(clip.true)}"
         figures.append(
-            '<figure class="card"><div class="halves"><span>imagined</span><span>simulated twin</span></div>'
+            '<figure class="card"><div class="halves"><span>imagined</span><span>simulated</span></div>'
             f'<video src="{uri}" autoplay loop muted playsinline></video>'
             f'<figcaption>{escape(clip.caption)}<br><span class="{tone}">{verdict}</span>'
             "</figcaption></figure>"
@@ -289,7 +289,7 @@ def _costs(results: Mapping[str, Any]) -> str:
 
 
 def _figure(value: Any) -> str:
-    """Readable text of a figure: a rate, a difference, a number or a list of them."""
+    """Readable text of a metric: a rate, a difference, a number or a list of them."""
     if isinstance(value, Mapping):
         if "points" in value:
             return show_points(value)
@@ -304,7 +304,7 @@ def _figure(value: Any) -> str:
 
 
 def _protocol(report: Report) -> str:
-    command = f"<p>Made with</p><pre>{escape(report.command)}</pre>" if report.command else ""
+    command = f"<p>Command</p><pre>{escape(report.command)}</pre>" if report.command else ""
     if report.protocol is None:
         return command
     p = report.protocol

@@ -1,7 +1,7 @@
-"""``results.json``: the figures of a run, and the table printed from that very file.
+"""``results.json``: the metrics of a run, and the table printed from it.
 
-Schema: ``success`` and ``imagined_success`` are fractions, ``points`` and ``hallucination_gap`` percentage
-points, ``ci95`` has the unit of its figure::
+Schema: ``success`` and ``imagined_success`` are fractions, ``points`` and ``hallucination_gap`` are
+percentage points, ``ci95`` has the unit of its metric::
 
     {"base": {"success", "n", "ci95"}, "wmpo": {...}, "paired_gain": {"points", "ci95", "n"},
      "imagined_success", "hallucination_gap", "agreement": {...},
@@ -21,18 +21,18 @@ from wmpo_gym.statistics import Agreement, paired_difference, success_rate
 from wmpo_gym.utils.io import plain
 from wmpo_gym.utils.text import aligned, percent, show_number, show_points, show_rate
 
-DIGITS = 4  # decimals kept: a hundredth of a point, so that the printed tenth is the file's
+DIGITS = 4  # decimals of fractions, i.e. a hundredth of a percentage point
 
 
 def comparison(base: ArrayLike, wmpo: ArrayLike) -> dict[str, Any]:
-    """Two policies on the same start states.
+    """Compare two policies on the same start states.
 
     Args:
         base: Outcomes of the base policy, booleans (N,).
         wmpo: Outcomes of the optimised policy on the same start states in the same order.
 
     Returns:
-        ``base``, ``wmpo`` and ``paired_gain`` of the schema.
+        The entries ``base``, ``wmpo`` and ``paired_gain`` of the schema.
     """
     gain = paired_difference(base, wmpo)
     return {
@@ -52,17 +52,17 @@ def build_results(
     greedy: tuple[ArrayLike, ArrayLike] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """Figures of a run in the schema above, rounded to what is printed.
+    """Build the results of a run in the schema above, rounded.
 
     Args:
-        base: Sampled (T = 1) outcomes of the base policy in the twin.
-        wmpo: The same of the optimised policy, same start states.
-        agreement: The optimised policy's imagined successes judged by twin replay
+        base: Sampled (T = 1) outcomes of the base policy in the simulator.
+        wmpo: Sampled outcomes of the optimised policy on the same start states.
+        agreement: The optimised policy's imagined successes compared with a replay in the simulator
             (:func:`~wmpo_gym.evaluation.twin.twin_agreement`).
-        budget: What was spent (:class:`~wmpo_gym.envs.ledger.Ledger` as a mapping).
+        budget: Budget spent (:class:`~wmpo_gym.envs.ledger.Ledger` as a mapping).
         seconds: Wall-clock seconds per stage; ``total`` is added unless given.
-        greedy: Greedy outcomes of base and optimised policy.
-        **extra: Further JSON-able entries, kept as they are named.
+        greedy: Greedy outcomes of the base and the optimised policy.
+        **extra: Further JSON-able entries, added under their names.
 
     Raises:
         ValueError: If an extra entry would overwrite one of the schema.
@@ -97,7 +97,7 @@ def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def agreement_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How far imagination can be believed, as label and text."""
+    """Agreement of imagination and simulator, as (label, text) rows."""
     rows = [
         ("imagined success", percent(results["imagined_success"])),
         ("hallucination gap", show_points({"points": results["hallucination_gap"], "ci95": None})),
@@ -110,10 +110,10 @@ def agreement_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def print_table(results: Mapping[str, Any], file: TextIO | None = None) -> None:
-    """Print the table of a ``results.json``; every number is read from ``results``.
+    """Print the results table; every number is read from ``results``.
 
     Args:
-        results: As :func:`build_results` returns it or as read from the file.
+        results: Result of :func:`build_results`, or as read from the file.
         file: Where to print, stdout by default.
     """
     out = file or sys.stdout
