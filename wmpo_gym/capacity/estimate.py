@@ -1,10 +1,10 @@
-"""What a run will take before anything is loaded: parameters, memory and computation.
+"""Estimate of a run's parameters, memory and computation before anything is loaded.
 
-Every network is built on the ``meta`` device and run there once, forwards and backwards, while operations
-and bytes are counted (:mod:`~wmpo_gym.capacity.meter`); no formula knows an architecture. Assumed beside
-that: AdamW with float32 weights, gradients and two moments; bfloat16 copies of trained weights where autocast
-makes them; of weights spread over GPUs (FSDP), the two largest layers and what belongs to no layer are whole
-at a time; and :data:`RESERVE` of a device for what the counting does not see.
+Every network is built on the ``meta`` device, and one forward and backward pass is run there while operations
+and bytes are counted (:mod:`~wmpo_gym.capacity.meter`); there are no formulas per architecture. Assumptions:
+AdamW with float32 weights, gradients and two moments; bfloat16 copies of trained weights under autocast; with
+FSDP, the two largest layers and all weights outside layers are gathered at the same time; and a share
+:data:`RESERVE` of the device's memory for everything that is not counted.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from wmpo_gym.policies.weights import add_lora, checkpoint_activations
 
 GIB = 2**30
 RESERVE = 0.08
-"""Share of a card's memory kept for the driver, workspaces and gaps; assumed, not measured."""
+"""Share of a device's memory reserved for driver, workspaces and fragmentation; assumed, not measured."""
 FLOAT32, HALF, ADAM_MOMENTS = 4, 2, 8  # bytes per number
 FOUR_BIT = 0.5 + 4 / 64  # bytes: half a byte, and a float32 scale for every 64 numbers
-LORA_RANK = 32  # of the published fine-tuning (WMPO release)
+LORA_RANK = 32  # rank of the published fine-tuning (WMPO release)
 
 
 @dataclass(frozen=True)
 class Option:
-    """A way of keeping the loop in memory.
+    """Memory options of a training run.
 
     Attributes:
-        memory: How the policy is kept.
-        offload: Whether the world is on the CPU during updates.
-        sharded: Whether the policy is spread over the GPUs (FSDP).
+        memory: Memory settings of the policy.
+        offload: Whether the world model is moved to the CPU during updates.
+        sharded: Whether the policy is sharded over the GPUs (FSDP).
     """
 
     memory: PolicyMemory
@@ -48,7 +48,7 @@ class Option:
     sharded: bool = False
 
     def flags(self) -> str:
-        """The options of ``wmpo train grpo``, and FSDP where it is needed."""
+        """Command-line options of ``wmpo train grpo``, and a note if FSDP is needed."""
         memory = self.memory
         parts = [
             f"--lora-rank {memory.lora_rank}" if memory.lora_rank else "",
@@ -63,12 +63,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that one device needs at its most expensive moment.
+    """Peak memory of one device in bytes.
 
     Attributes:
-        imagining: While rollouts are collected.
-        updating: While the policy is updated.
-        parts: What they consist of.
+        imagining: Peak during rollout collection.
+        updating: Peak during the policy update.
+        parts: Components of the peaks.
     """
 
     imagining: int
@@ -83,12 +83,12 @@ class Footprint:
 
 @dataclass(frozen=True)
 class WorldCost:
-    """Imagining with some rows at once.
+    """Cost of imagination for a given batch size.
 
     Attributes:
-        flops: Per rollout of full length, by component.
-        peak: Bytes beside the weights.
-        row_bytes: Bytes that a row's episode keeps between two steps.
+        flops: Operations per full-length rollout, by component.
+        peak: Peak memory in bytes in addition to the weights.
+        row_bytes: Bytes of a row's state between two steps.
     """
 
     flops: dict[str, float]
@@ -98,13 +98,13 @@ class WorldCost:
 
 @dataclass(frozen=True)
 class PolicySize:
-    """Numbers in a policy's network.
+    """Parameter counts of a policy's network.
 
     Attributes:
-        trained: Parameters with a gradient.
-        frozen: Parameters without one.
-        quantised: Those of the frozen ones that are kept in 4 bits.
-        gathered: Parameters that are whole at a time where they are spread over GPUs.
+        trained: Trainable parameters.
+        frozen: Frozen parameters.
+        quantised: Frozen parameters stored in 4 bits.
+        gathered: Parameters gathered at the same time under FSDP.
     """
 
     trained: int
@@ -113,14 +113,14 @@ class PolicySize:
     gathered: int
 
     def weights(self, memory: PolicyMemory) -> int:
-        """Bytes of the weights."""
+        """Memory of the weights in bytes."""
         frozen = HALF if memory.precision == "bf16" else FLOAT32
         kept = frozen * (self.frozen - self.quantised) + FOUR_BIT * self.quantised
         return round(FLOAT32 * self.trained + kept)
 
 
 class Estimator:
-    """Counts what a workload costs; what has been counted once is remembered.
+    """Estimator of the cost of a workload; results are cached.
 
     Args:
         workload: The run.
@@ -134,7 +134,7 @@ class Estimator:
 
     # -- parameters ------------------------------------------------------------------------------------------
     @cached_property
-    def _plain_policy(self) -> nn.Module:
+    def _base_policy(self) -> nn.Module:
         return self.workload.build_policy()
 
     @cached_property
@@ -151,8 +151,8 @@ class Estimator:
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """Parameters of every component."""
-        counts = {"policy": _count(self._plain_policy)}
+        """Parameter count of every component."""
+        counts = {"policy": _count(self._base_policy)}
         for name, part in self._parts.items():
             counts[name] = _count(getattr(part, "vae", part))
         return counts
@@ -179,9 +179,9 @@ class Estimator:
             start = measure(lambda: autoencoder.encode(frames[:, :1]), known)
             decode = measure(lambda: autoencoder.decode(latents), known)
             prepare = measure(lambda: classifier.preprocess(frames.flatten(0, 1)), known)
-            seen = classifier.preprocess(frames[:, 0])
-            clips = seen.new_empty(rows * policy.chunk, classifier.window, *seen.shape[1:])
-            judge = measure(lambda: classifier.logits(clips), [*known, clips])
+            processed = classifier.preprocess(frames[:, 0])
+            clips = processed.new_empty(rows * policy.chunk, classifier.window, *processed.shape[1:])
+            classify = measure(lambda: classifier.logits(clips), [*known, clips])
         n_chunks, horizon = self.workload.n_chunks, self.workload.horizon
         windows = min(horizon, horizon - classifier.window + 2)
         steps = world.sampling.denoising_steps
@@ -189,29 +189,30 @@ class Estimator:
             flops={
                 "world model": n_chunks * (encode.flops + steps * denoise.flops) / rows,
                 "autoencoder": (start.flops + n_chunks * decode.flops) / rows,
-                "classifier": windows * judge.flops / (rows * policy.chunk),
+                "classifier": windows * classify.flops / (rows * policy.chunk),
             },
             peak=max(
                 encode.peak,
                 encode.kept + denoise.peak,
                 decode.peak,
                 prepare.peak + clips.nbytes,
-                clips.nbytes + judge.peak,
+                clips.nbytes + classify.peak,
             ),
-            row_bytes=(context.nbytes + previous.nbytes) // rows + (classifier.window - 1) * seen[0].nbytes,
+            row_bytes=(context.nbytes + previous.nbytes) // rows
+            + (classifier.window - 1) * processed[0].nbytes,
         )
 
     # -- the policy ------------------------------------------------------------------------------------------
     def _build_policy(self, memory: PolicyMemory, sharded: bool) -> nn.Module:
-        """The network with weights of the types it is computed in."""
-        network = copy.deepcopy(self._plain_policy)
+        """The policy's network with its weights in the compute data types."""
+        network = copy.deepcopy(self._base_policy)
         if lora := self.workload.lora or memory.lora:
             add_lora(network, lora)
         if memory.gradient_checkpointing:
             checkpoint_activations(network)  # type: ignore[arg-type]
         if memory.precision == "bf16":
             for module in network.modules():
-                copied = isinstance(module, (nn.Linear, nn.Conv2d))  # by autocast, where they are trained
+                copied = isinstance(module, (nn.Linear, nn.Conv2d))  # autocast copies trained weights
                 for parameter in module.parameters(recurse=False):
                     if copied or sharded or not parameter.requires_grad:
                         parameter.data = parameter.data.to(torch.bfloat16)
@@ -220,7 +221,7 @@ class Estimator:
         return network.train()
 
     def _measure_policy(self, memory: PolicyMemory, sharded: bool, rows: int, update: bool) -> Cost:
-        """``rows`` decisions taken, or trained on."""
+        """Cost of sampling ``rows`` decisions or, with ``update``, of training on them."""
         network, config = self._policy(memory, sharded), self.workload.policy
         side, tokens = self.workload.image_size, self.workload.text_tokens
         with torch.device("meta"):
@@ -241,7 +242,7 @@ class Estimator:
         return measure(decide, known, torch.bfloat16 if memory.precision == "bf16" else None)
 
     def policy_size(self, memory: PolicyMemory) -> PolicySize:
-        """Numbers in the policy's network."""
+        """Parameter counts of the policy's network."""
         network: Any = self._policy(memory, False)
         layers = _layers(network)
         inside = {id(p) for layer in layers for p in layer.parameters()}
@@ -260,18 +261,18 @@ class Estimator:
         return -(-self.workload.n_groups // ranks) * self.workload.group_size
 
     def _sampling(self, option: Option, rows: int) -> Cost:
-        """One decision of every row."""
-        memory = replace(option.memory, four_bit=False, gradient_checkpointing=False)  # which it is not told
+        """Cost of one decision of every row."""
+        memory = replace(option.memory, four_bit=False, gradient_checkpointing=False)  # no effect on sampling
         return self._policy_cost(memory, option.sharded, rows, False)
 
     def _updating(self, option: Option) -> Cost:
-        """Forwards and backwards over a micro-batch."""
+        """Cost of a forward and backward pass over a micro-batch."""
         memory = replace(option.memory, four_bit=False)
         return self._policy_cost(memory, option.sharded, self.workload.micro_batch, True)
 
     # -- sums ------------------------------------------------------------------------------------------------
     def flops(self, option: Option, ranks: int = 1) -> dict[str, float]:
-        """Operations per iteration of all devices, with episodes of full length, by what they are for."""
+        """Operations per iteration over all devices with full-length episodes, by purpose."""
         work, rows = self.workload, self._rows(ranks)
         decisions = work.rollouts * work.n_chunks
         sample = self._sampling(option, rows).flops / rows
@@ -287,9 +288,9 @@ class Estimator:
         """Memory of one of ``ranks`` devices that share the groups.
 
         Args:
-            option: How it is kept.
-            ranks: Devices.
-            limit: Bytes; what certainly takes more is not counted to the end.
+            option: Memory option.
+            ranks: Number of devices.
+            limit: Bytes; activations are not counted if the other parts exceed it already.
         """
         memory, work, size = option.memory, self.workload, self.policy_size(option.memory)
         spread, whole = (ranks, HALF if memory.precision == "bf16" else FLOAT32) if option.sharded else (1, 0)
@@ -303,7 +304,7 @@ class Estimator:
         }
         kept = parts["policy"] + parts["optimizer"]
         updating = kept + parts["gradients"] + (0 if option.offload else parts["world"])
-        # The optimizer's step has a number per parameter under way, when autocast's copies are gone.
+        # The optimizer step allocates one float per parameter, after autocast's copies are freed.
         updating += max(0, FLOAT32 * size.trained // spread - copies)
         imagining = kept + parts["world"]
         if limit is None or max(updating, imagining) <= limit:
@@ -324,7 +325,7 @@ class Estimator:
 
 
 def options(workload: Workload, ranks: int, gpu: bool) -> Iterator[Option]:
-    """Ways of keeping the loop in memory: first those that train all weights, cheapest computation first."""
+    """Memory options in order of preference: full fine-tuning first, each by increasing computation."""
     plain = PolicyMemory(precision="bf16" if gpu else "fp32")
     checkpointing = replace(plain, gradient_checkpointing=True)
     lora = replace(plain, lora_rank=LORA_RANK)
@@ -347,7 +348,7 @@ def _count(module: Any) -> int:
 
 
 def _tensors(module: Any) -> list[Tensor]:
-    """Everything a module holds."""
+    """Parameters, gradients and buffers of a module."""
     if not isinstance(module, nn.Module):
         return []
     parameters = list(module.parameters())
@@ -355,7 +356,7 @@ def _tensors(module: Any) -> list[Tensor]:
 
 
 def _layers(network: Any) -> list[nn.Module]:
-    """The layers that transformers calls not to be split."""
+    """The layers listed in the models' ``_no_split_modules`` (transformers)."""
     models = (network.language_model, *(tower.model for tower in network.towers))
     names = {name for model in models for name in model._no_split_modules or ()}
     return [module for module in network.modules() if type(module).__name__ in names]

@@ -1,4 +1,4 @@
-"""Whether a run fits into the memory of a machine, and what makes it fit."""
+"""Memory check of a run on a machine, and selection of memory-saving options that make it fit."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from wmpo_gym.capacity.workload import Workload
 from wmpo_gym.utils.memory import available_memory
 from wmpo_gym.utils.progress import progress_bar
 
-UNKNOWN = 2**60  # bytes, where the system does not say: nothing is refused then
+UNKNOWN = 2**60  # bytes assumed if the free memory is unknown; every run then fits
 
 
 class TooLittleMemoryError(ValueError):
-    """A run would not fit; the message says what would."""
+    """A run does not fit into memory; the message names options that would."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices that share a run's groups.
+    """Devices that share the groups of a run.
 
     Attributes:
-        name: What it is called.
-        ranks: How many devices.
-        memory: Bytes of one.
-        gpu: Whether they are GPUs.
+        name: Display name.
+        ranks: Number of devices.
+        memory: Memory of one device in bytes.
+        gpu: Whether the devices are GPUs.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Machine:
 
     @classmethod
     def parse(cls, text: str) -> Machine:
-        """``"1x80"`` is one GPU of 80 GB, ``"4x8x80"`` four machines with eight; ``"here"`` is this one.
+        """Parse ``"1x80"`` (one GPU of 80 GB), ``"4x8x80"`` (four machines of eight) or ``"here"``.
 
         Raises:
-            ValueError: If it is neither.
+            ValueError: If the text has another form.
         """
         if text == "here":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +59,7 @@ class Machine:
 
     @classmethod
     def here(cls, device: str) -> Machine:
-        """A device of this machine, with the memory that is free on it at present."""
+        """A device of this machine, with its currently free memory."""
         free = available_memory(device) or UNKNOWN
         if torch.device(device).type == "cuda":
             return cls(f"{torch.cuda.get_device_name(device)} here", 1, free)
@@ -67,18 +67,18 @@ class Machine:
 
     @property
     def usable(self) -> int:
-        """Bytes of a device without the reserve."""
+        """Memory of a device without the reserve, in bytes."""
         return int(self.memory * (1 - RESERVE))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way of running on a machine.
+    """One memory option evaluated on a machine.
 
     Attributes:
-        option: The way.
-        footprint: Memory of one device. Where it does not fit anyhow, activations are left out.
-        fits: Whether the device has it.
+        option: The option.
+        footprint: Memory of one device; without activations if the option does not fit in any case.
+        fits: Whether it fits into the device's memory.
     """
 
     option: Option
@@ -88,13 +88,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a workload runs on a machine.
+    """Memory plan of a workload on a machine.
 
     Attributes:
         machine: The machine.
-        rows: What was considered, in order of preference.
-        best: The first that fits; None if none does.
-        flops: Operations per iteration that way (or the last way), by what they are for.
+        rows: Evaluated options, in order of preference.
+        best: First option that fits; None if none does.
+        flops: Operations per iteration with the best option (or the last one), by purpose.
         host_bytes: Host memory of one device's rollouts.
     """
 
@@ -118,44 +118,45 @@ class Plan:
 
 
 def make_plan(estimator: Estimator, machine: Machine, wanted: Sequence[Option] | None = None) -> Plan:
-    """Try ways of running a workload on a machine.
+    """Evaluate memory options of a workload on a machine.
 
     Args:
-        estimator: Of the workload.
-        machine: Where.
-        wanted: Ways to try; None are all.
+        estimator: Estimator of the workload.
+        machine: The machine.
+        wanted: Options to evaluate; None evaluates all.
     """
-    ways = list(options(estimator.workload, machine.ranks, machine.gpu)) if wanted is None else list(wanted)
+    choices = options(estimator.workload, machine.ranks, machine.gpu) if wanted is None else wanted
+    candidates = list(choices)
     rows = []
-    for option in progress_bar(ways, desc=machine.name, unit="way"):
+    for option in progress_bar(candidates, desc=machine.name, unit="option"):
         footprint = estimator.footprint(option, machine.ranks, machine.usable)
         rows.append(Row(option, footprint, footprint.peak <= machine.usable))
     best = next((row.option for row in rows if row.fits), None)
-    flops = estimator.flops(best or ways[-1], machine.ranks)
+    flops = estimator.flops(best or candidates[-1], machine.ranks)
     return Plan(machine, rows, best, flops, estimator.host_bytes(machine.ranks))
 
 
 def require_room(workload: Workload, option: Option, device: str, ranks: int = 1) -> None:
-    """Refuse a run that the device has too little memory for, before anything is loaded.
+    """Check, before anything is loaded, that a device has enough memory for a run.
 
     Args:
         workload: The run.
-        option: How it is to be kept in memory.
-        device: Where it is to run.
-        ranks: Processes that share its groups, each with such a device; on a CPU they share its memory.
+        option: Memory option of the run.
+        device: Device of the run.
+        ranks: Processes that share the groups, each with its own device; on a CPU they share its memory.
 
     Raises:
-        TooLittleMemoryError: If it does not fit.
+        TooLittleMemoryError: If the run does not fit.
     """
     if torch.device(device).type not in ("cpu", "cuda"):
         return
     machine, estimator = Machine.here(device), Estimator(workload)
     machine = replace(machine, ranks=ranks, memory=machine.memory // (1 if machine.gpu else ranks))
-    if not machine.gpu:  # where half precision is not offered
+    if not machine.gpu:  # half precision is not supported on a CPU
         option = replace(option, memory=replace(option.memory, precision="fp32", four_bit=False))
     try:
         footprint = estimator.footprint(option, ranks, machine.usable)
-    except RuntimeError as error:  # a part that torch cannot run without numbers
+    except RuntimeError as error:  # an operation that the meta device does not support
         warnings.warn(f"The memory of {workload.name} could not be counted: {error}", stacklevel=2)
         return
     if footprint.peak <= machine.usable:
@@ -170,9 +171,9 @@ def require_room(workload: Workload, option: Option, device: str, ranks: int = 1
     )
 
 
-# -- for people ----------------------------------------------------------------------------------------------
+# -- text output ---------------------------------------------------------------------------------------------
 def plan_text(estimator: Estimator, plans: Sequence[Plan]) -> str:
-    """What `wmpo estimate` prints."""
+    """The text that `wmpo estimate` prints."""
     work, counts = estimator.workload, estimator.parameters
     lines = [
         f"{work.name}: {work.n_groups} groups x {work.group_size} rollouts x {work.n_chunks} decisions, "
@@ -216,7 +217,7 @@ def _plan_lines(estimator: Estimator, plan: Plan) -> list[str]:
         *lines,
         f"  memory: {parts}",
         f"  trained: {size.trained:,} parameters, {format_size(FLOAT32 * size.trained)} to save",
-        f"  one iteration without extra waves, at most: {format_flops(total)} ({flops})",
+        f"  one iteration without extra batches, at most: {format_flops(total)} ({flops})",
         f"  rollouts in host memory: {format_size(plan.host_bytes)} per device",
     ]
 
@@ -227,7 +228,7 @@ def format_size(n_bytes: float) -> str:
 
 
 def format_flops(n: float) -> str:
-    """Operations with a unit."""
+    """Floating-point operations with a unit."""
     for factor, unit in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP")):
         if n >= factor:
             return f"{n / factor:.2f} {unit}"

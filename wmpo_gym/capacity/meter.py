@@ -1,7 +1,7 @@
-"""What a computation costs, on real tensors or on torch's ``meta`` device, where nothing is computed.
+"""Counting of FLOPs and memory of a computation, on real tensors or on torch's ``meta`` device.
 
-Memory is that of tensors as eager PyTorch allocates and frees them, counted storage by storage; workspaces of
-kernels and the gaps that an allocator leaves are not in it.
+Memory is counted per storage as eager PyTorch allocates and frees tensors; kernel workspaces and allocator
+fragmentation are not included.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class Cost:
-    """What a computation cost.
+    """Cost of a computation.
 
     Attributes:
-        flops: Floating-point operations of matrix products, convolutions and attention, a multiplication and
-            an addition being two (those are all that count at any size).
-        peak: Bytes allocated at its most expensive moment, beside what was there before.
-        kept: Bytes of it still allocated at the end, results included.
+        flops: Floating-point operations of matrix products, convolutions and attention; a multiply-add counts
+            as two.
+        peak: Peak of the additionally allocated bytes.
+        kept: Additional bytes still allocated at the end, including results.
     """
 
     flops: int
@@ -37,15 +37,15 @@ class Cost:
 
 
 class Meter(TorchDispatchMode):
-    """Counts operations, and the bytes of every tensor made within it until it is freed.
+    """Dispatch mode that counts operations, and the bytes of tensors allocated within it.
 
     Args:
-        known: Tensors that were there before, with all their views.
+        known: Tensors that existed before and are not counted, nor are their views.
 
     Attributes:
         flops: Operations so far.
-        live: Bytes at present.
-        peak: The most there were.
+        live: Currently allocated bytes.
+        peak: Maximum of allocated bytes.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -54,7 +54,7 @@ class Meter(TorchDispatchMode):
         self._known = {t.untyped_storage()._cdata for t in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and note what it made."""
+        """Run an operation and count its outputs."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.overloadpacket in flop_registry:
@@ -81,15 +81,15 @@ class Meter(TorchDispatchMode):
 def measure(
     function: Callable[[], Any], known: Iterable[Tensor] = (), autocast: torch.dtype | None = None
 ) -> Cost:
-    """Run a function and say what it cost.
+    """Run a function and measure its cost.
 
     Args:
-        function: Computes on tensors of any device; on ``meta`` it costs next to nothing.
-        known: Tensors that were there before.
-        autocast: On ``meta``: what ``torch.autocast`` on a GPU would compute in.
+        function: The computation, on any device; on ``meta`` it takes almost no time.
+        known: Tensors that existed before.
+        autocast: Data type of ``torch.autocast`` on a GPU, simulated on ``meta``.
     """
     meter = Meter(known)
-    with _as_on_a_gpu(autocast), meter:
+    with _gpu_code_paths(autocast), meter:
         result = function()
     kept = meter.live
     del result
@@ -97,11 +97,11 @@ def measure(
 
 
 @contextmanager
-def _as_on_a_gpu(autocast: torch.dtype | None) -> Iterator[None]:
-    """Let ``meta`` tensors take the paths of a GPU that they have not: fused attention, and autocast.
+def _gpu_code_paths(autocast: torch.dtype | None) -> Iterator[None]:
+    """Context manager that gives ``meta`` tensors the GPU code paths for fused attention and autocast.
 
-    Attention on ``meta`` would keep every pair of tokens. Functions and not modes are replaced, since a
-    backward pass that computes a layer again leaves modes behind.
+    Attention on ``meta`` would otherwise allocate all token pairs. Functions are replaced instead of using a
+    mode, because modes are not active when a backward pass recomputes a layer.
     """
     names = ("scaled_dot_product_attention", "linear", "conv2d")
     originals = {name: getattr(F, name) for name in names}

@@ -1,9 +1,9 @@
-"""Memory and computation of world-model training before it begins.
+"""Estimate of the memory and computation of world-model training before it starts.
 
-Network and autoencoder are copied to the ``meta`` device and run there forwards and backwards while
-operations and bytes are counted (:mod:`~wmpo_gym.capacity.meter`). Assumed beside that: AdamW with float32
-weights, gradients and two moments, averaged weights on the device, and a whole copy of all of it in every
-process. Hours are operations over an assumed speed; nothing is timed.
+Network and autoencoder are copied to the ``meta`` device, where forward and backward passes are run while
+operations and bytes are counted (:mod:`~wmpo_gym.capacity.meter`). Assumptions: AdamW with float32 weights,
+gradients and two moments, averaged weights (EMA) on the device, and a full copy of all of these in every
+process. Hours are operations divided by an assumed speed, not timed.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from wmpo_gym.world.proprio import robot_state_size
 from wmpo_gym.world.training import WorldModelTraining
 
 PEAK_TFLOPS = 312.0
-"""bfloat16 matrix products without sparsity of an NVIDIA A100, by its data sheet."""
+"""Peak bfloat16 matrix product throughput of an NVIDIA A100 without sparsity (data sheet)."""
 UTILISATION = 0.4
-"""Share of the peak that a training is assumed to reach; not measured."""
-ENCODED_ROWS = 16  # their frames fill a part of those that the autoencoder encodes at once
+"""Assumed share of the peak during training; not measured."""
+ENCODED_ROWS = 16  # rows whose frames fill one batch of the autoencoder
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a device is assumed to compute.
+    """Assumed compute speed of a device.
 
     Attributes:
-        peak_tflops: Its peak, in 10^12 operations per second.
-        utilisation: Share of the peak that a training reaches, in (0, 1].
+        peak_tflops: Peak in 10^12 operations per second.
+        utilisation: Share of the peak reached in training, in (0, 1].
 
     Raises:
         ValueError: If the peak is not positive or the share outside (0, 1].
@@ -61,14 +61,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class TrainingFootprint:
-    """Bytes that one device needs at its most expensive moment, and what they consist of.
+    """Peak memory of one device in bytes, by component.
 
     Attributes:
         micro_batch: Rows per forward and backward pass.
-        weights: Of network and autoencoder.
-        gradients: Of the network.
+        weights: Weights of network and autoencoder.
+        gradients: Gradients of the network.
         optimizer: AdamW's moments and the averaged weights.
-        working: Activations, or what the optimizer's step allocates, whichever is more.
+        working: Activations or the optimizer step's allocations, whichever is larger.
     """
 
     micro_batch: int
@@ -79,21 +79,21 @@ class TrainingFootprint:
 
     @property
     def peak(self) -> int:
-        """Their sum."""
+        """Sum of the components."""
         return self.weights + self.gradients + self.optimizer + self.working
 
 
 class TrainingEstimator:
-    """Counts what a training of a world model costs.
+    """Estimator of the cost of world-model training.
 
     Args:
-        name: What the training is called.
-        network: The world model; is left as it is, and may be on the ``meta`` device.
-        autoencoder: Frames to latents; likewise.
+        name: Display name of the training run.
+        network: The world model; it is not modified and may be on the ``meta`` device.
+        autoencoder: The autoencoder; it is not modified and may be on the ``meta`` device.
         image_size: Side of the frames in pixels.
-        settings: Of the training.
-        denoising_steps: Steps per chunk with which predicted contexts are sampled.
-        bf16: Whether it trains with bfloat16 autocast.
+        settings: Training settings.
+        denoising_steps: Denoising steps per chunk when predicted contexts are sampled.
+        bf16: Whether training uses bfloat16 autocast.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class TrainingEstimator:
         return torch.bfloat16 if self.bf16 else None
 
     def _measure_encoding(self, rows: int) -> Cost:
-        """Context and targets of some rows, encoded as the trainer does: outside of autocast."""
+        """Cost of encoding the context and targets of some rows; without autocast, as in the trainer."""
         config, side = self.network.config, self.image_size
         frames = torch.empty(rows, config.chunk, side, side, 3, dtype=torch.uint8, device="meta")
         context = frames.new_empty(rows, config.context_frames, side, side, 3)
@@ -133,7 +133,7 @@ class TrainingEstimator:
         return measure(lambda: [self.autoencoder.encode(x) for x in (context, frames)], known)
 
     def _measure_row(self, rows: int) -> tuple[Cost, Cost]:
-        """Forward and backward pass of some rows, and sampling the chunks that the next step continues."""
+        """Cost of a forward and backward pass, and of sampling the chunks that the next step continues."""
         network, config = self.network, self.network.config
         side = self.image_size // self.autoencoder.downscale
         state_dim = getattr(config, "state_dim", 0) or 0
@@ -173,12 +173,12 @@ class TrainingEstimator:
 
     @property
     def _samples(self) -> bool:
-        """Whether predicted contexts are sampled beside the training pass, as the objective decides."""
+        """Whether predicted contexts are sampled in addition to the training pass."""
         one_pass = hasattr(self.network, "predict") and self.denoising_steps == 1
         return self.settings.restart_prob < 1 and not one_pass
 
     def flops(self) -> dict[str, float]:
-        """Operations per optimiser step of all devices, by what they are for."""
+        """Operations per optimizer step over all devices, by purpose."""
         rows = self.settings.batch_size
         training, sampling = self._row_cost(1)
         return {
@@ -188,12 +188,12 @@ class TrainingEstimator:
         }
 
     def footprint(self, ranks: int, micro_batch: int | None = None) -> TrainingFootprint:
-        """Memory of one of ``ranks`` devices; ``micro_batch`` None is all of its rows at once."""
+        """Memory of one of ``ranks`` devices; with ``micro_batch`` None all of its rows form one batch."""
         local = -(-self.settings.batch_size // ranks)
         rows = min(micro_batch or local, local)
         count = FLOAT32 * sum(p.numel() for p in self.network.parameters() if p.requires_grad)
         averaged = count if self.settings.ema_decay else 0
-        # Frames are encoded in parts, so that the peak does not grow with the rows beyond some.
+        # Frames are encoded in batches, so that the peak does not grow with the number of rows.
         costs = (*self._row_cost(rows), self._encoding_cost(min(local, ENCODED_ROWS)))
         config = self.network.config
         frames = local * (config.context_frames + config.chunk) * 3 * self.image_size**2
@@ -203,19 +203,19 @@ class TrainingEstimator:
             weights=FLOAT32 * sum(self.parameters.values()),
             gradients=count,
             optimizer=ADAM_MOMENTS * count // FLOAT32 + averaged,
-            working=max(activations, count),  # the optimizer's step has a number per parameter under way
+            working=max(activations, count),  # the optimizer step allocates one float per parameter
         )
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How a training runs on a machine.
+    """Memory plan of world-model training on a machine.
 
     Attributes:
         machine: The machine.
-        rows: Micro-batches that were considered, the largest first.
-        best: The largest that fits; None if none does.
-        hours: Estimate for all steps, see :class:`Speed`.
+        rows: Evaluated micro-batch sizes, largest first.
+        best: The largest micro-batch that fits; None if none does.
+        hours: Estimated hours for all steps, see :class:`Speed`.
     """
 
     machine: Machine
@@ -239,13 +239,13 @@ class TrainingPlan:
 def plan_training(
     estimator: TrainingEstimator, machine: Machine, speed: Speed, micro_batch: int | None = None
 ) -> TrainingPlan:
-    """Find the largest micro-batch with which a training fits on a machine.
+    """Find the largest micro-batch with which training fits on a machine.
 
     Args:
-        estimator: Of the training.
-        machine: Where.
-        speed: Assumed speed of its devices.
-        micro_batch: The only one to consider; None halves the rows of a device until they fit.
+        estimator: Estimator of the training.
+        machine: The machine.
+        speed: Assumed speed of the devices.
+        micro_batch: The only size to evaluate; None halves the rows of a device until they fit.
     """
     local = -(-estimator.settings.batch_size // machine.ranks)
     sizes = [min(micro_batch, local)] if micro_batch else _halved(local)
@@ -262,16 +262,16 @@ def plan_training(
 def require_training_room(
     estimator: TrainingEstimator, device: str, ranks: int = 1, micro_batch: int | None = None
 ) -> None:
-    """Refuse a training that the device has too little memory for.
+    """Check that a device has enough memory for training.
 
     Args:
-        estimator: Of the training.
-        device: Where it is to run.
-        ranks: Processes that share its batch; on a CPU they share its memory.
-        micro_batch: Rows per forward and backward pass; None for all of a process.
+        estimator: Estimator of the training.
+        device: Device of the training.
+        ranks: Processes that share the batch; on a CPU they share its memory.
+        micro_batch: Rows per forward and backward pass; None uses all rows of a process.
 
     Raises:
-        TooLittleMemoryError: If it does not fit.
+        TooLittleMemoryError: If the training does not fit.
     """
     if torch.device(device).type not in ("cpu", "cuda"):
         return
@@ -294,7 +294,7 @@ def require_training_room(
 
 
 def training_text(estimator: TrainingEstimator, plans: Sequence[TrainingPlan], speed: Speed) -> str:
-    """What `wmpo estimate --training world-model` prints."""
+    """The text that `wmpo estimate --training world-model` prints."""
     settings, flops = estimator.settings, estimator.flops()
     total = sum(flops.values())
     shares = ", ".join(f"{name} {value / total:.0%}" for name, value in flops.items() if value)
@@ -334,7 +334,7 @@ def training_text(estimator: TrainingEstimator, plans: Sequence[TrainingPlan], s
 
 
 def on_meta(component: Any) -> Any:
-    """A copy of a component whose tensors are on the ``meta`` device, made without copying their numbers."""
+    """Copy a component to the ``meta`` device without copying its data."""
     module = component if isinstance(component, nn.Module) else getattr(component, "vae", None)
     memo: dict[int, Any] = {}
     if module is not None:
@@ -347,7 +347,7 @@ def on_meta(component: Any) -> Any:
 
 
 def _halved(rows: int) -> list[int]:
-    """``rows`` and its halves, rounded up, down to 1."""
+    """``rows``, halved repeatedly (rounded up) down to 1."""
     halves = itertools.accumulate(itertools.repeat(rows, rows.bit_length() + 1), lambda n, _: -(-n // 2))
     return sorted(set(halves), reverse=True)
 

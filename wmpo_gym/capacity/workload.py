@@ -1,4 +1,4 @@
-"""A GRPO run in imagination described by configurations alone; its networks are built without memory."""
+"""Description of a GRPO run by its configurations; networks are built on the ``meta`` device."""
 
 from __future__ import annotations
 
@@ -25,44 +25,44 @@ from wmpo_gym.world.world import COMPONENTS, WorldConfig, find_pretrained
 if TYPE_CHECKING:
     from wmpo_gym.policies.vla import VLANetwork
 
-LETTERS_PER_TOKEN = 3  # of a prompt whose tokenizer is not at hand; errs on the long side
+LETTERS_PER_TOKEN = 3  # assumed for prompts whose tokenizer is not available; a conservative value
 
 
 @dataclass(frozen=True)
 class Component:
-    """A network by its class and configuration.
+    """Class and configuration of a network.
 
     Attributes:
         kind: Key of :data:`~wmpo_gym.world.world.COMPONENTS`.
-        config: What it is made from.
+        config: Configuration of the network.
     """
 
     kind: str
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> Any:
-        """The component on the ``meta`` device, ready to predict."""
-        made = getattr(importlib.import_module(COMPONENTS[self.kind]), self.kind)
+        """Build the component on the ``meta`` device, in evaluation mode."""
+        kind = getattr(importlib.import_module(COMPONENTS[self.kind]), self.kind)
         with torch.device("meta"):
-            if made is LatentAutoencoder:
+            if kind is LatentAutoencoder:
                 from diffusers import AutoencoderKL
 
-                return made(AutoencoderKL.from_config(dict(self.config)))
+                return kind(AutoencoderKL.from_config(dict(self.config)))
             component = (
-                made.from_config(dict(self.config)) if hasattr(made, "from_config") else made(**self.config)
+                kind.from_config(dict(self.config)) if hasattr(kind, "from_config") else kind(**self.config)
             )
         return component.eval() if isinstance(component, torch.nn.Module) else component
 
 
 @dataclass(frozen=True)
 class ImaginedWorld:
-    """The parts of a world.
+    """Components of a world.
 
     Attributes:
         network: World model.
-        autoencoder: Frames to latents.
+        autoencoder: Autoencoder of the frames.
         classifier: Success classifier.
-        sampling: How it is sampled.
+        sampling: Sampling settings.
     """
 
     network: Component
@@ -73,22 +73,22 @@ class ImaginedWorld:
 
 @dataclass(frozen=True)
 class Workload:
-    """One iteration of GRPO.
+    """Sizes of one GRPO iteration.
 
     Attributes:
-        name: What it is called.
-        policy: The policy's network.
-        text_tokens: Length of its text input.
+        name: Display name.
+        policy: Configuration of the policy's network.
+        text_tokens: Length of the policy's text input in tokens.
         horizon: Control steps per episode.
         image_size: Side of the observed frames in pixels.
-        world: What imagines; None for a run in the simulator.
+        world: Components of the world; None for a run in the simulator.
         n_groups: Groups per iteration.
         group_size: Rollouts per group.
-        n_epochs: Passes over them.
+        n_epochs: Epochs over the rollouts.
         micro_batch: Decisions per forward and backward pass.
-        rows_at_once: Rollouts imagined at once; None is all of a GPU's.
-        recompute: Whether the old log-probabilities are computed anew before the update.
-        lora: Settings of the adapters that the policy has already.
+        rows_at_once: Rollouts imagined at once; None is all rollouts of a device.
+        recompute: Whether the old log-probabilities are recomputed before the update.
+        lora: Settings of the policy's existing adapters.
     """
 
     name: str
@@ -123,7 +123,7 @@ class Workload:
 
     @property
     def decision_bytes(self) -> int:
-        """What a rollout keeps of a decision, in host memory: the frame, and token, probability, mask."""
+        """Host memory per decision of a rollout: frame, tokens, log-probabilities and mask."""
         return 3 * self.image_size**2 + 13 * self.policy.n_tokens
 
     def build_policy(self) -> VLANetwork:
@@ -135,14 +135,14 @@ class Workload:
 
 
 def published_workload(task: str, **changes: Any) -> Workload:
-    """The published system at the sizes and settings of the WMPO paper and release.
+    """Workload with the sizes and settings of the WMPO paper and release.
 
     Args:
-        task: Name of a released task; hyphens and underscores are the same.
-        **changes: Other values for fields of :class:`Workload`.
+        task: Name of a released task; hyphens and underscores are equivalent.
+        **changes: Overrides of fields of :class:`Workload`.
 
     Raises:
-        ValueError: If there is no such task.
+        ValueError: If the task does not exist.
     """
     released = released_task(task)
     policy = VLAConfig.openvla_oft_7b(chunk=released.chunk.value, action_dim=released.action_dim.value)
@@ -170,16 +170,16 @@ def published_workload(task: str, **changes: Any) -> Workload:
 
 
 def saved_workload(world: str | Path | None, policy: str | Path, **settings: Any) -> Workload:
-    """A run in a saved world with a saved policy; reads their configurations only.
+    """Workload of a saved world and policy; reads only their configurations.
 
     Args:
         world: Directory, hub id or task name; None for a run in the simulator.
-        policy: The same of the policy.
+        policy: Directory, hub id or task name of the policy.
         **settings: ``n_groups``, ``group_size``, ``n_epochs``, ``micro_batch``, and any other field of
-            :class:`Workload`; without a world, ``horizon`` is one decision unless it is given.
+            :class:`Workload`; without a world, ``horizon`` defaults to one decision.
 
     Raises:
-        ValueError: If there is no such world or policy, or the world has no success classifier.
+        ValueError: If the world or policy does not exist, or the world has no success classifier.
         ArtifactError: If a file is missing or damaged.
     """
     card = read_policy_card(find_pretrained(policy, "policy"))
@@ -200,7 +200,7 @@ def saved_workload(world: str | Path | None, policy: str | Path, **settings: Any
 
 
 def read_world(directory: Path) -> tuple[ImaginedWorld, Task]:
-    """Configurations of a saved world's parts, and its task.
+    """Component configurations and task of a saved world.
 
     Raises:
         ValueError: If the world has no success classifier.
@@ -228,7 +228,7 @@ def read_world(directory: Path) -> tuple[ImaginedWorld, Task]:
 
 
 def default_rows_at_once(device: str) -> int | None:
-    """Rollouts imagined at once where nothing is said (by other networks fewer); None is all of them."""
+    """Default number of rollouts imagined at once (an upper bound for some networks); None is all."""
     return ConvWorldModel.cpu_batch if device == "cpu" else None
 
 

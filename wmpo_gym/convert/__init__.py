@@ -1,5 +1,5 @@
-"""The released WMPO files as worlds and policies of this package.
+"""Conversion of the released WMPO files to worlds and policies of this package.
 
-Everything is read without running code of theirs, compared name by name and shape by shape with what is
-expected, and written as JSON and safetensors.
+Files are read without executing code from them, checked name by name and shape by shape, and written as JSON
+and safetensors.
 """

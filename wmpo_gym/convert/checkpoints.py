@@ -1,6 +1,6 @@
-"""Weight files of others: read without running their code, compared name by name, copied without loading.
+"""Safe reading, checking and copying of third-party weight files, without executing code from them.
 
-What is read is mapped into memory rather than loaded: a tensor takes memory while it is looked at.
+Files are memory-mapped: a tensor takes memory only while it is accessed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A released OpenVLA-OFT checkpoint as a policy directory."""
+"""Conversion of a released OpenVLA-OFT checkpoint to a policy directory."""
 
 from __future__ import annotations
 

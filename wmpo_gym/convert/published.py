@@ -1,4 +1,4 @@
-"""Weights of the WMPO release, in the names of this package."""
+"""Translation of the WMPO release's weight names to those of this package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from wmpo_gym.world.networks.stdit import STDiT
 
 DEAD_PARTS = ("cross_attn.", "y_embedder.", "fps_embedder.")
-"""Parts of a published world model that take no part in its computation."""
+"""Unused parts of a published world model."""
 
 _RENAMED = {
     "rope.freqs": "rope_freqs",
@@ -58,7 +58,7 @@ def published_layout(network: STDiT) -> dict[str, tuple[int, ...]]:
 
 
 def dead_layout(network: STDiT) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what the release carries beside :func:`published_layout` and never computes."""
+    """Names and shapes of the release's unused tensors, which are not in :func:`published_layout`."""
     dim, features = network.config.hidden_size, network.t_embedder.n_features
     shapes: dict[str, tuple[int, ...]] = {"y_embedder.y_embedding": (_CAPTION_LENGTH, _CAPTION_CHANNELS)}
 

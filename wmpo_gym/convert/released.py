@@ -1,4 +1,4 @@
-"""What belongs to each released task besides weights: every number with the place it was taken from.
+"""Settings of each released task, every value with its source.
 
 Sources are files of the public WMPO code at commit 09f60b7 unless they say otherwise.
 """
@@ -30,7 +30,7 @@ ACTION_BOUNDS = {"q99": ("q01", "q99"), "bounds": ("min", "max")}
 
 @dataclass(frozen=True)
 class Sourced(Generic[T]):
-    """A setting and where it was read."""
+    """A setting and its source."""
 
     value: T
     source: str
@@ -49,7 +49,7 @@ class ReleasedTask:
         name: Name here.
         release_name: Name in the release's paths and statistics.
         horizon: Control steps.
-        prompt: What the policy is told to do.
+        prompt: Instruction of the policy.
         threshold: Score from which on the classifier's windows count as success.
         statistics_key: Entry of the policy's ``dataset_statistics.json``.
         action_bounds: Key of :data:`ACTION_BOUNDS`.
@@ -60,8 +60,8 @@ class ReleasedTask:
         context_frames: H.
         denoising_steps: Euler steps per chunk.
         context_noise: Noise level the network takes its context to have.
-        round_timesteps: Tell the network timesteps rounded to bfloat16.
-        temperature: Of the policy, when sampling and in its probabilities.
+        round_timesteps: Round the timestep inputs of the network to bfloat16.
+        temperature: Temperature of the policy, for sampling and log-probabilities.
         control_hz: Control steps per second.
     """
 
@@ -177,7 +177,7 @@ class Converted:
     task: ReleasedTask
 
     def report(self) -> str:
-        """What to tell the user."""
+        """Text summary for the user."""
         lines = [f"written to {self.directory}", "settings and their sources:"]
         for name, setting in self.task.to_dict().items():
             lines.append(f"  {name:<25} {setting['value']!s:<35} {setting['source']}")

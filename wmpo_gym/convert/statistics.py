@@ -1,4 +1,4 @@
-"""Statistics of recorded actions: which physical numbers the policy's -1 and +1 stand for."""
+"""Action statistics: the physical values that correspond to the policy's -1 and +1."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class ActionStatistics:
     Attributes:
         low: Physical value of -1.
         high: Physical value of +1.
-        mask: False where the policy's number is the physical one already (a gripper).
-        key: Entry of the file they come from; None if it has only one.
+        mask: False where the policy's value is already physical (a gripper).
+        key: Entry of the statistics file; None if it has only one.
     """
 
     low: tuple[float, ...]

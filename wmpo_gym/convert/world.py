@@ -1,4 +1,4 @@
-"""Released world model, autoencoder, reward model and first frames as one :class:`World` directory."""
+"""Conversion of released world model, autoencoder, reward model and first frames to a :class:`World`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", "
 
 @dataclass(frozen=True)
 class WorldFiles:
-    """Where the parts of a released world lie.
+    """Paths of the parts of a released world.
 
     Attributes:
         network: World-model weights: a directory, a safetensors file or index, or ``ema.pt``.
