@@ -1,4 +1,4 @@
-"""``wmpo bench``: speed of imagination on this machine, and the split of its time."""
+"""``wmpo bench``: throughput of imagination on this machine, and the time of each component."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from wmpo_gym.utils.io import write_json_atomic
 
 @dataclass(frozen=True)
 class Command:
-    """Measure imagined and simulated frames per second, the split of the time, and what optimisations save.
+    """Measure imagined and simulated frames per second, the time of each component, and optimisation savings.
 
     Attributes:
-        preset: This machine with a world and a transformer of a size for a CPU; or the published sizes with
-            random weights on one CUDA card, to which the options on world, policy, rows, device and dtype do
-            not apply.
-        world: Directory, hub id or task name.
-        policy: Who acts where the length of episodes matters (directory, hub id or task name).
+        preset: here: a world, and a transformer small enough for a CPU, on this machine. paper: the published
+            sizes with random weights on one CUDA GPU; --world, --policy, --rows, --device and --dtype do not
+            apply.
+        world: Directory, hub id or task name of the world.
+        policy: Policy for measurements that depend on episode length (directory, hub id or task name).
         rows: Batch sizes.
-        repeats: Repeats of every measurement.
+        repeats: Repetitions of every measurement.
         simulated: Measure the paired simulator too.
-        threads: Threads of torch; its own choice by default.
-        device: Where the world imagines.
-        dtype: What its network computes in; the convolutional one knows float32 only.
+        threads: Number of torch threads; by default torch's own choice.
+        device: Device for the world: cpu, cuda or cuda:1.
+        dtype: Data type of the world's network; the convolutional network supports float32 only.
         compile: Compile the network with torch.compile, which takes minutes.
-        seed: Decides everything random.
-        json: File for the numbers.
+        seed: Random seed.
+        json: Output file for the measurements.
     """
 
     preset: Literal["here", "paper"] = "here"

@@ -28,24 +28,24 @@ from wmpo_gym.utils.device import Precision, check_precision, resolve_device
 class Command:
     """Record episodes in the simulator, one directory each, with success labels.
 
-    Interrupted, the same command goes on where it stopped and records the same episodes; with a larger
-    ``--episodes`` it adds to them.
+    If interrupted, the same command resumes and records the same episodes; with a larger --episodes it adds
+    further ones.
 
     Attributes:
-        out: Directory of the episodes; default runs/episodes-TASK.
-        policy: Who acts: expert (scripted demonstrations), play (scripted, without labels), or the directory,
-            hub id or task name (the bundled one) of a policy.
-        greedy: Let the policy act greedily instead of sampling.
-        task: Task; NAME@64 asks for pictures of 64 x 64 pixels.
-        episodes: How many.
-        split: Split the start states are drawn from.
+        out: Output directory of the episodes; default runs/episodes-TASK.
+        policy: expert (scripted demonstrations), play (scripted, unlabelled), or the directory, hub id or
+            task name (the bundled one) of a policy.
+        greedy: Act greedily instead of sampling from the policy.
+        task: Task name; NAME@64 sets the image size to 64 x 64 pixels.
+        episodes: Number of episodes.
+        split: Split that start states are drawn from.
         variant: Scene variant.
-        seed: Decides the start states and everything random.
-        num_envs: Rows that a policy acts in at once.
-        video: Also write a video of every episode, under OUT/videos.
-        device: Where a policy computes; auto is the GPU if there is one.
+        seed: Random seed of start states and actions.
+        num_envs: Number of environments that a policy steps in parallel.
+        video: Also write a video of every episode to OUT/videos.
+        device: Device for a policy: auto (a GPU if available), cpu, cuda or cuda:1.
         precision: fp32, or bf16 for a policy on a GPU.
-        expert: How the expert errs.
+        expert: Error model of the scripted expert.
     """
 
     out: Path | None = None
@@ -64,16 +64,16 @@ class Command:
 
     @classmethod
     def default_for(cls, options: Sequence[str]) -> Command:
-        """The defaults of the task that the options name."""
+        """Default values for the task in the options."""
         return cls(expert=default_expert(option_value(options, "--task", cls.task)))
 
     def run(self) -> None:
-        """Record what is missing and say how it went."""
+        """Record the missing episodes and print a summary."""
         task = get_task(self.task)
         out = self.out or Path("runs") / f"episodes-{task.name.replace(':', '-')}"
         ids = choose_start_states(task, self.split, self.episodes, self.seed)
         store = EpisodeStore(out)
-        # A longer collection is the same one continued; all the rest decides what gets recorded.
+        # A larger number of episodes continues the same collection; all other settings must stay equal.
         places = ("out", "episodes", "video", "device", "precision")
         keep_settings(
             out / "collection.json",
@@ -124,7 +124,7 @@ class Command:
 
 
 def _film(store: EpisodeStore, directory: Path, task: Task) -> None:
-    """One video per episode, named by its start state."""
+    """Write one video per episode, named by its start state."""
     from wmpo_gym.utils.video import save_video
 
     scale = max(1, 256 // task.image_size)

@@ -1,4 +1,4 @@
-"""What several commands need: finding policies, worlds and episodes, and choosing start states."""
+"""Shared helpers of the commands: load policies, worlds and episodes, and draw start states."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def load_policy(name_or_dir: str, *, seed: int = 0, device: str = "cpu", **kwarg
     """A policy from a directory, a hub id or the name of a task with a bundled one.
 
     Args:
-        name_or_dir: Which.
-        seed: Seeds its sampling.
-        device: Where it computes.
+        name_or_dir: Directory, hub id or task name.
+        seed: Seed of the policy's sampling.
+        device: Device that the policy is moved to.
         **kwargs: Further arguments of :class:`~wmpo_gym.policies.VLAPolicy`.
 
     Raises:
@@ -63,11 +63,11 @@ def policy_task(name_or_dir: str) -> Task:
 
 
 def policy_and_world(policy: str | None, world: str | None) -> tuple[str, str]:
-    """A policy and a world that belong together: those given, or the bundled ones of one task.
+    """A matching policy and world: the given ones, or the bundled ones of one task.
 
     Args:
         policy: Directory, hub id or task name.
-        world: Likewise.
+        world: Directory, hub id or task name.
 
     Raises:
         ValueError: If only one of them is given, and it is not the bundled one of a task.
@@ -82,10 +82,10 @@ def policy_and_world(policy: str | None, world: str | None) -> tuple[str, str]:
 
 
 def check_policy_fits(policy: VLAPolicy, name: str, task: Task) -> None:
-    """Refuse a policy of other actions or images than a task's.
+    """Check that a policy's chunk length, action size and image size are the task's.
 
     Raises:
-        ValueError: Naming both.
+        ValueError: If they differ; the message gives both.
     """
     config, size = policy.config, policy.observation_space["pixels"].shape[1]
     has = (config.chunk, config.action_dim, size)
@@ -101,8 +101,8 @@ def load_world(name_or_dir: str, *, device: str = "cpu") -> World:
     """A world from a directory, a hub id or the name of a task with a bundled one.
 
     Args:
-        name_or_dir: Which.
-        device: Where its networks compute.
+        name_or_dir: Directory, hub id or task name.
+        device: Device that its networks are moved to.
 
     Raises:
         ValueError: If there is none.
@@ -114,14 +114,14 @@ def load_world(name_or_dir: str, *, device: str = "cpu") -> World:
 
 
 def task_of(name: str | None, directories: Sequence[Path]) -> Task:
-    """The task that is named, else the one that the episodes say they belong to.
+    """The named task, or else the task recorded with the episodes.
 
     Args:
         name: Name of a known task, or a directory, see :func:`~wmpo_gym.data.task_file.find_task`.
         directories: Stores of episodes.
 
     Raises:
-        ValueError: If there is no such task, or the episodes do not say and none is named.
+        ValueError: If there is no such task, or none is named and the episodes record none.
         ArtifactError: If a description is damaged, or a directory holds no whole episode.
     """
     if name is not None:
@@ -146,21 +146,21 @@ def task_of(name: str | None, directories: Sequence[Path]) -> Task:
 
 
 def iterate_episodes(directories: Sequence[Path], task: Task) -> Iterator[Episode]:
-    """The episodes of several stores one by one; broken ones are skipped with a warning.
+    """Iterate over the episodes of several stores; broken episodes are skipped with a warning.
 
     Raises:
-        ArtifactError: If a directory does not exist or holds no whole episode.
-        ValueError: If an episode was recorded for another task, or its actions were scaled otherwise.
+        ArtifactError: If a directory does not exist or holds no complete episode.
+        ValueError: If an episode was recorded for another task or with another action scaling.
     """
     return _of_task(directories, task, iter)
 
 
 def load_episodes(directories: Sequence[Path], task: Task, frame_cache: Path | None = None) -> list[Episode]:
-    """The episodes of several stores with their frames left on disk.
+    """The episodes of several stores; frames stay on disk until they are read.
 
     Args:
         directories: The stores.
-        task: The task all of them belong to.
+        task: The task that all episodes must belong to.
         frame_cache: Directory of decoded frames, see :meth:`~wmpo_gym.data.store.EpisodeStore.open`.
 
     Raises:
@@ -174,7 +174,7 @@ def load_episodes(directories: Sequence[Path], task: Task, frame_cache: Path | N
 def _of_task(
     directories: Sequence[Path], task: Task, read: Callable[[EpisodeStore], Iterable[Episode]]
 ) -> Iterator[Episode]:
-    """The episodes that ``read`` finds in each store, checked to belong to the task."""
+    """The episodes that ``read`` yields for each store, after checking their task."""
     for directory in directories:
         own, store, empty = read_task(directory), EpisodeStore(directory), True
         if own is not None and own != task:
@@ -199,7 +199,7 @@ def _of_task(
 def choose_start_states(task: Task, split: str, n: int, seed: int) -> list[int]:
     """Draw n different start states of a split.
 
-    A larger n with the same seed begins with the same start states, so that a collection can be extended.
+    With the same seed, a larger n begins with the same start states, so that a collection can be extended.
 
     Raises:
         ValueError: If the split is unknown or has fewer start states.
@@ -214,10 +214,10 @@ def choose_start_states(task: Task, split: str, n: int, seed: int) -> list[int]:
 
 
 def split_episodes(episodes: list[Episode], share: float, seed: int) -> tuple[list[Episode], list[Episode]]:
-    """Episodes to train on, and a share of them to measure on.
+    """Split episodes at random into training episodes and a held-out fraction ``share``.
 
     Raises:
-        ValueError: If the share is not in [0, 1).
+        ValueError: If the fraction is not in [0, 1).
     """
     if not 0 <= share < 1:
         raise ValueError(f"--holdout must be a share of the episodes in [0, 1), got {share}.")
@@ -232,12 +232,12 @@ def split_episodes(episodes: list[Episode], share: float, seed: int) -> tuple[li
 
 
 def option_value(options: Sequence[str], name: str, default: str) -> str:
-    """The value of one option before all are read, for defaults that depend on it.
+    """The value of one option, parsed before all others because their defaults depend on it.
 
     Args:
         options: The words after the command.
         name: The option, for instance ``"--task"``.
-        default: Its value where it is not given.
+        default: The value if the option is not given.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(name, dest="value", default=default)

@@ -16,25 +16,25 @@ from wmpo_gym.utils.io import read_json
 class Command:
     """Compare methods on identical environments, budgets and start states.
 
-    Writes results.json, table.md and plots. Interrupted, the same command resumes with the trial it was in;
-    with more seeds, methods or budgets it trains only what is new.
+    Writes results.json, table.md and plots. If interrupted, the same command resumes with the unfinished
+    trial; with more seeds, methods or budgets it trains only the new ones.
 
     Attributes:
-        preset: The paper's question: table1 (sample efficiency and final success), table2 (changed scenes),
-            behaviour (length and self-correction, figures 3 to 5) or lifelong (figure 6).
-        task: Task.
-        out: Directory; default runs/compare-PRESET-TASK.
-        methods: Only these methods.
-        budgets: Other budgets of real episodes.
-        seeds: Other seeds.
-        episodes: Other number of test start states.
+        preset: Experiment of the paper: table1 (sample efficiency and final success), table2 (changed
+            scenes), behaviour (episode length and self-correction, figures 3 to 5) or lifelong (figure 6).
+        task: Task name.
+        out: Output directory; default runs/compare-PRESET-TASK.
+        methods: Methods to compare; by default those of the preset.
+        budgets: Budgets of real episodes; by default those of the preset.
+        seeds: Seeds; by default those of the preset.
+        episodes: Number of test start states; by default that of the preset.
         bundled: Start from the bundled base policy and play-trained world model for all seeds.
-        trained_in: Directory of another comparison: test its policies, as far as it has them, instead of
-            training new ones (for instance table2 and behaviour on those of table1).
-        jobs: Processes that train in parallel, each with its share of the cores.
-        device: Where networks are trained and evaluated: auto (a GPU if there is one), cpu, cuda or cuda:1.
+        trained_in: Directory of another comparison whose trained policies are tested where available,
+            instead of training new ones (for instance table2 or behaviour on the policies of table1).
+        jobs: Number of parallel training processes, each with its share of the cores.
+        device: Device for training and evaluation: auto (a GPU if available), cpu, cuda or cuda:1.
         precision: fp32, or bf16 on a GPU.
-        summary_only: Only write table and plots from the results.json in the directory.
+        summary_only: Only write the table and plots from the results.json in the directory.
     """
 
     preset: str = "table1"
@@ -52,7 +52,7 @@ class Command:
     summary_only: bool = False
 
     def run(self) -> None:
-        """Run what is missing, then print the table."""
+        """Run the missing trials, then print the table."""
         plan = preset(self.preset, self.task)
         given: dict[str, Any] = {
             "methods": self.methods,

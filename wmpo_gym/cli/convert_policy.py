@@ -1,4 +1,4 @@
-"""``wmpo convert policy``: a released OpenVLA-OFT checkpoint as a policy of this package."""
+"""``wmpo convert policy``: convert a released OpenVLA-OFT checkpoint to a policy of this package."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Command:
-    """Turn a released OpenVLA-OFT checkpoint into a policy, in the precision it has.
+    """Convert a released OpenVLA-OFT checkpoint to a policy; weights keep their precision.
 
     Attributes:
         task: coffee, square, stack-three or three-piece-assembly.
         source: Hugging Face directory of the checkpoint: config.json, weights, tokenizer, statistics.
-        out: Directory of the policy.
-        statistics: Action statistics, if not source/dataset_statistics.json.
+        out: Output directory of the policy.
+        statistics: File of action statistics; by default SOURCE/dataset_statistics.json.
     """
 
     task: str

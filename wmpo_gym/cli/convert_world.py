@@ -1,4 +1,4 @@
-"""``wmpo convert world``: released WMPO files as a world of this package."""
+"""``wmpo convert world``: convert released WMPO files to a world of this package."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Command:
-    """Join a released world model, autoencoder, reward model and first frames in one world.
+    """Convert a released world model, autoencoder, reward model and first frames to one world directory.
 
-    Nothing of the files is run, everything is checked before anything is written, and weights are mapped into
-    memory rather than loaded. Settings of the task come from a table that names the source of each.
+    No code from the files is executed, all files are checked before anything is written, and weights are
+    memory-mapped. Task settings come from a table that names the source of each.
 
     Attributes:
         task: coffee, square, stack-three or three-piece-assembly.
@@ -21,12 +21,11 @@ class Command:
         reward: Reward model, videomae_TASK.pth.
         statistics: The task's dataset_statistics.json.
         start_frames: Directory of first frames, ID.png.
-        out: Directory of the world.
-        context_noise: Noise level that the network takes its context to have: 0.015 in the release (if not
-            given), 0.05 in the paper.
+        out: Output directory of the world.
+        context_noise: Noise level of the context frames: 0.015 in the release (default), 0.05 in the paper.
         round_timesteps: Round timesteps to bfloat16, as the release does.
-        classifier_normalisation: Of the pixels: imagenet as in the release's rollouts (if not given), or half
-            (mean and deviation 0.5) as in its training scripts.
+        classifier_normalisation: Pixel normalisation of the classifier: imagenet, as in the release's
+            rollouts (default), or half (mean and deviation 0.5), as in its training scripts.
     """
 
     task: str

@@ -12,17 +12,18 @@ from wmpo_gym.pipeline.presets import PRESETS
 
 @dataclass(frozen=True)
 class Command:
-    """Run the full method, from real rollouts over imagination to a better policy.
+    """Run the full method on the bundled task in about ten minutes.
 
-    Collect 64 real rollouts, align the world model, train the classifier, check the gates, optimise in
-    imagination, all of it twice, and compare before and after in the simulator.
+    Two rounds of: collect 64 rollouts in the simulator, fine-tune the world model, train the success
+    classifier, measure the gates, optimise the policy in imagination. Then compare the policies before and
+    after in the simulator.
 
-    Interrupted, the same command resumes with the stage it was in.
+    If interrupted, the same command resumes with the unfinished stage.
 
     Attributes:
-        seed: Seed of the rollouts, the trainings and the evaluation.
-        out: Directory of the run.
-        device: Where networks are trained and evaluated: auto (a GPU if there is one), cpu, cuda or cuda:1.
+        seed: Random seed of rollouts, training and evaluation.
+        out: Output directory.
+        device: Device for training and evaluation: auto (a GPU if available), cpu, cuda or cuda:1.
         precision: fp32, or bf16 on a GPU.
     """
 
@@ -32,7 +33,7 @@ class Command:
     precision: str = "fp32"
 
     def run(self) -> None:
-        """Run what is missing."""
+        """Run the unfinished stages."""
         run_recipe(
             replace(PRESETS["demo"], seed=self.seed),
             self.out,

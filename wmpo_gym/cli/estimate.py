@@ -1,4 +1,4 @@
-"""``wmpo estimate``: what a run will take, before anything is loaded."""
+"""``wmpo estimate``: parameters, memory and computation of a run, without loading weights."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ _WORLD_MODEL_OPTIONS = ("steps", "batch_size", "peak_tflops", "utilisation")
 
 @dataclass(frozen=True)
 class Command:
-    """Parameters, memory and computation of a training, and what makes it fit on a machine.
+    """Estimate parameters, memory and computation of a training run, and find settings that fit a machine.
 
-    Networks are built without memory and run without computing; no weights are loaded. Exit status 1 if it
+    Networks are built and traced on the meta device; no weights are loaded. The exit status is 1 if the run
     does not fit.
 
     Attributes:
-        training: GRPO in imagination, or training of the world model.
-        preset: The bundled world and policy, or those of the paper at their sizes.
+        training: Training to estimate: GRPO in imagination, or the world model.
+        preset: The bundled world and policy, or those of the paper at the published sizes.
         task: With --preset paper: coffee, stack-three, three-piece-assembly or square.
         world: Another world (directory, hub id or task name); only its configuration is read.
-        policy: Another policy, likewise.
-        machines: GPUs and the memory of one in GB, like 1x80, or 4x8x80 for four machines with eight; here is
-            this machine. By default 1x80 and 4x8x80 for the paper (1x80 and 8x80 for its world model), else
-            here.
+        policy: Another policy (directory, hub id or task name); only its configuration is read.
+        machines: GPUs x memory of each in GB, for instance 1x80, or 4x8x80 for four machines with eight GPUs;
+            here is this machine. Default: 1x80 and 4x8x80 for --preset paper (1x80 and 8x80 for its world
+            model), else here.
         n_groups: Groups per iteration.
         group_size: Rollouts per group.
         n_epochs: Passes over the rollouts of an iteration.
-        rows_at_once: Rollouts imagined at once.
+        rows_at_once: Rollouts imagined in parallel.
         offload: Keep the world on the CPU while the policy is updated.
-        fsdp: Spread the policy over the GPUs.
-        steps: With --training world-model: its optimiser steps.
-        batch_size: With --training world-model: rows per step, of all devices together.
-        peak_tflops: With --training world-model: assumed peak of a device in 10^12 operations per second; by
-            default that of an NVIDIA A100 in bfloat16.
-        utilisation: With --training world-model: assumed share of that peak.
-        json: File for the figures.
-        memory: How the policy is kept. Without these options, --offload and --fsdp, all ways are tried. For
-            the world model only --micro-batch applies.
+        fsdp: Shard the policy over the GPUs.
+        steps: With --training world-model: optimiser steps.
+        batch_size: With --training world-model: batch size over all devices.
+        peak_tflops: With --training world-model: assumed peak of a device in TFLOP/s; by default that of an
+            NVIDIA A100 in bfloat16.
+        utilisation: With --training world-model: assumed fraction of that peak.
+        json: Output file for the estimate.
+        memory: Memory options of the policy. If none of these, --offload or --fsdp is given, all combinations
+            are tried. For the world model only --micro-batch applies.
     """
 
     training: Literal["grpo", "world-model"] = "grpo"
@@ -76,14 +76,14 @@ class Command:
         return int(not fits)
 
     def _given(self, *names: str) -> dict[str, Any]:
-        """Those of some options that were given."""
+        """The named options that were given, with their values."""
         return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
 
     def _refuse_options(self) -> None:
-        """Refuse options that the chosen training does not have.
+        """Refuse options that do not apply to the chosen training.
 
         Raises:
-            ValueError: Naming them.
+            ValueError: If there are any; the message names them.
         """
         if self.training == "grpo":
             foreign = self._given(*_WORLD_MODEL_OPTIONS)
@@ -108,7 +108,7 @@ class Command:
         from wmpo_gym.capacity.fit import make_plan, plan_text
 
         machines, estimator = self._machines("1x80", "4x8x80"), Estimator(self._workload())
-        memory = replace(self.memory, micro_batch=None)  # which is the workload's
+        memory = replace(self.memory, micro_batch=None)  # micro_batch belongs to the workload
         considered = None
         if memory.changes() or self.offload or self.fsdp:
             considered = [Option(memory, self.offload, self.fsdp)]

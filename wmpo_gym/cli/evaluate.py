@@ -1,4 +1,4 @@
-"""``wmpo evaluate``: success of policies in the simulator, and how often it confirms imagined success."""
+"""``wmpo evaluate``: success rates in the simulator, and precision of imagined successes."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ Pair = tuple["Rollouts", "Rollouts"]  # sampled and greedy, on the same start st
 
 @dataclass(frozen=True)
 class Command:
-    """Evaluate a policy in the simulator, on start states it never saw, sampled and greedily.
+    """Evaluate a policy in the simulator on held-out start states, with sampled and with greedy actions.
 
-    With --base the two are compared on the same start states; with --world the imagined successes are checked
-    by running the same actions in the simulator; with both and --out there is a report.html, too.
+    With --base, two policies are compared on the same start states. With --world, imagined successes are
+    checked by replaying the same actions in the simulator. With both and --out, a report.html is written.
 
     Attributes:
         policy: Directory, hub id or task name (the bundled base policy).
         base: Policy to compare with.
         world: World to check (directory, hub id or task name).
-        task: Task; the policy's own by default.
-        episodes: Start states, one episode each.
-        split: Their split; reported numbers use test.
+        task: Task name; by default the task of the policy.
+        episodes: Number of start states, one episode each.
+        split: Split of the start states; reported numbers use test.
         variant: Scene variant of the simulator.
-        seed: Decides everything random.
-        clips: Side-by-side videos in the report.
+        seed: Random seed.
+        clips: Number of side-by-side videos in the report.
         out: Directory for results.json, its protocol and report.html.
-        device: Where policy and world compute; auto is the GPU if there is one.
+        device: Device for policy and world: auto (a GPU if available), cpu, cuda or cuda:1.
         precision: fp32, or bf16 for the policy on a GPU.
     """
 
@@ -135,7 +135,7 @@ class Command:
 
 
 def _results(policy: Pair, base: Pair | None, twin: TwinComparison | None, seconds: float) -> dict[str, Any]:
-    """The schema of ``results.json`` as far as it was measured."""
+    """The measured part of ``results.json``."""
     from wmpo_gym.report.results import build_results, comparison
 
     spent: dict[str, Any] = {

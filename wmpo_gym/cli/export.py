@@ -1,4 +1,4 @@
-"""``wmpo export``: episodes as a LeRobotDataset."""
+"""``wmpo export``: write episodes as a LeRobotDataset."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from wmpo_gym.tasks import Task
 
 @dataclass(frozen=True)
 class Command:
-    """Write a LeRobotDataset v3: recorded episodes, or (--imagine) new ones of a policy in a world.
+    """Write a LeRobotDataset v3 of recorded episodes, or (--imagine) of rollouts of a policy in a world.
 
     Actions are in the robot's units. Imagined episodes are marked in the column "imagined", and their success
-    is what the world's classifier claims.
+    label is the prediction of the world's classifier.
 
     Attributes:
-        out: Directory of the data set.
-        episodes: Directories of episodes.
-        task: Task, or the directory of an import or a world; that of the episodes by default.
-        imagine: Episodes to imagine instead.
-        world: World to imagine in (directory, hub id or task name); the bundled one by default.
-        policy: Policy that acts there (directory, hub id or task name); the bundled one by default.
-        greedy: Let it act greedily instead of sampling.
-        camera: Name of the pictures, behind observation.images.
-        codec: Video with small losses as LeRobot has it, or without any.
-        seed: Decides everything imagined.
+        out: Output directory of the data set.
+        episodes: Directories of episodes to export.
+        task: Task name, or the directory of an import or a world; by default the task of the episodes.
+        imagine: Number of episodes to imagine, instead of --episodes.
+        world: World for --imagine (directory, hub id or task name); the bundled one by default.
+        policy: Policy for --imagine (directory, hub id or task name); the bundled one by default.
+        greedy: Act greedily instead of sampling.
+        camera: Camera name: the image column is observation.images.CAMERA.
+        codec: Video codec: h264 (lossy, LeRobot's default), or lossless.
+        seed: Random seed of the imagined episodes.
     """
 
     out: Path
@@ -53,7 +53,7 @@ class Command:
     seed: int = 0
 
     def run(self) -> None:
-        """Write and say how much."""
+        """Write the data set and print its size."""
         if bool(self.episodes) == bool(self.imagine):
             raise ValueError("Give either --episodes, to export them, or --imagine with how many to make.")
         found: Iterable[Episode]

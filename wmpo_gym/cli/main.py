@@ -1,12 +1,12 @@
-"""Finds the sub-command, reads its options, runs it, and explains what goes wrong.
+"""Entry point of ``wmpo``: find the sub-command, parse its options, run it and report errors.
 
 A sub-command is a module of this package with a frozen dataclass ``Command``: its fields are the options, its
-docstring is the help, and ``run()`` does the work by calling the floors below. Where defaults depend on an
-option, a class method ``default_for(options)`` gives them. Only the module that is asked for is imported, so
-that ``wmpo --help`` answers at once.
+docstring is the help text, and ``run()`` does the work. Where defaults depend on an option, a class method
+``default_for(options)`` returns them. Only the module of the requested command is imported, so that
+``wmpo --help`` is fast.
 
-Exit status: 0 done, 1 done but the answer is no (a gate failed, for instance), 2 wrong input or a file that
-cannot be used, 130 interrupted.
+Exit status: 0 success, 1 completed with a negative result (a gate failed, for instance), 2 invalid input or
+an unusable file, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-# What a user types -> (module with the Command, what it does).
+# Command name -> (module with the Command, summary).
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("wmpo_gym.cli.demo", "the whole method before your eyes, in about ten minutes"),
-    "reproduce": ("wmpo_gym.cli.reproduce", "the whole method at full length, from nothing"),
-    "collect": ("wmpo_gym.cli.collect", "record episodes: the scripted expert, play, or a policy"),
-    "import": ("wmpo_gym.cli.import_", "recordings of others: robomimic, LeRobot, the WMPO release"),
-    "export": ("wmpo_gym.cli.export", "episodes, recorded or imagined, as a LeRobotDataset"),
+    "demo": ("wmpo_gym.cli.demo", "run the full method in about ten minutes, from bundled weights"),
+    "reproduce": ("wmpo_gym.cli.reproduce", "run the full method at full length, from scratch"),
+    "collect": ("wmpo_gym.cli.collect", "record episodes of the scripted expert, play, or a policy"),
+    "import": ("wmpo_gym.cli.import_", "import recordings: robomimic, LeRobot, WMPO release"),
+    "export": ("wmpo_gym.cli.export", "export recorded or imagined episodes as a LeRobotDataset"),
     "train sft": ("wmpo_gym.cli.train_sft", "fine-tune a policy on recorded episodes"),
     "train world-model": (
         "wmpo_gym.cli.train_world_model",
-        "pre-train a world model, or align one on rollouts",
+        "pre-train a world model, or fine-tune one on rollouts",
     ),
-    "train distill": ("wmpo_gym.cli.train_distill", "make a world sample with fewer denoising steps"),
+    "train distill": ("wmpo_gym.cli.train_distill", "distil a world model to fewer denoising steps"),
     "train reward": ("wmpo_gym.cli.train_reward", "train and calibrate the success classifier of a world"),
-    "train grpo": ("wmpo_gym.cli.train_grpo", "optimise a policy in imagination, or in the simulator"),
-    "convert world": ("wmpo_gym.cli.convert_world", "released WMPO files as a world"),
-    "convert policy": ("wmpo_gym.cli.convert_policy", "a released OpenVLA-OFT checkpoint as a policy"),
-    "validate": ("wmpo_gym.cli.validate", "say whether a world is fit to train in: the four gates"),
-    "evaluate": ("wmpo_gym.cli.evaluate", "success in the twin, paired; imagination judged by twin replay"),
-    "compare": ("wmpo_gym.cli.compare", "methods on identical environments, budgets and start states"),
-    "serve": ("wmpo_gym.cli.serve", "answer a robot's pictures with action chunks, over a local socket"),
-    "estimate": ("wmpo_gym.cli.estimate", "parameters, memory and computation of a run, before it begins"),
-    "bench": ("wmpo_gym.cli.bench", "frames per second and where the time goes"),
+    "train grpo": ("wmpo_gym.cli.train_grpo", "optimise a policy in a world model or in the simulator"),
+    "convert world": ("wmpo_gym.cli.convert_world", "convert a released WMPO world model"),
+    "convert policy": ("wmpo_gym.cli.convert_policy", "convert a released OpenVLA-OFT policy"),
+    "validate": ("wmpo_gym.cli.validate", "measure the four gates: is a world fit to train in?"),
+    "evaluate": ("wmpo_gym.cli.evaluate", "success rates in the simulator; check of imagined success"),
+    "compare": ("wmpo_gym.cli.compare", "compare methods on equal environments, budgets and start states"),
+    "serve": ("wmpo_gym.cli.serve", "serve a policy over a local socket: image in, actions out"),
+    "estimate": ("wmpo_gym.cli.estimate", "estimate parameters, memory and computation of a run"),
+    "bench": ("wmpo_gym.cli.bench", "measure frames per second and profile the time"),
 }
 
-# Module that is missing -> extra that brings it.
+# Missing module -> extra that installs it.
 EXTRAS = {
     "mujoco": "sim",
     "robosuite": "robosuite",
@@ -67,7 +67,7 @@ EXTRAS = {
 
 
 class CommandLike(Protocol):
-    """What a module's ``Command`` offers."""
+    """Interface of a module's ``Command``."""
 
     def run(self) -> int | None:
         """Do the work.
@@ -91,7 +91,7 @@ def find_command(words: Sequence[str]) -> tuple[str, list[str]]:
         A key of :data:`COMMANDS` and the words after it.
 
     Raises:
-        UnknownCommandError: If no sub-command has that name; the message names the nearest.
+        UnknownCommandError: If no sub-command has that name; the message suggests the closest one.
     """
     for length in (2, 1):
         name = " ".join(words[:length])
@@ -112,16 +112,16 @@ def overview() -> str:
     lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
         [
-            "Practise in imagination, succeed on the robot.",
+            "Optimise robot policies in a learned world model.",
             "",
             "usage: wmpo COMMAND [OPTIONS]        wmpo COMMAND --help shows the options",
             "",
             *lines,
             "",
             "  --version    print the version",
-            "  --traceback  (with any command) show where an error comes from",
+            "  --traceback  (with any command) print the full traceback of an error",
             "",
-            "Set WMPO_PROGRESS=always for progress bars in log files too, =never for none.",
+            "Set WMPO_PROGRESS=always to show progress bars in log files too, or =never to hide them.",
         ]
     )
 
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``wmpo``.
 
     Args:
-        argv: Words after the program's name; None takes the process's.
+        argv: Arguments after the program name; None for those of the process.
 
     Returns:
         The exit status.
@@ -152,9 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, options = find_command(words)
         return _read_options(name, options).run() or 0
     except KeyboardInterrupt:
-        _say(f"\ninterrupted; what was finished is on the disk. Go on with: wmpo {shlex.join(words)}")
+        _say(f"\ninterrupted; finished work is saved. Resume with: wmpo {shlex.join(words)}")
         return 130
-    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+    except BrokenPipeError:  # the reader (`head`, for instance) closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
@@ -174,7 +174,7 @@ def _read_options(name: str, options: list[str]) -> CommandLike:
 
 
 def _explain(error: Exception) -> str:
-    """One line that says what was wrong and what to do."""
+    """One-line error message: what was wrong and what to do."""
     missing = (error.name or "").split(".")[0] if isinstance(error, ImportError) else ""
     if missing in EXTRAS and "pip install" not in str(error):
         return (
@@ -188,7 +188,7 @@ def _explain(error: Exception) -> str:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
-    """Warnings for users: what, not where."""
+    """Print a warning's message without its source location."""
     if not issubclass(category, (DeprecationWarning, PendingDeprecationWarning)):
         _say(f"WARNING: {' '.join(str(message).split())}")
 

@@ -1,4 +1,4 @@
-"""``wmpo reproduce``: the full method at full length, from nothing or from pre-trained weights."""
+"""``wmpo reproduce``: the full method at full length, from scratch or from pre-trained weights."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from wmpo_gym.tasks import get_task
 
 @dataclass(frozen=True)
 class Command:
-    """The full method at full length.
+    """Run the full method at full length.
 
-    Demonstrations, base policy, play, world model, classifier, gates, GRPO in imagination, paired test and
-    report.
+    Stages: demonstrations, base policy, play, world model, classifier, gates, GRPO in imagination, paired
+    test and report.
 
-    Interrupted, the same command resumes with the stage it was in.
+    If interrupted, the same command resumes with the unfinished stage.
 
     Attributes:
-        task: Task; NAME@64 asks for frames of 64 x 64 pixels. lift alone is lift-close@64, with the camera
-            nearer and a lift that it can see.
-        preset: Settings to start from: demo, move-block, lift or paper (published sizes and settings); by
-            default those of the task.
-        seed: Seed of everything random.
-        out: Directory of the run; default runs/reproduce-TASK-SEED.
-        device: Where networks are trained and evaluated: auto (a GPU if there is one), cpu, cuda or cuda:1.
+        task: Task name; NAME@64 sets the image size to 64 x 64 pixels. lift stands for lift-close@64, which
+            has a closer camera and a higher lift, visible at this image size.
+        preset: Default settings: demo, move-block, lift or paper (published sizes and settings); by default
+            those of the task.
+        seed: Random seed.
+        out: Output directory; default runs/reproduce-TASK-SEED.
+        device: Device for training and evaluation: auto (a GPU if available), cpu, cuda or cuda:1.
         precision: fp32, or bf16 on a GPU.
-        recipe: Every other setting.
+        recipe: Settings of all stages.
     """
 
     task: Annotated[str, tyro.conf.Positional] = "move-block"
@@ -47,13 +47,13 @@ class Command:
 
     @classmethod
     def default_for(cls, options: Sequence[str]) -> Command:
-        """The recipe of the task and the preset that the options name."""
+        """Default values for the task and preset in the options."""
         preset = option_value(options, "--preset", "") or None
         recipe = recipe_for(_named_task(options) or cls.task, preset)
         return cls(task=recipe.task, preset=preset, recipe=recipe)
 
     def run(self) -> None:
-        """Run what is missing."""
+        """Run the unfinished stages."""
         task = recipe_for(self.task, self.preset).task
         recipe = replace(self.recipe, task=task, seed=self.seed)
         out = self.out or Path("runs") / f"reproduce-{task.replace(':', '-')}-{self.seed}"
@@ -67,7 +67,7 @@ class Command:
 
 
 def _named_task(options: Sequence[str]) -> str | None:
-    """The positional argument among unread options: a task that does not follow an option, or else any."""
+    """The task in unparsed options: preferably a task name that does not follow an option, else any."""
     words = [(before, word) for before, word in zip(["", *options], options, strict=False) if _is_task(word)]
     free = [word for before, word in words if not before.startswith("-")]
     return next(iter([*free, *(word for _, word in words)]), None)

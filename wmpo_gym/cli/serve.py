@@ -1,4 +1,4 @@
-"""``wmpo serve``: a policy behind a local socket."""
+"""``wmpo serve``: serve a policy over a local socket."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from wmpo_gym.tasks import TASKS, Task
 
 @dataclass(frozen=True)
 class Command:
-    """Answer a robot's pictures with action chunks, over gRPC, until Ctrl-C.
+    """Serve a policy over gRPC: a request holds an image, the reply an action chunk. Ctrl-C stops the server.
 
-    Messages are safetensors, never pickles. Only programs on this machine can connect unless another address
-    is given; there is no password, so do that in a network you trust only.
+    Messages are safetensors, never pickles. By default only programs on this machine can connect. There is no
+    password, so use another address in a trusted network only.
 
     Attributes:
         policy: Directory, hub id or task name (the bundled one) of the policy.
-        task: Its task, or the directory of an import or a world; the one it was trained for by default.
+        task: Task name, or the directory of an import or a world; by default the task of the policy.
         address: host:port, or unix:/path.
-        sample: Draw actions instead of taking the likeliest ones.
-        device: Where the network runs.
-        seed: Decides what is drawn.
+        sample: Sample actions instead of taking the most likely ones.
+        device: Device for the policy: cpu, cuda or cuda:1.
+        seed: Random seed of the sampling.
     """
 
     policy: str

@@ -1,4 +1,4 @@
-"""``wmpo train distill``: make a world sample with fewer denoising steps."""
+"""``wmpo train distill``: distil a world model to fewer denoising steps."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ if TYPE_CHECKING:
 class Command:
     """Distil the sampler of a world to one to four denoising steps.
 
-    The network learns to reach in few steps what it reached in many. What that costs is measured on held-out
-    episodes and printed: sampled as before, in few steps without distillation, and distilled. Interrupted,
-    the same command goes on from its last checkpoint, to the same weights.
+    The student learns to reproduce the teacher's many-step samples in few steps. Metrics on held-out episodes
+    are printed for the teacher, for few steps without distillation, and for the student. If interrupted, the
+    same command resumes from the last checkpoint and ends with the same weights.
 
     Attributes:
         world: The world to distil (directory, hub id or task name).
         episodes: Directories of episodes; only their start frames, contexts and actions are used.
-        out: Directory of the distilled world. Checkpoints, TensorBoard curves and quality.json go to the same
-            name with .training behind it.
-        denoising_steps: Steps per chunk that are left, 1 to 4.
-        teacher_steps: Steps per chunk of the network that is imitated; the world's own by default, rounded up
-            to a multiple of --denoising-steps.
-        holdout: Share of the episodes that is kept for measuring.
-        frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
-            by default.
-        symmetries: Train on examples transformed by the symmetries of a bundled task too, or as recorded.
-        training: How to train; --pure-noise and --context-noise have no meaning here.
-        compute: Where to train, and in which precision.
+        out: Output directory of the distilled world. Checkpoints, TensorBoard curves and quality.json go to
+            OUT.training.
+        denoising_steps: Steps per chunk of the student, 1 to 4.
+        teacher_steps: Steps per chunk of the teacher; by default those of the world, rounded up to a multiple
+            of --denoising-steps.
+        holdout: Fraction of the episodes held out for evaluation.
+        frame_cache: Directory for decoded, uncompressed frames; by default .frames in each directory of
+            episodes.
+        symmetries: Data augmentation: task also trains on examples transformed by the symmetries of a bundled
+            task; none trains on the recorded examples only.
+        training: Training settings; --pure-noise and --context-noise have no effect here.
+        compute: Device, precision and micro-batch size.
     """
 
     world: str
@@ -100,7 +101,7 @@ class Command:
                 "quality": quality,
             },
         }
-        student.card.pop("gates", None)  # they were measured with another sampler
+        student.card.pop("gates", None)  # measured with another sampler
         student.save_pretrained(self.out)
         if quality:
             print(_table(quality))
@@ -109,7 +110,7 @@ class Command:
     def _quality(
         self, teacher: World, student: World, teacher_steps: int, held: list[Episode]
     ) -> dict[str, dict[str, float]]:
-        """Figures on held-out episodes, by sampler."""
+        """Metrics on held-out episodes for each sampler."""
         many, few = (
             replace(teacher, config=replace(teacher.config, denoising_steps=steps))
             for steps in (teacher_steps, self.denoising_steps)
@@ -123,7 +124,7 @@ class Command:
 
 
 def _figures(world: World, many: World, held: list[Episode]) -> dict[str, float]:
-    """How near a sampler is to the one with many steps, to the recordings and to their outcomes."""
+    """Metrics of a sampler: distance from the many-step sampler, frame quality, agreement on outcomes."""
     from wmpo_gym.evaluation.metrics import sampler_distance, world_quality
     from wmpo_gym.rollouts.imagined import imagine_episodes
 

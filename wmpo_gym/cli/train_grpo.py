@@ -1,4 +1,4 @@
-"""``wmpo train grpo``: optimise a policy in imagination, or in the simulator."""
+"""``wmpo train grpo``: optimise a policy in a world model or in the simulator."""
 
 from __future__ import annotations
 
@@ -21,34 +21,35 @@ from wmpo_gym.utils.progress import progress_wanted
 class Command:
     """Optimise a policy with Group Relative Policy Optimization.
 
-    Interrupted, the same command goes on from its last checkpoint, to the same weights. Several processes
-    share the groups: torchrun --nproc-per-node 8 --no-python wmpo train grpo ... (docs/distributed.md).
+    If interrupted, the same command resumes from the last checkpoint and ends with the same weights. Several
+    processes share the groups: torchrun --nproc-per-node 8 --no-python wmpo train grpo ...
+    (docs/scaling/distributed.md).
 
     Attributes:
-        out: Directory of the optimised policy. Checkpoints, TensorBoard curves and history.json go to the
-            same name with .training behind it.
-        policy: Policy to start from (directory, hub id or task name). Without policy, world and task: the
-            bundled policy and world.
-        env: Practise in imagination, or in the simulated twin.
-        world: World to imagine in (directory, hub id or task name).
-        task: Task, for --env simulated; the policy's own by default.
-        iterations: Rounds of rollouts and updates.
+        out: Output directory of the optimised policy. Checkpoints, TensorBoard curves and history.json go to
+            OUT.training.
+        policy: Initial policy (directory, hub id or task name). If none of policy, world and task is given,
+            the bundled policy and world are used.
+        env: Environment of the rollouts: imagined (the world model), or simulated (the paired simulator).
+        world: World model for --env imagined (directory, hub id or task name).
+        task: Task for --env simulated; by default the task of the policy.
+        iterations: Number of iterations, each of rollouts and updates.
         n_groups: Groups per iteration.
-        group_size: Rollouts per group, all from one start state.
-        learning_rate: Step size; large, since updates are few.
+        group_size: Rollouts per group, all from the same start state.
+        learning_rate: Learning rate; it is high because there are few updates.
         n_epochs: Passes over the rollouts of an iteration.
-        clip_range: How far the probability ratio may fall below 1.
-        clip_range_high: How far it may rise above 1.
-        batch_size: Rollouts per update; all of them by default.
-        temperature: Of the sampling; the policy's own by default.
-        dual_noise: Imagined success counts only if it is imagined again under other noise.
-        consecutive_windows: Frames in a row that must reach the classifier's threshold.
-        device: Where policy and world compute; auto is the GPU if there is one.
-        rows_at_once: Rollouts imagined at once, which changes no number; on a GPU all by default.
-        merge: With --lora-rank, write a whole policy instead of the adapters.
+        clip_range: Lower clip range: the probability ratio is clipped at 1 - CLIP_RANGE.
+        clip_range_high: Upper clip range: the probability ratio is clipped at 1 + CLIP_RANGE_HIGH.
+        batch_size: Rollouts per minibatch; by default all.
+        temperature: Sampling temperature; by default that of the policy.
+        dual_noise: Count an imagined success only if a second rollout with other noise also succeeds.
+        consecutive_windows: Number of consecutive frames that must reach the classifier's threshold.
+        device: Device for policy and world: auto (a GPU if available), cpu, cuda or cuda:1.
+        rows_at_once: Rollouts imagined in parallel; affects speed and memory only. On a GPU all by default.
+        merge: With --lora-rank, save the full policy with merged adapters instead of the adapters alone.
         offload: Keep the world on the CPU while the policy is updated.
-        seed: Decides everything random.
-        memory: How the policy is kept.
+        seed: Random seed.
+        memory: Precision, adapters and batching of the policy.
     """
 
     out: Path
@@ -79,10 +80,10 @@ class Command:
         self._resolved()._train()
 
     def _resolved(self) -> Command:
-        """This command with policy, and world or task, filled in.
+        """This command with the policy, and the world or task, filled in.
 
         Raises:
-            ValueError: If what is given does not say which, or an option would have no effect.
+            ValueError: If the options do not determine them, or an option would have no effect.
         """
         if self.env == "simulated":
             if self.world is not None:
@@ -107,7 +108,7 @@ class Command:
         ranks = Ranks.join(device)
         self._require_room(ranks.size)
         logs = self.out.with_name(self.out.name + ".training")
-        # A longer training is the same one continued.
+        # More iterations continue the same training.
         settings = {k: v for k, v in self._settings().items() if k != "iterations"}
         started = (logs / "checkpoints").exists()
         ranks.on_main(lambda: keep_settings(logs / "command.json", settings, started=started))
@@ -198,7 +199,7 @@ class Command:
         return env, world.start_frames.ids.tolist()
 
     def _settings(self) -> dict[str, Any]:
-        """What decides the numbers."""
+        """The settings that affect the result."""
         skipped = ("out", "device", "rows_at_once", "merge", "offload", "memory")
         return {k: v for k, v in asdict(self).items() if k not in skipped} | self.memory.changes()
 

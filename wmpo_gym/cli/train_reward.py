@@ -1,4 +1,4 @@
-"""``wmpo train reward``: the success classifier of a world."""
+"""``wmpo train reward``: train the success classifier of a world."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from wmpo_gym.utils.config import keep_settings
 class Command:
     """Train the success classifier of a world on labelled episodes and calibrate it on held-out ones.
 
-    Interrupted, the same command goes on from its last checkpoint, to the same weights.
+    If interrupted, the same command resumes from the last checkpoint and ends with the same weights.
 
     Attributes:
-        episodes: Directories of labelled episodes, failures included.
-        world: The world it is for (directory, hub id or task name).
-        out: Directory of the world with its classifier; may be the same as --world. Checkpoints go to the
-            same name with .training behind it.
-        kind: Small convolutional network, or VideoMAE as published; the training's defaults depend on it.
-        init: Weights to start from: the directory of a saved classifier of this kind (of a world it is the
-            folder reward) or, for videomae, a VideoMAE of transformers (directory or hub id, published:
-            MCG-NJU/videomae-base). New weights by default.
-        imagined: Also learn from the world's replays of the recorded actions, labelled by the real outcomes.
-        seed: Decides weights, hold-out and everything random.
-        frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
-            by default.
-        symmetries: Train on examples transformed by the symmetries of a bundled task too, or as recorded.
-        training: How to train.
-        compute: Where to train, and in which precision.
+        episodes: Directories of labelled episodes, successes and failures.
+        world: World to add the classifier to (directory, hub id or task name).
+        out: Output directory of the world with its classifier; may be the same as --world. Checkpoints go to
+            OUT.training.
+        kind: conv (a small convolutional network), or videomae (the published VideoMAE). The defaults of the
+            training settings depend on it.
+        init: Initial weights: the directory of a saved classifier of this kind (in a world, its folder
+            reward) or, for videomae, a VideoMAE of transformers (directory or hub id; the published one is
+            MCG-NJU/videomae-base). Random by default.
+        imagined: Also train on the world's replays of the recorded actions, labelled with the real outcomes.
+        seed: Random seed of weights, hold-out and training.
+        frame_cache: Directory for decoded, uncompressed frames; by default .frames in each directory of
+            episodes.
+        symmetries: Data augmentation: task also trains on examples transformed by the symmetries of a bundled
+            task; none trains on the recorded examples only.
+        training: Training settings.
+        compute: Device, precision and micro-batch size.
     """
 
     episodes: tuple[Path, ...]
@@ -55,7 +57,7 @@ class Command:
 
     @classmethod
     def default_for(cls, options: Sequence[str]) -> Command:
-        """The training settings of the kind of classifier that the options name."""
+        """Default training settings for the kind of classifier in the options."""
         training = ClassifierTraining.for_kind(option_value(options, "--kind", cls.kind))
         return cls(tyro.MISSING, tyro.MISSING, tyro.MISSING, training=training)
 
@@ -98,7 +100,7 @@ class Command:
         if not is_main_process():
             return
         world.card = {**world.card, "reward": {"command": " ".join(["wmpo", *sys.argv[1:]]), **metrics}}
-        world.card.pop("gates", None)  # they were measured with another classifier
+        world.card.pop("gates", None)  # measured with another classifier
         world.save_pretrained(self.out)
         c = metrics["calibration"]
         print(

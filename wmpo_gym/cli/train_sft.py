@@ -20,22 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """Fine-tune a vision-language-action policy on recorded episodes, failures included.
+    """Fine-tune a vision-language-action policy on recorded episodes (all of them, failures included).
 
-    Interrupted, the same command goes on from its last checkpoint, to the same weights.
+    If interrupted, the same command resumes from the last checkpoint and ends with the same weights.
 
     Attributes:
         episodes: Directories of episodes.
-        out: Directory of the policy; checkpoints and TensorBoard curves go to the same name with
-            .training behind it.
-        task: Task, or the directory of an import or a world; that of the episodes by default.
-        policy: Go on from this policy (directory, hub id or task name); a new one by default.
-        device: Where to compute; auto is the GPU if there is one.
-        merge: With --lora-rank, write a whole policy instead of the adapters.
-        seed: Decides the initial weights and everything random.
-        frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
-            by default.
-        settings: How to train.
+        out: Output directory of the policy. Checkpoints and TensorBoard curves go to OUT.training.
+        task: Task name, or the directory of an import or a world; by default the task of the episodes.
+        policy: Policy to fine-tune (directory, hub id or task name); by default a new one.
+        device: Device: auto (a GPU if available), cpu, cuda or cuda:1.
+        merge: With --lora-rank, save the full policy with merged adapters instead of the adapters alone.
+        seed: Random seed of initial weights and training.
+        frame_cache: Directory for decoded, uncompressed frames; by default .frames in each directory of
+            episodes.
+        settings: Training settings.
         memory: Precision, adapters and batching of the policy.
     """
 
@@ -107,7 +106,7 @@ class Command:
             )
 
     def _start(self, kwargs: dict[str, Any]) -> VLAPolicy:
-        """The policy to go on from, if the device has room to train it."""
+        """Load the policy to fine-tune, after checking that the device has enough memory to train it."""
         from wmpo_gym.capacity.estimate import Option
         from wmpo_gym.capacity.fit import require_room
         from wmpo_gym.capacity.workload import saved_workload

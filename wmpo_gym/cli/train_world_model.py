@@ -1,4 +1,4 @@
-"""``wmpo train world-model``: pre-train a world model on play, or align one on a policy's rollouts."""
+"""``wmpo train world-model``: pre-train a world model on play, or fine-tune one on a policy's rollouts."""
 
 from __future__ import annotations
 
@@ -28,35 +28,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """Train a world model: on play first, then (--init) on rollouts of the policy that is to practise in it.
+    """Train a world model: first on play, then (--init) on rollouts of the policy to be optimised in it.
 
-    Interrupted, the same command goes on from its last checkpoint, to the same weights.
+    If interrupted, the same command resumes from the last checkpoint and ends with the same weights.
 
     Attributes:
-        episodes: Directories of episodes; labels are not used.
-        out: Directory of the world. Checkpoints, TensorBoard curves, sample videos and quality.json go to the
-            same name with .training behind it.
-        play: Directories of further episodes that count less.
-        weight: How many times more often an episode of --episodes is drawn than one of --play.
-        task: Task, or the directory of an import or a world; that of the episodes by default.
-        init: World to go on from (directory, hub id or task name); its task, networks and settings are kept,
-            and imagination may start where the new episodes did, too.
-        network: Convolutions on pixels (small, quick), or the published spatial-temporal transformer.
+        episodes: Directories of episodes; success labels are not used.
+        out: Output directory of the world. Checkpoints, TensorBoard curves, sample videos and quality.json go
+            to OUT.training.
+        play: Directories of further episodes that are sampled less often.
+        weight: Sampling weight of an episode of --episodes relative to one of --play.
+        task: Task name, or the directory of an import or a world; by default the task of the episodes.
+        init: World to fine-tune (directory, hub id or task name). Its task, networks and settings are kept,
+            and the first frames of the new episodes are added to its start states.
+        network: conv (convolutional, in pixel space, small and fast), or stdit (the published
+            spatial-temporal transformer).
         network_config: JSON file with further arguments of the network.
-        autoencoder: Directory of a diffusers AutoencoderKL; pixels by default.
-        context_frames: Frames the network sees.
-        denoising_steps: Steps per chunk, in training and afterwards.
-        holdout: Share of the episodes that is kept for measuring.
-        frame_cache: Directory of decoded frames, as large as they are; .frames in each directory of episodes
-            by default.
-        network_size: Published size of the transformer (xl), or one that a CPU trains (small).
-        proprio: Predict the robot's state, where every episode has it recorded and the network draws by it
-            (conv); its model is trained first. --no-proprio leaves the state out.
-        proprio_steps: Steps of that model's dynamics; its encoder and keypoints take a 6th and a 30th.
-            12,000 by default.
-        symmetries: Train on examples transformed by the symmetries of a bundled task too, or as recorded.
-        training: How to train.
-        compute: Where to train, and in which precision.
+        autoencoder: Directory of a diffusers AutoencoderKL; by default the model works on pixels.
+        context_frames: Number of context frames.
+        denoising_steps: Denoising steps per chunk, in training and sampling.
+        holdout: Fraction of the episodes held out for evaluation.
+        frame_cache: Directory for decoded, uncompressed frames; by default .frames in each directory of
+            episodes.
+        network_size: Size of the transformer: xl (published), or small (trains on a CPU).
+        proprio: Also train a model of the robot's state (proprioception) and condition the network on its
+            predictions. It needs the state in every episode and the network conv. --no-proprio disables it.
+        proprio_steps: Training steps of that model's dynamics (default 12,000); its encoder and its keypoints
+            train for 1/6 and 1/30 of them.
+        symmetries: Data augmentation: task also trains on examples transformed by the symmetries of a bundled
+            task; none trains on the recorded examples only.
+        training: Training settings.
+        compute: Device, precision and micro-batch size.
     """
 
     episodes: tuple[Path, ...]
@@ -134,7 +136,7 @@ class Command:
             return
         made = self._provenance(len(kept), len(play), history) | {"motion": motion}
         world.card = {**world.card, "world_model": made}
-        world.card.pop("gates", None)  # they were measured with other weights
+        world.card.pop("gates", None)  # measured with other weights
         world.save_pretrained(self.out)
         print(_summary(history[-1] if history else {}, trainer.step, self.out))
 
@@ -151,7 +153,7 @@ class Command:
         return ProprioTraining.of_steps(self.proprio_steps, seed=self.training.seed)
 
     def _check_proprio(self, world: World, episodes: list[Episode]) -> None:
-        """Refuse options on the robot's state that would have no effect."""
+        """Refuse proprioception options that would have no effect."""
         follows = getattr(world.network, "motion", None) is not None
         if follows and not self.proprio:
             raise ValueError(
@@ -214,7 +216,7 @@ class Command:
 
 
 def _judge(world: World, held: list[Episode], logs: Path, step: int) -> dict[str, float]:
-    """Figures at a checkpoint; the whole table goes to quality.json and the pictures to samples/."""
+    """Evaluate a checkpoint: all metrics go to quality.json, sample videos to samples/."""
     from wmpo_gym.evaluation.metrics import sample_video, world_quality
     from wmpo_gym.utils.video import save_video
 
@@ -230,7 +232,7 @@ def _judge(world: World, held: list[Episode], logs: Path, step: int) -> dict[str
 
 
 def _figures(quality: dict[str, Any]) -> dict[str, float]:
-    """Means and ends of the curves, to log."""
+    """Mean and last value of each metric over the horizon, for logging."""
     figures = {name: quality[name] for name in ("different_actions", "different_noise")}
     for name in ("psnr_db", "ssim", "object_error_px"):
         values = [v for v in quality.get(name, ()) if v is not None]

@@ -22,18 +22,21 @@ from wmpo_gym.utils.io import read_json, write_json_atomic
 class Command:
     """Measure the four gates of a world and write them into its card; exit status 1 if one fails.
 
+    The gates are physics, learnable, faithful and honest.
+
     Attributes:
-        world: Directory, hub id or task name (a bundled world, whose card is not written). Without world
-            and policy: the bundled ones.
-        policy: The policy that is to be trained in it (directory, hub id or task name); the bundled one
-            for the bundled world.
-        episodes: Start states to measure on.
-        split: Their split; the world must not have been trained on it.
-        learnable: Also measure gate 2 (GRPO in the simulator, a minute or more); else the card's is kept.
-        recordings: Directories of labelled, held-out real episodes: measure gates 3 and 4 on them, without
-            a simulator.
-        seed: Decides everything random.
-        device: Where world and policy compute; auto is the GPU if there is one.
+        world: Directory, hub id or task name (a bundled world, whose card is not changed). If neither world
+            nor policy is given, the bundled ones are used.
+        policy: The policy to be trained in this world (directory, hub id or task name); the bundled one for
+            the bundled world.
+        episodes: Number of start states.
+        split: Split of the start states; the world must not have been trained on it.
+        learnable: Also measure the gate learnable (GRPO in the simulator, takes a minute or more); otherwise
+            its result in the card is kept.
+        recordings: Directories of labelled, held-out real episodes; the gates faithful and honest are then
+            measured on them, without a simulator.
+        seed: Random seed.
+        device: Device for world and policy: auto (a GPU if available), cpu, cuda or cuda:1.
         precision: fp32, or bf16 for the policy on a GPU.
     """
 
@@ -48,7 +51,7 @@ class Command:
     precision: Precision = "fp32"
 
     def run(self) -> int:
-        """Measure, print, note in the card."""
+        """Measure the gates, print them and write them into the card."""
         from wmpo_gym.evaluation.gates import gates_text
         from wmpo_gym.evaluation.validation import measure_learnable, validate
 

@@ -1,4 +1,4 @@
-"""How every method of an experiment turns its budget of real episodes into a policy."""
+"""The methods of an experiment: each trains a policy with a budget of real episodes."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Trained:
 
     Attributes:
         policy: Anything that :func:`~wmpo_gym.rollouts.policy_runner.acting` takes.
-        ledger: What the environments counted while it learned.
-        selection: Cost of selecting a checkpoint, which is not part of that.
+        ledger: Environment counts of the training.
+        selection: Cost of selecting a checkpoint, which is not included in ``ledger``.
     """
 
     policy: Any
@@ -59,8 +59,8 @@ class SharedRun:
     """A run whose artefacts several trials of one seed share.
 
     Attributes:
-        workspace: Where they are.
-        recipe: Their settings, seeded.
+        workspace: Directory of the artefacts.
+        recipe: Settings of the run, seeded.
     """
 
     workspace: Workspace
@@ -68,13 +68,13 @@ class SharedRun:
 
 
 class TrialContext:
-    """What a trial is trained with: its plan, the artefacts it shares with others and its own directory.
+    """Training context of a trial: its plan, shared artefacts and own directory.
 
     Args:
         plan: The experiment.
         trial: The trial to train.
         out: Directory of the experiment.
-        device: Where networks are trained and evaluated.
+        device: Device for training and evaluation.
         precision: ``"fp32"`` or ``"bf16"``.
         progress: Print headings and progress bars of the shared stages.
     """
@@ -109,7 +109,7 @@ class TrialContext:
 
     @property
     def device(self) -> torch.device:
-        """Where networks are trained and evaluated."""
+        """Device for training and evaluation."""
         return self.shared.workspace.device
 
     @cached_property
@@ -154,7 +154,7 @@ class TrialContext:
         return self._train_in_imagination(self.run)
 
     def wmpo_lifelong(self) -> ImaginationResult:
-        """The same after the lifelong rounds up to the trial's budget."""
+        """WMPO's policy, world and cost after the lifelong rounds up to the trial's budget."""
         return self._train_in_imagination(self.lifelong_run, rounds=self.round)
 
     def _train_in_imagination(self, run: SharedRun, *, rounds: int | None = None) -> ImaginationResult:
@@ -185,11 +185,11 @@ class TrialContext:
         return {**getattr(self, name).workspace.seconds, **self.shared.workspace.seconds}
 
     def simulated(self, rows: int) -> Any:
-        """Simulated rows on training start states."""
+        """Simulated vector environment on training start states."""
         return make_rollout_env("WMPO-Simulated-v0", rows, task=self.task)
 
     def imagined(self, rows: int) -> Any:
-        """Imagined rows in WMPO's last world."""
+        """Imagined vector environment in WMPO's last world."""
         return make_rollout_env(
             "WMPO-Imagined-v0", rows, task=self.task, world=self.wmpo.world, device=str(self.device)
         )
@@ -202,7 +202,7 @@ def train_base(context: TrialContext) -> Trained:
 
 
 def train_sft_filtered(context: TrialContext) -> Trained:
-    """Continue to imitate, now the successes among the rollouts."""
+    """Supervised fine-tuning on the successful rollouts (filtered behaviour cloning)."""
     policy = context.base_policy()
     collected = context.collect_with_base_policy(policy)
     successes = [e for e in collected.episodes if e.success]
@@ -219,7 +219,7 @@ def train_sft_filtered(context: TrialContext) -> Trained:
 
 
 def train_grpo_real(context: TrialContext) -> Trained:
-    """GRPO whose every rollout is a real episode."""
+    """GRPO on real episodes only."""
     settings, groups = context.plan.baselines, context.trial.budget // GROUP
     iterations = min(settings.grpo_iterations, groups)
     with closing(context.simulated(groups // iterations * GROUP)) as env:
@@ -282,7 +282,7 @@ def _dpo(
 
 
 def train_sac(context: TrialContext, *, demonstrations: bool = False, imagined: bool = False) -> Trained:
-    """SB3's SAC until its episodes are spent."""
+    """SB3's SAC until its budget of episodes is used up."""
     settings, n_chunks = context.plan.baselines, context.task.n_chunks
     name = "WMPO-Imagined-v0" if imagined else "WMPO-Simulated-v0"
     special: dict[str, Any] = {}
@@ -320,7 +320,7 @@ def train_wmpo_lifelong(context: TrialContext) -> Trained:
 
 
 def train_on_demonstrations(context: TrialContext) -> Trained:
-    """Imitate P more demonstrations of the same expert."""
+    """Supervised fine-tuning on P more demonstrations of the same expert."""
     recipe, seed = context.run.recipe, context.trial.seed
     ids = recipe.start_states(context.task)["rollouts"]
     more = list(record_expert(ids, seed=seed + 1, config=recipe.expert, task=context.task))
@@ -361,14 +361,14 @@ STAGES: dict[str, tuple[str, ...]] = {
     "sft": (*_BASE, "rollouts"),
     **dict.fromkeys(("dpo-imagined", "sac-imagined", "wmpo", "wmpo-lifelong"), _WMPO),
 }
-"""Shared stages that each method depends on, whichever trial ran them; their time counts as the method's."""
+"""Shared stages of each method; their time is added to the method's, whichever trial ran them."""
 
 
 # -- callbacks -----------------------------------------------------------------------------------------------
 class StopAtEpisodes(BaseCallback):
-    """Ends training after a number of real episodes; None never does.
+    """Stops training after a number of real episodes; None disables it.
 
-    Episodes in progress are counted, so that there may be up to one per row too many.
+    Episodes in progress are counted, so that the number may be exceeded by up to one episode per row.
     """
 
     def __init__(self, episodes: int | None) -> None:
@@ -380,7 +380,7 @@ class StopAtEpisodes(BaseCallback):
 
 
 class CheckpointSelector:
-    """Evaluates weights by the success on validation start states, sampled.
+    """Evaluates weights by the success rate on validation start states, with sampled actions.
 
     Attributes:
         spent: Cost of the evaluations so far.
@@ -390,7 +390,7 @@ class CheckpointSelector:
         self.plan, self.seed, self.spent = context.plan, context.trial.seed, Ledger()
 
     def evaluate(self, policy: Any) -> float | None:
-        """The success rate, or None if the plan has no episodes for it."""
+        """The success rate, or None if the plan has no selection episodes."""
         plan = self.plan
         if not plan.selection_episodes:
             return None

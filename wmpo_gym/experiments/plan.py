@@ -13,16 +13,16 @@ DATA_USED = {
     "base": "demonstrations",
     "sft": "demonstrations, and the successes among P rollouts of the base policy",
     "dpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
-    "dpo-imagined": "what wmpo saw, in whose last world it pairs imagined rollouts of the base policy",
+    "dpo-imagined": "the data of wmpo, and pairs of imagined rollouts of the base policy in its last world",
     "grpo": "demonstrations through the base policy, and P rollouts in groups of common start states",
     "sac": "P episodes of its own, from scratch",
     "sac-demos": "demonstrations in its replay buffer, and P episodes of its own",
-    "sac-imagined": "what wmpo saw, in whose last world it acts; demonstrations in its replay buffer",
-    "wmpo": "demonstrations, unlabelled play, P rollouts (half by the base policy, half after practice), "
-    "and imagined rollouts",
+    "sac-imagined": "the data of wmpo, in whose last world it trains; demonstrations in its replay buffer",
+    "wmpo": "demonstrations, unlabelled play, P rollouts (half by the base policy, half by the policy after "
+    "the first round), and imagined rollouts",
     "demonstrations": "demonstrations, and P more of the same expert",
-    "dpo-lifelong": "as dpo, the P rollouts collected in equal rounds by the policy as it was then",
-    "wmpo-lifelong": "as wmpo, the P rollouts collected in equal rounds by the policy as it was then",
+    "dpo-lifelong": "as dpo, with the P rollouts collected in equal rounds by the current policy",
+    "wmpo-lifelong": "as wmpo, with the P rollouts collected in equal rounds by the current policy",
 }
 """Training data of every method, by its name."""
 
@@ -31,20 +31,20 @@ WITHOUT_BUDGET = ("base",)
 
 @dataclass(frozen=True)
 class Baselines:
-    """Settings of the methods that are not WMPO; found by the sweeps in ``docs/experiments.md``.
+    """Settings of the methods that are not WMPO; chosen by the sweeps in ``docs/research-log``.
 
     Attributes:
         grpo_iterations: Equal parts that GRPO on real episodes divides its budget into.
-        grpo_epochs: Its passes over each part.
-        grpo_learning_rate: Its step size.
-        dpo_learning_rate: DPO's step size.
-        dpo_beta: DPO's hold on its reference.
-        dpo_sft_weight: Weight of the winners' own likelihood.
+        grpo_epochs: Passes over each part.
+        grpo_learning_rate: Learning rate of GRPO on real episodes.
+        dpo_learning_rate: Learning rate of DPO.
+        dpo_beta: Strength of DPO's implicit KL penalty towards the reference policy.
+        dpo_sft_weight: Weight of the negative log-likelihood of the preferred rollouts.
         dpo_group_size: Rollouts from one start state.
-        dpo_imagined_groups: Imagined start states DPO pairs rollouts from; as many as 1,280 episodes have.
-        sft: Fine-tuning on filtered successes, from the base policy on.
-        sac_gradient_steps: SAC's updates per round of its 16 rows.
-        sac_imagined_chunks: Imagined action chunks SAC trains on; as many as 1,280 episodes have.
+        dpo_imagined_groups: Groups of imagined rollouts for DPO; the number of groups in 1,280 episodes.
+        sft: Fine-tuning of the base policy on filtered successes.
+        sac_gradient_steps: Gradient steps of SAC per step of its 16 environments.
+        sac_imagined_chunks: Imagined action chunks for SAC; the number of chunks in 1,280 episodes.
     """
 
     grpo_iterations: int = 4
@@ -67,7 +67,7 @@ class Trial:
     Attributes:
         method: A key of :data:`DATA_USED`.
         budget: Real episodes P; 0 for the base policy.
-        seed: Seed of everything random.
+        seed: Random seed.
     """
 
     method: str
@@ -91,10 +91,10 @@ class ExperimentPlan:
         seeds: Seeds; each has its own demonstrations, base policy and play.
         variants: Scene variants every policy is tested in.
         episodes: Test start states per variant.
-        selection_episodes: Validation start states by which GRPO's checkpoint on real episodes is chosen; 0
+        selection_episodes: Validation start states for choosing the checkpoint of GRPO on real episodes; 0
             takes the last. The other methods have one checkpoint.
-        self_correction: Also count failed first contacts and how many were recovered from.
-        recipe: Settings of WMPO and of what all methods share.
+        self_correction: Also count failed first contacts and recoveries from them.
+        recipe: Settings of WMPO and of the stages that all methods share.
         baselines: Settings of the other methods.
     """
 
@@ -136,7 +136,7 @@ class ExperimentPlan:
         return sorted(self.budgets).index(budget) + 1
 
     def trials(self) -> Iterator[Trial]:
-        """All trials seed by seed, so that an interrupted experiment has whole rows."""
+        """All trials, seed by seed, so that an interrupted experiment has complete seeds."""
         for seed in self.seeds:
             for method in self.methods:
                 for budget in (0,) if method in WITHOUT_BUDGET else self.budgets:

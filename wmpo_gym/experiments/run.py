@@ -1,4 +1,4 @@
-"""Runs the trials of an experiment; an interrupted experiment is resumed."""
+"""Run the trials of an experiment; an interrupted experiment is resumed."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ CELLS = "cells"  # name of the trials in directories and results files
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment on the disk.
+    """An experiment and its directories.
 
     Attributes:
         plan: What to compare.
         directories: Its own directory, then others whose policies are used instead of training new ones.
-        device: Where networks are trained and evaluated.
+        device: Device for training and evaluation.
         precision: ``"fp32"`` or ``"bf16"``.
         progress: Print progress.
     """
@@ -51,7 +51,7 @@ class Experiment:
     progress: bool = True
 
     def context(self, trial: Trial) -> TrialContext:
-        """What the trial is trained with."""
+        """The training context of a trial."""
         return TrialContext(
             self.plan,
             trial,
@@ -83,16 +83,16 @@ def run_experiment(
         plan: What to compare. A directory is only resumed with the same plan except for the methods, the
             seeds and (lifelong methods apart) the budgets, of which only what is missing is run.
         out: Directory of the experiment.
-        trained_in: Directory of another experiment, whose policies are tested instead of training new ones,
-            as far as it has them. SB3's SAC is not kept, so its trials are always trained.
+        trained_in: Directory of another experiment whose policies, where available, are tested instead of
+            training new ones. Policies of SB3's SAC are not saved, so its trials are always trained.
         jobs: Processes that train in parallel, each with its share of the cores.
-        device: Where networks are trained and evaluated, see :func:`~wmpo_gym.utils.device.resolve_device`.
+        device: Device for training and evaluation, see :func:`~wmpo_gym.utils.device.resolve_device`.
         precision: ``"fp32"``, or ``"bf16"`` on a GPU.
-        progress: Show a progress bar with the time left.
+        progress: Show a progress bar with the remaining time.
 
     Returns:
-        The contents of ``results.json``, which is written anew after every trial; in parallel, after those
-        that share a world.
+        The contents of ``results.json``, which is rewritten after every trial; with several jobs, after every
+        group of trials that share a world.
 
     Raises:
         ValueError: If the directory holds an experiment with another plan, or ``trained_in`` one whose
@@ -127,7 +127,7 @@ def _run_in_turn(experiment: Experiment, trials: list[Trial], bar: Any) -> Itera
 
 
 def _run_in_parallel(experiment: Experiment, trials: list[Trial], jobs: int) -> Iterator[int]:
-    """The same in ``jobs`` processes: what the trials of a seed share first, then those of one world."""
+    """Complete the trials in ``jobs`` processes: first the stages shared by a seed, then groups of trials."""
     context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         try:
@@ -148,7 +148,7 @@ def _run_in_parallel(experiment: Experiment, trials: list[Trial], jobs: int) -> 
 
 
 def _groups(trials: list[Trial]) -> list[list[Trial]]:
-    """Trials of one seed by what they share: rollouts and world of a budget, or the lifelong rounds."""
+    """Group the trials of a seed by shared artefacts: rollouts and world of a budget, or lifelong rounds."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         key = trial.method if trial.method.endswith("-lifelong") else str(trial.budget)
@@ -157,7 +157,7 @@ def _groups(trials: list[Trial]) -> list[list[Trial]]:
 
 
 def _prepare(experiment: Experiment, trials: list[Trial]) -> None:
-    """Run the stages that the trials of a seed share, as far as a trial still has to be trained."""
+    """Run the stages that the untrained trials of a seed share."""
     missing = [trial for trial in trials if experiment.trained(trial) is None]
     if missing:
         context = experiment.context(missing[0])
@@ -172,7 +172,7 @@ def _run_trials(experiment: Experiment, trials: list[Trial]) -> None:
 
 
 def _complete(trials: list[Trial], out: Path) -> list[dict[str, Any]]:
-    """Results of all trials that are on the disk, one per variant."""
+    """Saved results of all trials, one per variant."""
     files = [out / CELLS / trial.name / "results.json" for trial in trials]
     return [entry for file in files if file.exists() for entry in read_json(file)[CELLS]]
 
@@ -197,13 +197,13 @@ def _training(plan: ExperimentPlan) -> tuple[str, ...]:
 
 
 def _fixed(plan: ExperimentPlan) -> dict[str, Any]:
-    """What must be equal to resume a directory: all fields except those that name the trials."""
+    """The settings that must be equal to resume a directory: all fields except those that list the trials."""
     trials = {"methods", "seeds", "budgets"}.difference(_training(plan))
     return {name: value for name, value in plan.to_dict().items() if name not in trials}
 
 
 def _same_training(plan: ExperimentPlan, directory: Path) -> Path:
-    """The directory, if what decides the training of its policies is as in the plan."""
+    """The directory, after checking that its policies were trained with the settings of the plan."""
     file = directory / "plan.json"
     if not file.exists():
         raise ValueError(f"{directory} holds no experiment (no plan.json); name the --out of another one.")
@@ -217,7 +217,7 @@ def _same_training(plan: ExperimentPlan, directory: Path) -> Path:
 
 
 def _run_trial(experiment: Experiment, trial: Trial) -> None:
-    """Train and test a trial, if its results are not on the disk."""
+    """Train and test a trial, unless its results are saved."""
     plan, file = experiment.plan, experiment.directories[0] / CELLS / trial.name / "results.json"
     if not file.exists():
         policy, costs = _trained(experiment, trial)
@@ -236,7 +236,7 @@ def _run_trial(experiment: Experiment, trial: Trial) -> None:
 
 
 def _trained(experiment: Experiment, trial: Trial) -> tuple[Any, dict[str, Any]]:
-    """The policy of a trial and its cost: loaded if there is one, else trained."""
+    """The policy of a trial and its cost: loaded if it was trained, else trained now."""
     if (place := experiment.trained(trial)) is not None:
         policy = VLAPolicy.from_pretrained(place / "policy", seed=trial.seed)
         return policy.to(resolve_device(experiment.device)), read_json(place / "costs.json")

@@ -40,10 +40,10 @@ def bootstrap(
     state by start state (Agarwal et al. 2021 resample runs within tasks in the same way).
 
     Args:
-        statistic: Of as many arguments as there are methods, each a list of outcomes per seed.
-        *scores: The methods' outcomes.
+        statistic: Function of one argument per method, each a list of outcomes per seed.
+        *scores: Outcomes of the methods.
         seed: Seed of the resampling.
-        resamples: Their number.
+        resamples: Number of bootstrap resamples.
 
     Returns:
         The statistic and the ends of its interval.
@@ -67,12 +67,12 @@ def interquartile_mean(scores: Scores) -> float:
 
 
 def gain(first: Scores, second: Scores) -> float:
-    """Mean over seeds of how much more often the second succeeds, in points."""
+    """Mean over seeds of the difference in success rate, second minus first, in percentage points."""
     return 100 * (mean_success(second) - mean_success(first))
 
 
 def probability_of_improvement(first: Scores, second: Scores) -> float:
-    """How often a run of the second beats a run of the first, over all pairs of seeds; ties count half."""
+    """Probability that a run of the second beats a run of the first, over all seed pairs; ties count half."""
     a, b = (np.array([s.mean() for s in scores]) for scores in (first, second))
     return float(np.mean((b[:, None] > a) + 0.5 * (b[:, None] == a)))
 
@@ -122,7 +122,7 @@ def _with_interval(name: str, values: tuple[float, float, float]) -> dict[str, A
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
-    """The table as Markdown, sampled and greedy, with what every method saw."""
+    """Markdown table for sampled and greedy actions, with the training data of every method."""
     rows = summarise(results)
     lines = [
         "| method | real episodes | scene | seeds | success, sampled | greedy "
@@ -151,7 +151,7 @@ def markdown_table(results: Mapping[str, Any]) -> str:
 
 
 def _behaviour(results: Mapping[str, Any]) -> list[str]:
-    """Lines on length and self-correction, where they were measured."""
+    """Lines on episode length and self-correction, if measured."""
     if not results["plan"].get("self_correction"):
         return []
     lines = [
@@ -198,7 +198,7 @@ def write_summary(results: Mapping[str, Any], out: str | Path) -> None:
 def _plot(
     results: Mapping[str, Any], cost: Callable[[Mapping[str, Any]], float], label: str, file: Path
 ) -> None:
-    """Mean success of every method against what it spent, with the seeds as points."""
+    """Plot the mean success of every method against its cost, with one point per seed."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -218,7 +218,7 @@ def _plot(
             [cost(c) for c in cells], [c["success"] for c in cells], color=line.get_color(), s=8, alpha=0.5
         )
     axes.set(xlabel=label, ylabel=f"success in the twin ({variant})", ylim=(0, 1))
-    # Logarithmic from the least that anyone spent: what lies between it and nothing is empty.
+    # Logarithmic above the smallest positive cost, since there is no data below it.
     least = min((x for x in spent if x > 0), default=1.0)
     axes.set_xscale("symlog", linthresh=least)
     axes.set_xticks([0, *(x for x in axes.get_xticks() if x > least / 2)])

@@ -1,4 +1,4 @@
-"""Turn a finished ``wmpo reproduce`` into the weights that ship with the package.
+"""Copy the results of a finished ``wmpo reproduce`` to the weights that ship with the package.
 
 ``python -m wmpo_gym.pipeline.bundle runs/reproduce-move-block-0`` fills ``wmpo_gym/pretrained/move-block``.
 """
@@ -16,10 +16,10 @@ from wmpo_gym.utils.io import read_json, write_file_atomic
 from wmpo_gym.utils.text import show_points, show_rate
 from wmpo_gym.world.world import StartFrames, World
 
-START_FRAMES = 512  # of the finished world; thousands would be most of the package
+START_FRAMES = 512  # start frames kept of the finished world, to limit the size of the package
 CARD = """# {task}: bundled world, play-trained world and base policy
 
-Made by
+Produced by
 
     wmpo reproduce {task} --seed {seed}{revision}
     python -m wmpo_gym.pipeline.bundle runs/reproduce-{task}-{seed}
@@ -27,12 +27,12 @@ Made by
 | directory | what it is | trained on |
 |---|---|---|
 | `policy/` | base policy (tiny OpenVLA-OFT) | {demos} demonstrations of a mis-calibrated expert |
-| `play/` | world model before it saw any policy | {play} episodes of unlabelled play |
-| `world/` | `play/` aligned, classifier, start frames | {rollouts} labelled rollouts in {rounds} rounds |
+| `play/` | world model trained on play only | {play} episodes of unlabelled play |
+| `world/` | fine-tuned `play/`, classifier, start frames | {rollouts} labelled rollouts in {rounds} rounds |
 
-Networks of `play/` and `world/` are stored in half precision and computed in single.
+Networks of `play/` and `world/` are stored in half precision and run in single precision.
 
-| figure, on start states nobody trained on | |
+| metric, on held-out start states | |
 |---|---|
 | base policy, sampled | {base} |
 | after WMPO in this world, sampled | {wmpo} |
@@ -42,8 +42,8 @@ Networks of `play/` and `world/` are stored in half precision and computed in si
 | classifier, held-out real episodes | F1 {f1:.3f}, precision {precision:.3f}, recall {recall:.3f} (n = {n}) |
 {gates}
 
-Limits: one task, one camera, simulated robot only. Where it claims a success that the twin does not
-confirm, it mostly imagined a grip that the magnet just missed.
+Limits: one task, one camera, simulated robot only. Most imagined successes that the paired simulator does
+not confirm are grasps that the magnet just missed.
 Licence: Apache-2.0.
 """
 
@@ -54,7 +54,7 @@ def bundle(run: Path, target: Path, revision: str = "") -> None:
     Args:
         run: Directory of the run.
         target: Directory of the bundled task.
-        revision: Commit the run was made at, for the card.
+        revision: Commit of the run, for the card.
     """
     results, recipe = read_json(run / "results.json"), read_json(run / "recipe.json")
     world, play = World.from_pretrained(run / "world"), World.from_pretrained(run / "play_world")
@@ -99,11 +99,11 @@ def _card(
 
 
 def main() -> None:
-    """Read the command line."""
+    """Entry point of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--target", type=Path, default=None, help="default: wmpo_gym/pretrained/TASK")
-    parser.add_argument("--revision", default="", help="commit the run was made at")
+    parser.add_argument("--revision", default="", help="commit of the run")
     args = parser.parse_args()
     task = read_json(args.run / "recipe.json")["task"]
     bundle(args.run, args.target or Path(__file__).parents[1] / "pretrained" / task, args.revision)

@@ -1,9 +1,9 @@
-"""The whole method in one file: World Model-based Policy Optimization (arXiv 2511.09515).
+"""The full method in one file: World Model-based Policy Optimization (arXiv 2511.09515).
 
-:func:`run_recipe` reads from top to bottom: demonstrations, base policy, play, pre-trained world model; in
-every round rollouts, aligned world model, success classifier, gates and GRPO in imagination; and the test.
-Below it come the stages. Each takes its data and models as arguments, writes its artefact when it is complete
-and loads it instead of computing it again when it is there, so that an interrupted run can be resumed::
+:func:`run_recipe` calls the stages in order: demonstrations, base policy, play and pre-trained world model;
+then, in every round, rollouts, aligned world model, success classifier, gates and GRPO in imagination; and
+finally the test. Each stage takes its data and models as arguments and writes its artefact on completion. If
+the artefact exists, the stage loads it, so that an interrupted run can be resumed::
 
     demos/  base_policy/  play/  play_world/            before the rounds
     round-1/  rollouts/  world_model/  classifier/      every round
@@ -83,7 +83,7 @@ def run_recipe(
     Args:
         recipe: The settings.
         out: Directory of the run; an interrupted run with the same settings is resumed.
-        device: Where networks are trained and evaluated, see :func:`~wmpo_gym.utils.device.resolve_device`.
+        device: Device for training and evaluation, see :func:`~wmpo_gym.utils.device.resolve_device`.
         precision: ``"fp32"``, or ``"bf16"`` on a GPU.
         progress: Print headings, progress bars and tables.
         command: The command line, for the report.
@@ -159,7 +159,7 @@ def train_in_imagination(
         pretrained: The pre-trained world model; each round continues with the aligned one of the last.
         demonstrations: Labelled episodes of the expert.
         play: Unlabelled episodes.
-        rounds: Stop after so many rounds; None for all of the recipe's.
+        rounds: Number of rounds; None for all rounds of the recipe.
         gates: Measure the gates before every optimisation.
     """
     task, world = get_task(recipe.task), pretrained
@@ -197,10 +197,10 @@ def open_workspace(
 
     Args:
         recipe: The settings, seeded.
-        out: See :func:`run_recipe` for this and the others.
-        device: See there.
-        precision: See there.
-        progress: See there.
+        out: See :func:`run_recipe`.
+        device: See :func:`run_recipe`.
+        precision: See :func:`run_recipe`.
+        progress: See :func:`run_recipe`.
 
     Raises:
         ValueError: If the recipe, the device or the directory cannot be used.
@@ -218,7 +218,7 @@ class Collected:
 
     Attributes:
         episodes: The episodes.
-        spent: What the environment counted while they were recorded.
+        spent: Environment counts (episodes, steps) of the recording.
     """
 
     episodes: list[Episode]
@@ -254,7 +254,7 @@ def _record(
     start_states: list[int],
     recorder: Callable[[list[int]], Iterator[Episode]],
 ) -> list[Episode]:
-    """Record what is missing of a scripted collection."""
+    """Record the missing episodes of a scripted collection."""
     if not start_states:
         return []
     store = EpisodeStore(workspace.directory / name)
@@ -279,7 +279,7 @@ def collect(
     Args:
         workspace: Where ``rollouts/`` goes.
         recipe: The settings.
-        policy: Acts, sampled.
+        policy: The policy; actions are sampled.
         start_states: Ids of the start states, one episode each.
     """
     task, store = get_task(recipe.task), EpisodeStore(workspace.directory / "rollouts")
@@ -367,7 +367,7 @@ def pretrain_world(workspace: Workspace, recipe: Recipe, play: Sequence[Episode]
     Without play it is untrained; a recipe with a pre-trained world takes that.
 
     Returns:
-        A world without the classifier that rewards.
+        A world without a success classifier.
     """
     task = get_task(recipe.task)
     if recipe.pretrained_world is not None:
@@ -411,7 +411,7 @@ def train_world(
     demonstrations: Sequence[Episode],
     play: Sequence[Episode],
 ) -> World:
-    """Align the world model with the policy: fine-tune it on what the policy really does.
+    """Align the world model with the policy: fine-tune it on the policy's real rollouts.
 
     Args:
         workspace: Where ``world_model/`` goes.
@@ -422,7 +422,7 @@ def train_world(
         play: Unlabelled episodes.
 
     Returns:
-        A world without a classifier, which can start from the first frame of every episode given.
+        A world without a classifier, whose start frames are the first frames of the given episodes.
     """
     directory, episodes = workspace.directory / "world_model", [*real, *demonstrations, *play]
     card = {
@@ -504,8 +504,8 @@ def train_reward(
 ) -> World:
     """Train the success classifier of a world, and calibrate it on held-out episodes.
 
-    It also learns from the world model's replays of the recorded actions, labelled by the real outcomes;
-    without them it mistakes small errors of the model for successes.
+    Training data includes the world model's replays of the recorded actions, labelled with the real outcomes;
+    without them, small errors of the world model are classified as successes.
 
     Args:
         workspace: Where ``classifier/`` and its metrics go.
@@ -604,7 +604,7 @@ class Optimised:
     Attributes:
         policy: The policy.
         curve: Points of its learning curve.
-        spent: What the environment counted.
+        spent: Environment counts of the optimisation.
     """
 
     policy: VLAPolicy
@@ -671,7 +671,7 @@ class Tested:
 
     Attributes:
         results: Contents of ``results.json``.
-        comparison: Imagined episodes of the optimised policy beside their replay in the simulator.
+        comparison: Imagined episodes of the optimised policy, paired with their replay in the simulator.
         protocol: How the metrics were measured.
     """
 
@@ -719,7 +719,7 @@ def test(workspace: Workspace, recipe: Recipe, base: VLAPolicy, result: Imaginat
 
 
 def _budget(recipe: Recipe, result: ImaginationResult) -> dict[str, Any]:
-    """Cost of the method, real episodes apart from demonstrations and play; evaluation is left out."""
+    """Cost of the method without evaluation; demonstrations and play are counted separately."""
     return {
         "real_episodes": result.real.real_episodes,
         "real_steps": result.real.real_steps,

@@ -34,9 +34,9 @@ class GRPOSettings:
         n_epochs: Passes over the rollouts of an iteration.
         batch_size: Rollouts per optimiser step; None for all of an iteration.
         micro_batch_size: Decisions per forward and backward pass; does not change the gradient.
-        dual_noise: Count a success only if it is imagined again under other noise.
+        dual_noise: Count an imagined success only if a second rollout with other noise also succeeds.
         consecutive_windows: Number of consecutive frames that must reach the classifier's threshold.
-        keyframes: Share of the start states that are frames from the middle of real rollouts.
+        keyframes: Fraction of the start states that are taken from the middle of real rollouts.
         shuffle_rewards: Control experiment: permute the outcomes of every batch, so that there is nothing to
             learn.
     """
@@ -55,7 +55,7 @@ class GRPOSettings:
     shuffle_rewards: bool = False
 
     def rate(self, remaining: float) -> float:
-        """Learning rate when a share ``remaining`` in [0, 1] of the iterations is left."""
+        """Learning rate when a fraction ``remaining`` in [0, 1] of the iterations is left."""
         if self.schedule == "constant":
             return self.learning_rate
         return self.learning_rate * (remaining + 1 / self.iterations)
@@ -73,9 +73,9 @@ class Recipe:
         network_config: Further arguments of its class, for instance ``hidden_size``.
         autoencoder: ``"pixels"`` for none, or the directory or hub id of a diffusers ``AutoencoderKL``. A
             pre-trained world brings its own.
-        context_frames: Frames that the world model sees.
+        context_frames: Number of context frames of the world model.
         denoising_steps: Denoising steps per chunk, in training and in imagination.
-        context_noise: Noise level in [0, 1] that the context is taken to have in imagination.
+        context_noise: Assumed noise level of the context frames in imagination, in [0, 1].
         pretrained_world: World model to align instead of pre-training one on play: a directory, a hub id, or
             a task with a bundled one. Its networks and sampling must be those of the recipe.
         symmetries: Train world model and classifier on examples transformed by the task's symmetries
@@ -84,7 +84,7 @@ class Recipe:
         classifier_config: Further arguments of ``conv``, or fields of transformers' ``VideoMAEConfig``.
         pretrained_classifier: Directory or hub id of a transformers VideoMAE that the classifier starts from;
             that of the pre-trained world comes first.
-        policy: A new policy: ``"tiny"`` or ``"openvla-oft-7b"`` (published).
+        policy: Architecture of a new policy: ``"tiny"`` or ``"openvla-oft-7b"`` (published).
         policy_config: Further fields of its :class:`~wmpo_gym.policies.vla_config.VLAConfig`.
         pretrained_policy: Policy that fine-tuning on the demonstrations starts from, instead of a new one.
         base_policy: Policy to optimise as it is, without fine-tuning: a directory, a hub id, or a task with
@@ -196,23 +196,23 @@ class Recipe:
         )
 
 
-# A tabletop arm at a size that two cores can train. At 64 pixels the usual camera shows the cube as five
-# pixels and the height that counts as lifted as one; the nearer camera shows both.
+# A tabletop arm at a size that two CPU cores can train. At 64 pixels the default camera shows the cube as
+# five pixels and the lift height as one; the closer camera resolves both.
 LIFT = Recipe(
     task="lift-close@64",
     demos=300,
     expert=ArmExpertConfig(),
     sft=SFTSettings(steps=600),
     play=2400,
-    # Predicted frames of the arm have so many wrong pixels that the usual threshold would replace nearly all
-    # contexts by recorded ones, and the network would never train on its own predictions.
+    # Predicted frames of the arm have so many wrong pixels that the default threshold would replace nearly
+    # all contexts by recorded ones, and the network would never train on its own predictions.
     pretrain=WorldModelTraining(steps=4000, batch_size=16, learning_rate=1.2e-3, divergence_threshold=0.15),
     weights=(10.0, 4.0, 1.0),  # a quarter of the draws each for rollouts and demonstrations, half for play
     align=WorldModelTraining(
         steps=1000, batch_size=16, learning_rate=6e-4, teacher_forcing=0.0, divergence_threshold=0.15
     ),
-    # At the usual rate the first update changes this policy by 0.07 nats per token, which leads to states
-    # that the world model was not trained on.
+    # At the default rate the first update already moves this policy to states that the world model was not
+    # trained on.
     grpo=GRPOSettings(learning_rate=1.5e-4),
     gate_episodes=128,
     test_episodes=512,
@@ -232,7 +232,7 @@ DEMO = Recipe(
 )
 
 # Sizes and settings of the paper (arXiv 2511.09515), and of its released code and configurations where the
-# paper is silent or the weights were made otherwise:
+# paper is silent or the released weights were trained differently:
 # - world model (§3.2): STDiT of Open-Sora 1.2 on latents of the SDXL autoencoder; 4 context frames,
 #   chunks of 8, 30 Euler steps; noise of 50/1000 on the context in the paper, 15/1000 in the release, which
 #   is what released weights were trained with;

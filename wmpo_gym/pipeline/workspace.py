@@ -1,4 +1,4 @@
-"""The directory of a run: where stages keep their artefacts, where they compute and how long they took."""
+"""Directory of a run: artefacts of the stages, device, precision and wall-clock times."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The directory of a run and how its stages are to run; data and models are passed beside it.
+    """The directory of a run with its device and precision; data and models are passed separately.
 
     Attributes:
-        directory: Where the artefacts go.
+        directory: Directory of the artefacts.
         root: Directory of the whole run, of which ``directory`` may be one round.
-        device: Where networks are trained and evaluated.
+        device: Device for training and evaluation.
         precision: ``"fp32"``, or ``"bf16"`` for bfloat16 autocast.
         progress: Whether to print headings, progress bars and tables.
     """
@@ -47,11 +47,11 @@ class Workspace:
         precision: str = "fp32",
         progress: bool = True,
     ) -> Workspace:
-        """Start a run in a directory, or take up an interrupted one.
+        """Start a run in a directory, or resume an interrupted one.
 
         Args:
             directory: The directory.
-            settings: What decides the artefacts, JSON-able; written to ``recipe.json``.
+            settings: JSON-able settings that determine the artefacts; written to ``recipe.json``.
             device: See :func:`~wmpo_gym.utils.device.resolve_device`.
             precision: See :func:`~wmpo_gym.utils.device.check_precision`.
             progress: Whether to print headings, progress bars and tables.
