@@ -1,9 +1,8 @@
-"""GRPO in imagination against baselines with as many real episodes, on the same start states.
+"""Compare GRPO in imagination with baselines, with equal numbers of real episodes and on equal start states.
 
 python examples/compare.py --methods base dpo grpo wmpo --budgets 128 --seeds 0
 
-A small comparison from the bundled base policy; `wmpo compare --preset table1` is the whole one, from
-nothing.
+A small comparison from the bundled base policy; `wmpo compare --preset table1` is the full one, from scratch.
 """
 
 from dataclasses import dataclass, replace
@@ -28,13 +27,13 @@ class Args:
     methods: tuple[str, ...] = ("base", "sft", "dpo", "grpo", "wmpo")
     """see wmpo_gym.experiments.plan.DATA_USED for all of them and their training data"""
     budgets: tuple[int, ...] = (128,)
-    """real episodes each method may use"""
+    """number of real episodes per method"""
     seeds: tuple[int, ...] = (0,)
-    """each with its own rollouts"""
+    """random seeds; each has its own rollouts"""
     episodes: int = 256
     """test start states"""
     selection_episodes: int = 128
-    """validation start states by which a checkpoint is selected; 0 takes the last"""
+    """validation start states for selecting a checkpoint; 0 takes the last"""
     iterations: int = DEMO.grpo.iterations
     """GRPO iterations in imagination"""
     world_steps: int = DEMO.align.steps
@@ -42,13 +41,13 @@ class Args:
     classifier_steps: int = DEMO.classifier_steps
     """steps of the success classifier"""
     device: str = "auto"
-    """where to compute: auto, cpu, cuda or cuda:1"""
+    """device: auto, cpu, cuda or cuda:1"""
     out: Path = Path("runs/compare")
-    """where results.json, the table and the plots go"""
+    """output directory of results.json, table and plots"""
 
 
 def main(args: Args) -> None:
-    """Run what is missing, write the summary and print it."""
+    """Run the missing trials, then write and print the summary."""
     recipe = replace(
         DEMO,
         task=args.task,

@@ -1,10 +1,10 @@
-"""Your own torch policy under GRPO: clone demonstrations, improve in imagination, test in the simulator.
+"""Train your own torch policy with GRPO: behaviour cloning, GRPO in imagination, test in the simulator.
 
 python examples/custom_policy.py --clone-steps 600 --iterations 10
 
-A policy needs two methods: `sample` chooses action chunks and says how likely each number of them was,
-`log_prob` says it again under changed weights. This one is a small convolutional network with a Gaussian for
-every number.
+A policy needs two methods: `sample` draws action chunks and returns the log-probability of each number,
+`log_prob` recomputes it under the current weights. This policy is a small convolutional network with a
+Gaussian per number.
 """
 
 from dataclasses import dataclass
@@ -28,21 +28,21 @@ class Args:
     task: str = "move-block"
     """task with a bundled world"""
     demonstrations: int = 200
-    """episodes of a clumsy scripted expert"""
+    """episodes of a scripted expert with errors"""
     clone_steps: int = 600
     """steps of behaviour cloning"""
     iterations: int = 10
-    """rollouts and an update each, in imagination"""
+    """GRPO iterations in imagination"""
     n_groups: int = 32
     """start states per iteration"""
     episodes: int = 256
     """test start states"""
     seed: int = 0
-    """seed of everything"""
+    """random seed"""
 
 
 class ConvPolicy(GroupPolicy):
-    """Pixels and instruction to the mean of a Gaussian over the K x D numbers of a chunk."""
+    """Gaussian policy: maps pixels and instruction to the means of the K x D numbers of a chunk."""
 
     def __init__(self, observation_space, action_space, lr_schedule) -> None:
         super().__init__(observation_space, action_space)
@@ -67,7 +67,7 @@ class ConvPolicy(GroupPolicy):
 
     def _mean(self, obs) -> torch.Tensor:
         pixels = obs["pixels"].float() / 127.5 - 1
-        if pixels.shape[-1] == 3:  # height, width, channels, as the environment gives it
+        if pixels.shape[-1] == 3:  # height, width, channels, as returned by the environment
             pixels = pixels.permute(0, 3, 1, 2)
         told = nn.functional.one_hot(obs["task_id"].long().view(-1), self.n_instructions).float()
         told = told[:, :, None, None].expand(-1, -1, *pixels.shape[2:])
@@ -78,7 +78,7 @@ class ConvPolicy(GroupPolicy):
 
     @torch.no_grad()
     def sample(self, obs, deterministic=False):
-        """Chunks, log-probability of each number, and what `log_prob` needs to know of the choice."""
+        """Sampled chunks, log-probability of each number, and the record that `log_prob` evaluates."""
         normal = self._distribution(obs)
         size = self.n_numbers
         noise = self.draw(lambda n: torch.randn(n, size, generator=self._generator), len(normal.mean))
@@ -87,13 +87,13 @@ class ConvPolicy(GroupPolicy):
         return actions, normal.log_prob(numbers), numbers
 
     def log_prob(self, obs, trace):
-        """Log-probability and entropy of each number under the present weights."""
+        """Log-probability and entropy of each number under the current weights."""
         normal = self._distribution(obs)
         return normal.log_prob(trace), normal.entropy()
 
 
 def clone(policy: ConvPolicy, args: Args) -> None:
-    """Behaviour cloning: raise the likelihood of the demonstrated chunks."""
+    """Behaviour cloning: maximise the likelihood of the demonstrated chunks."""
     task, rng = get_task(args.task), np.random.default_rng(args.seed)
     clumsy = ExpertConfig(aim_offset=(0.0, 0.1))
     ids = task.split_ids("train")[: args.demonstrations]
@@ -114,7 +114,7 @@ def clone(policy: ConvPolicy, args: Args) -> None:
         if step % 100 == 0:
             print(f"cloning step {step}: {loss.item():.3f} nats per number")
     with torch.no_grad():
-        policy.log_std.clamp_(min=-2.0)  # some exploration must be left
+        policy.log_std.clamp_(min=-2.0)  # keep some exploration
 
 
 def main(args: Args) -> None:

@@ -1,10 +1,10 @@
-"""Train in imagination for your own Gymnasium environment: record, learn a world model, optimise in it.
+"""Train a policy for your own Gymnasium environment in imagination: record, learn a world model, optimise.
 
 python examples/custom_task.py --episodes 300 --world-steps 1500 --iterations 15
 
-Only the frames of your environment are needed: random episodes of it are recorded, a world model and a
-success classifier are trained on them, GRPO improves a small policy in imagination alone, and the policy is
-evaluated in the environment itself. Works with any environment that renders square RGB frames.
+Random episodes of the environment are recorded, a world model and a success classifier are trained on them,
+GRPO optimises a small policy in imagination only, and the policy is evaluated in the environment. This works
+with any environment that renders square RGB frames.
 """
 
 from dataclasses import dataclass
@@ -58,17 +58,17 @@ class Args:
     test_episodes: int = 200
     """episodes of the final test"""
     seed: int = 0
-    """seed of everything"""
+    """random seed"""
 
 
 class ReachSquare(gymnasium.Env):
-    """Stands in for your environment: one control step per ``step``, a frame as the observation."""
+    """Placeholder for your environment: one control step per ``step``, a frame as the observation."""
 
     observation_space = spaces.Box(0, 255, (40, 40, 3), np.uint8)
     action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
 
     def reset(self, *, seed=None, options=None):
-        """Dot and square somewhere, both decided by the seed."""
+        """Place the dot and the square at random positions."""
         super().reset(seed=seed)
         self.dot, self.square = self.np_random.uniform(0.15, 0.85, (2, 2))
         return self._render(), {}

@@ -1,4 +1,4 @@
-"""Success of a policy in the simulator, with its interval, in the scene it knows and in changed ones.
+"""Success rate of a policy in the simulator, with confidence interval, in nominal and changed scenes.
 
 python examples/evaluate_in_sim.py --policy runs/demo/policy
 """
@@ -20,7 +20,7 @@ class Args:
     task: str = "move-block"
     """task"""
     policy: str | None = None
-    """directory of a policy; left out, the bundled base policy"""
+    """directory of a policy; by default the bundled base policy"""
     episodes: int = 256
     """test start states per row of the table"""
     seed: int = 0

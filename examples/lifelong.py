@@ -1,10 +1,10 @@
-"""Lifelong learning: act for real, align the world model with what happened, improve in it, and repeat.
+"""Lifelong learning: collect real rollouts, align the world model, optimise the policy in it, repeat.
 
 python examples/lifelong.py --rounds 3
 
 Every round collects real episodes with the current policy, aligns the world model and retrains the classifier
 on all real episodes so far, and continues with GRPO in the aligned world (WMPO, Figure 6). The stages are
-those of `wmpo demo` and `wmpo reproduce`; interrupted, the same command resumes.
+those of `wmpo demo` and `wmpo reproduce`; if interrupted, the same command resumes.
 """
 
 from dataclasses import dataclass, replace
@@ -41,9 +41,9 @@ class Args:
     episodes: int = 256
     """test start states after every round"""
     seed: int = 0
-    """seed of everything random"""
+    """random seed"""
     device: str = "auto"
-    """where to compute: auto, cpu, cuda or cuda:1"""
+    """device: auto, cpu, cuda or cuda:1"""
     out: Path = Path("runs/lifelong")
     """directory of the rounds, each with its rollouts, world model, classifier and policy"""
 

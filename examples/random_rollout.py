@@ -1,4 +1,4 @@
-"""Random actions in imagination and in its simulated twin, side by side.
+"""Random actions in the world model and in its paired simulator, side by side.
 
 python examples/random_rollout.py --episodes 2
 """
@@ -19,15 +19,15 @@ class Args:
     task: str = "move-block"
     """task of both environments"""
     episodes: int = 4
-    """how many episodes each"""
+    """number of episodes in each"""
     seed: int = 0
     """seed of the start states and of the actions"""
 
 
 def main(args: Args) -> None:
-    """Roll out and print what happened."""
+    """Run the episodes and compare the frames."""
     imagined = gymnasium.make("WMPO-Imagined-v0", task=args.task)
-    # The twin starts where the imagined episode starts, so it may use any start state.
+    # split=None: the simulator may start from any start state, as the imagined episode does.
     simulated = gymnasium.make("WMPO-Simulated-v0", task=args.task, split=None)
     actions = np.random.default_rng(args.seed)
     for episode in range(args.episodes):
@@ -43,7 +43,7 @@ def main(args: Args) -> None:
             difference = np.abs(obs["pixels"].astype(int) - twin_obs["pixels"]).mean()
             print(
                 f"  {info['n_frames']} steps, success probability {info['success_prob']:.2f}, "
-                f"mean difference to the twin {difference:.1f} grey levels"
+                f"mean difference to the simulator {difference:.1f} grey levels"
             )
             done = any(ended) or any(twin_ended)
     imagined.close()

@@ -1,10 +1,10 @@
-"""A robot that asks a policy server what to do; here the robot is simulated.
+"""Client of a policy server, with a simulated robot.
 
 wmpo serve --policy runs/demo/policy &
 python examples/robot_client.py --address 127.0.0.1:8765
 
-Without an address a server of the bundled base policy is started along with it. For your own robot replace
-`SimulatedRobot`: a picture, and actions in your robot's units.
+Without an address, a server of the bundled base policy is started. For your own robot, replace
+`SimulatedRobot`: it returns images and executes actions in your robot's units.
 """
 
 import time
@@ -28,36 +28,36 @@ class Args:
     """Options."""
 
     address: str | None = None
-    """where a policy server listens; left out, one is started"""
+    """address of a policy server; by default one is started"""
     episodes: int = 20
     """episodes"""
     real_time: bool = False
-    """keep to the control rate instead of going as fast as possible"""
+    """run at the control rate instead of as fast as possible"""
 
 
 class SimulatedRobot:
-    """Stands for your robot."""
+    """Placeholder for your robot."""
 
     def __init__(self):
         self._simulator = make_simulator(TASK)
 
     def begin(self, start_state: int) -> str:
-        """Prepare the table; returns what is to be done."""
+        """Reset the scene; returns the instruction."""
         self._simulator.reset(start_state)
         return TASK.instructions[self._simulator.task_id]
 
     def look(self) -> np.ndarray:
-        """What the camera sees, uint8 (H, W, 3)."""
+        """The camera image, uint8 (H, W, 3)."""
         return self._simulator.render()
 
     def move(self, action: np.ndarray) -> bool:
-        """Execute one action in metres; returns whether the task is done."""
+        """Execute one action in metres; returns whether the episode is over."""
         self._simulator.step(to_unit(action, TASK.action_low, TASK.action_high))
         return self._simulator.success
 
 
 def run_episode(robot: SimulatedRobot, client: PolicyClient, start_state: int, pause: float) -> bool:
-    """Look, ask, execute the chunk, until the task is done or time is up."""
+    """Get an image, request a chunk and execute it, until success or the time limit."""
     instruction = robot.begin(start_state)
     for _ in range(TASK.n_chunks):
         for action in client.act(robot.look(), instruction):

@@ -1,4 +1,4 @@
-"""Direct Preference Optimization from simulated or imagined rollouts, compared before and after in the twin.
+"""Direct Preference Optimization from simulated or imagined rollouts, tested in the simulator.
 
 python examples/train_dpo.py --env-id WMPO-Simulated-v0 --n-groups 16
 """
@@ -27,15 +27,15 @@ class Args:
     group_size: int = 8
     """rollouts from each start state; 16 x 8 are 128 episodes"""
     learning_rate: float = 1e-5
-    """step size"""
+    """learning rate"""
     beta: float = 0.1
-    """how strongly the policy is held to the one that collected"""
+    """strength of the implicit KL penalty towards the collecting policy"""
     episodes: int = 256
     """test start states of the comparison"""
     seed: int = 0
-    """seed of everything"""
+    """random seed"""
     out: str = "runs/train_dpo"
-    """where the policy and the TensorBoard curves go"""
+    """output directory of the policy and the TensorBoard curves"""
 
 
 def main(args: Args) -> None:

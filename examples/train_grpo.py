@@ -1,4 +1,4 @@
-"""Optimise the bundled base policy in imagination with GRPO, and compare before and after in the twin.
+"""Optimise the bundled base policy in imagination with GRPO, and test it in the simulator before and after.
 
 python examples/train_grpo.py --iterations 10
 """
@@ -24,19 +24,19 @@ class Args:
     env_id: str = "WMPO-Imagined-v0"
     """WMPO-Simulated-v0 trains on the simulator instead"""
     iterations: int = 10
-    """rollouts and an update each"""
+    """number of iterations (rollouts and update)"""
     n_groups: int = 32
     """start states per iteration"""
     group_size: int = 8
     """rollouts from each start state"""
     learning_rate: float = 5e-4
-    """step size"""
+    """learning rate"""
     episodes: int = 256
     """test start states of the comparison"""
     seed: int = 0
-    """seed of everything"""
+    """random seed"""
     out: str = "runs/train_grpo"
-    """where the policy and the TensorBoard curves go"""
+    """output directory of the policy and the TensorBoard curves"""
 
 
 def main(args: Args) -> None:

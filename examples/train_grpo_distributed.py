@@ -3,8 +3,8 @@
 torchrun --nproc-per-node 8 examples/train_grpo_distributed.py
 accelerate launch --config_file examples/accelerate/1x8.yaml examples/train_grpo_distributed.py
 
-The first keeps a copy of the policy on every GPU; the second spreads it over them (FSDP, bf16), as a 7 B
-policy needs. Stopped, the same command goes on from the last checkpoint. Without GPUs torchrun runs on the
+The first command keeps a copy of the policy on every GPU; the second shards it (FSDP, bf16), as a 7B policy
+requires. If interrupted, the same command resumes from the last checkpoint. Without GPUs torchrun runs on the
 CPU; ``accelerate launch --cpu`` starts one process only, and is refused for more.
 """
 
@@ -35,7 +35,7 @@ class Args:
     policy: str | None = None
     """directory of another policy to start from"""
     iterations: int = 10
-    """rollouts and an update each"""
+    """number of iterations (rollouts and update)"""
     n_groups: int = 32
     """informative groups per iteration; a multiple of the number of processes"""
     group_size: int = 8
@@ -45,15 +45,15 @@ class Args:
     micro_batch_size: int = 64
     """decisions per forward pass of a process; lower it if memory runs out"""
     learning_rate: float = 5e-4
-    """step size; a 7 B policy wants 5e-6"""
+    """learning rate; use 5e-6 for a 7B policy"""
     episodes: int = 256
-    """test start states of the comparison in the twin; 0 leaves it out"""
+    """test start states of the comparison in the simulator; 0 skips it"""
     seed: int = 0
-    """seed of everything"""
+    """random seed"""
     device: str = "auto"
-    """cpu, or cuda for an own GPU per process"""
+    """cpu, or cuda for one GPU per process"""
     out: str = "runs/train_grpo_distributed"
-    """where checkpoints, TensorBoard curves and the policy go; seen by every machine"""
+    """output directory of checkpoints, curves and policy; on a file system shared by all machines"""
 
 
 def main(args: Args) -> None:
@@ -71,7 +71,7 @@ def main(args: Args) -> None:
         group_size=args.group_size,
         batch_size=args.batch_size,
         micro_batch_size=args.micro_batch_size,
-        # Half precision rounds otherwise when sampling than when training.
+        # In half precision, rounding differs between sampling and training.
         recompute_log_probs=device.type == "cuda",
         policy_kwargs={"model": base},
         checkpoint_dir=f"{args.out}/checkpoints",

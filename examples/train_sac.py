@@ -2,8 +2,8 @@
 
 python examples/train_sac.py --demonstrations 200 --total-timesteps 20000
 
-Its reward is sparse: from scratch it stays near zero for a long time. It starts from nothing, where GRPO and
-DPO start from a policy that was fine-tuned on demonstrations; mind that when you compare them.
+The reward is sparse, so that success stays near zero for a long time. SAC starts from scratch, while GRPO and
+DPO start from a policy fine-tuned on demonstrations; keep this in mind when comparing them.
 """
 
 from dataclasses import dataclass
@@ -27,19 +27,19 @@ class Args:
     env_id: str = "WMPO-Imagined-v0"
     """WMPO-Simulated-v0 trains on the simulator instead"""
     n_envs: int = 16
-    """rows"""
+    """number of parallel environments"""
     total_timesteps: int = 20_000
-    """action chunks"""
+    """number of action chunks"""
     demonstrations: int = 0
-    """episodes of the scripted expert put into the buffer first"""
+    """episodes of the scripted expert added to the buffer at the start"""
     buffer_size: int = 20_000
-    """transitions the buffer holds; its memory is printed"""
+    """capacity of the replay buffer in transitions; its memory is printed"""
     episodes: int = 100
     """test start states, in the simulator"""
     seed: int = 0
-    """seed of everything"""
+    """random seed"""
     out: str = "runs/train_sac"
-    """where the model and the TensorBoard curves go"""
+    """output directory of the model and the TensorBoard curves"""
 
 
 def main(args: Args) -> None:

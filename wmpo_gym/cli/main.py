@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, options = find_command(words)
         return _read_options(name, options).run() or 0
     except KeyboardInterrupt:
-        _say(f"\ninterrupted; finished work is saved. Resume with: wmpo {shlex.join(words)}")
+        _say(f"\ninterrupted; finished work is saved. Go on with: wmpo {shlex.join(words)}")
         return 130
     except BrokenPipeError:  # the reader (`head`, for instance) closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""How training examples are varied: symmetries, and random shifts of the image."""
+"""Data augmentation: symmetries of a task, and random image shifts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Symmetry:
-    """A transformation of frames, actions and instructions that maps episodes of a task onto episodes.
+    """A transformation of frames, actions and instructions that maps valid episodes of a task to valid ones.
 
     Attributes:
         name: Short name.
         flip: ``"vertical"`` mirrors image rows, ``"horizontal"`` mirrors image columns, None neither.
         action_signs: Factor (1 or -1) per action dimension.
         channel_order: Permutation of the RGB channels.
-        instruction_order: ``instruction_order[i]`` is the task id that instruction i becomes.
+        instruction_order: ``instruction_order[i]`` is the task id that instruction i is mapped to.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Symmetry:
 
 
 def transform_frames(symmetry: Symmetry, frames: np.ndarray) -> np.ndarray:
-    """Frames ``(..., H, W, 3)`` under a symmetry, flipped and with exchanged channels; may be a view."""
+    """Flip frames ``(..., H, W, 3)`` and permute their channels; the result may be a view."""
     if symmetry.flip is not None:
         frames = np.flip(frames, -3 if symmetry.flip == "vertical" else -2)
     order = list(symmetry.channel_order)
@@ -36,12 +36,12 @@ def transform_frames(symmetry: Symmetry, frames: np.ndarray) -> np.ndarray:
 
 
 def transform_actions(symmetry: Symmetry, actions: np.ndarray) -> np.ndarray:
-    """Actions float32 ``(..., D)`` under a symmetry."""
+    """Transform actions, float32 ``(..., D)``, by a symmetry."""
     return actions * np.array(symmetry.action_signs, np.float32)
 
 
 def transform_task_ids(symmetry: Symmetry, task_ids: np.ndarray) -> np.ndarray:
-    """Instructions int64 ``(...)`` that hold after a symmetry where ``task_ids`` held before."""
+    """Transform task ids, int64 ``(...)``, by a symmetry."""
     return np.array(symmetry.instruction_order, np.int64)[task_ids]
 
 
@@ -54,7 +54,7 @@ def transform_rows(
     """Apply one of the functions above to some rows of a batch.
 
     Args:
-        transform: Which.
+        transform: :func:`transform_frames`, :func:`transform_actions` or :func:`transform_task_ids`.
         symmetry: The symmetry.
         values: ``(B, ...)``.
         chosen: bool ``(B,)``, the rows to transform.
@@ -68,7 +68,7 @@ def transform_rows(
 
 
 def shift_images(images: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Shift every image of a batch, repeating its border.
+    """Shift every image of a batch, with edge padding.
 
     Args:
         images: ``(B, H, W, 3)``.

@@ -15,16 +15,16 @@ class Episode:
     """Frames, actions and outcome of one episode.
 
     Attributes:
-        frames: RGB observations, uint8 (T+1, H, W, 3); frame t is what was seen before action t. An array, or
-            :class:`~wmpo_gym.data.frames.StoredFrames`, which is indexed alike and read from disk.
+        frames: RGB observations, uint8 (T+1, H, W, 3); frame t precedes action t. An array, or
+            :class:`~wmpo_gym.data.frames.StoredFrames` with the same indexing, read from disk.
         actions: Normalised actions, float32 (T, D), finite, usually within [-1, 1].
         success: Whether the task succeeded; None for unlabelled play.
         finish_step: Index of the last frame, equal to T.
-        start_state_id: Start state of the task it began in; None if it began elsewhere.
+        start_state_id: Id of the task's start state; None if the episode has another start.
         task_id: Index of the instruction in the task's list.
-        instruction: The sentence.
-        meta: Anything else, JSON-able (who acted, seed, control frequency ...).
-        proprio: The robot's own state (joint angles, place of the hand ...), float32 (T+1, P), a row per
+        instruction: The instruction.
+        meta: JSON-able metadata (policy, seed, control frequency ...).
+        proprio: Proprioception (joint angles, end-effector position ...), float32 (T+1, P), one row per
             frame; None if it was not recorded.
     """
 
@@ -80,5 +80,5 @@ class Episode:
 
     @property
     def state_dim(self) -> int:
-        """Numbers of the robot's own state per frame, P; 0 if it was not recorded."""
+        """Size of the proprioception vector, P; 0 if it was not recorded."""
         return 0 if self.proprio is None else self.proprio.shape[1]

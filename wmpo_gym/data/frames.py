@@ -1,8 +1,8 @@
-"""Frames on disk that are read where they are indexed, so that training needs no room for whole recordings.
+"""Frames on disk with random access, for training on data sets larger than memory.
 
-Lossless video decodes from its last key frame on, which is too slow for single frames out of many episodes.
-Decoded frames are therefore kept in a cache file per video: its name is the video's checksum, every frame has
-a checksum of its own, and a file that is missing or damaged is made again from the video.
+Random access to lossless video is slow, because decoding starts at the previous key frame. Decoded frames are
+therefore kept in one cache file per video. The file is named by the video's checksum, every frame has its own
+checksum, and a missing or damaged file is regenerated from the video.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _CHECKSUM_BYTES = 4
 
 
 class StoredFrames:
-    """RGB frames of one episode in a file, uint8 ``(T+1, H, W, 3)``; indexing reads the frames it names.
+    """RGB frames of one episode in a file, uint8 ``(T+1, H, W, 3)``; indexing reads the selected frames.
 
-    Indices are those of a numpy array: an integer, a slice, integers or booleans in an array, and further
-    axes behind them. ``np.asarray`` reads everything. Nothing is kept in memory but the place on disk.
+    Supports numpy indexing of the first axis (integers, slices, integer or boolean arrays) and further axes.
+    ``np.asarray`` reads all frames. Only the file position is kept in memory.
 
     Args:
         file: The file.
         shape: ``(T+1, H, W, 3)``.
         offset: Bytes before the first frame.
         checksums: Whether a CRC-32 of four bytes follows each frame.
-        restore: Called when the file is missing or a frame damaged; writes the file again or raises. None
-            where there is nothing to make it from.
+        restore: Called if the file is missing or a frame is damaged; regenerates the file or raises. None if
+            there is no source to regenerate it from.
     """
 
     __slots__ = ("_checksums", "_file", "_offset", "_restore", "shape")
@@ -87,7 +87,7 @@ class StoredFrames:
         return frames[(None,) * new_axes] if new_axes else frames
 
     def _read(self, index: np.ndarray) -> np.ndarray:
-        """Frames ``(N, H, W, 3)``, made again from the video if something is wrong with the file."""
+        """Frames ``(N, H, W, 3)``; a missing or damaged file is regenerated from the video."""
         try:
             return self._read_file(index)
         except (OSError, ArtifactError) as error:
@@ -116,7 +116,7 @@ class StoredFrames:
         return frames
 
     def _records(self, file: Any, index: np.ndarray, record: int, n_bytes: int) -> np.ndarray:
-        """Consecutive frames ``(N, H, W, 3)`` from where the file stands, their checksums compared."""
+        """Consecutive frames ``(N, H, W, 3)`` from the current file position, with verified checksums."""
         data = bytearray(len(index) * record)
         if file.readinto(data) != len(data):
             raise ArtifactError(f"it ends before frame {index[-1]}")
@@ -133,10 +133,10 @@ FrameArray = np.ndarray | StoredFrames
 
 
 def write_frame_cache(file: str | Path, frames: np.ndarray) -> None:
-    """Write decoded frames, each followed by its checksum; several processes may do so at once.
+    """Write decoded frames, each followed by its checksum; safe for several processes at once.
 
     Args:
-        file: The cache file; it appears when it is complete.
+        file: The cache file; it is written atomically.
         frames: uint8 ``(N, H, W, 3)``.
 
     Raises:
@@ -154,7 +154,7 @@ def write_frame_cache(file: str | Path, frames: np.ndarray) -> None:
 
 
 def open_frame_cache(file: str | Path, restore: Callable[[], None] | None = None) -> StoredFrames | None:
-    """What :func:`write_frame_cache` wrote; None if the file is missing or not complete.
+    """Open a file of :func:`write_frame_cache`; None if it is missing or incomplete.
 
     Args:
         file: The cache file.
@@ -175,7 +175,7 @@ def open_npy_frames(file: str | Path) -> StoredFrames:
     """The frames of a ``.npy`` file.
 
     Raises:
-        ValueError: If it is not a file of uint8 ``(N, H, W, 3)`` in C order.
+        ValueError: If it does not hold uint8 ``(N, H, W, 3)`` in C order.
     """
     frames = np.load(file, mmap_mode="r", allow_pickle=False)
     if frames.dtype != np.uint8 or frames.ndim != 4 or not frames.flags.c_contiguous:
@@ -188,13 +188,13 @@ Request = tuple[FrameArray, np.ndarray]
 
 
 class FrameLoader:
-    """Reads frames of several episodes at once with threads, and ahead of time.
+    """Reads frames of several episodes with a thread pool, with optional prefetching.
 
-    The result does not depend on the number of threads or on what was read ahead. Frames in memory are
-    indexed directly.
+    The result does not depend on the number of threads or on prefetching. Frames in memory are indexed
+    directly.
 
     Args:
-        workers: Threads; 0 reads in the calling thread and nothing ahead.
+        workers: Number of threads; 0 reads in the calling thread and disables prefetching.
 
     Raises:
         ValueError: If ``workers`` is negative.
@@ -210,7 +210,7 @@ class FrameLoader:
     def read(self, requests: Sequence[Request]) -> list[np.ndarray]:
         """Frames of each request ``(frames, index)``, uint8 ``(len(index), H, W, 3)``.
 
-        What :meth:`prefetch` read and this call does not ask for is dropped.
+        Prefetched frames that are not requested are dropped.
         """
         ahead, self._ahead = self._ahead, {}
         found = []
@@ -223,7 +223,7 @@ class FrameLoader:
         return [part.result() if isinstance(part, Future) else part for part in found]
 
     def prefetch(self, requests: Sequence[Request]) -> None:
-        """Begin to read what the next :meth:`read` is likely to ask for."""
+        """Start to read the frames that the next :meth:`read` is likely to request."""
         for request in requests:
             if self.workers and isinstance(request[0], StoredFrames):
                 self._ahead[_key(request)] = self._submit(request)
@@ -238,13 +238,13 @@ class FrameLoader:
 
 
 def _key(request: Request) -> tuple[int, bytes]:
-    """The same for two requests for the same frames of one episode."""
+    """Key of a request; equal for equal frames of the same episode."""
     frames, index = request
     return id(frames), index.tobytes()
 
 
 def prefetched(items: Iterable[T], ahead: int = 1) -> Iterator[T]:
-    """The same items in the same order, the next ``ahead`` of them computed in a thread meanwhile."""
+    """Iterate over items in order while a thread computes the next ``ahead`` of them."""
     source, end = iter(items), object()
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         waiting = deque(pool.submit(next, source, end) for _ in range(ahead))

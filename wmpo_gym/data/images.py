@@ -1,4 +1,4 @@
-"""Pictures at another size."""
+"""Image resizing."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def resize_area(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize pictures ``(..., H, W, 3)`` uint8 to ``(..., height, width, 3)``; always a new array.
+    """Resize images ``(..., H, W, 3)`` uint8 to ``(..., height, width, 3)``; always a new array.
 
-    Whole multiples repeat pixels, everything else averages areas. Proportions are not kept: the whole picture
-    is squashed into the new one, as in the data OpenVLA was trained on.
+    Integer upscaling repeats pixels; any other size averages areas. The aspect ratio is not kept, as in the
+    training data of OpenVLA.
     """
     rows, columns = frames.shape[-3:-1]
     if height % rows == 0 and width % columns == 0:

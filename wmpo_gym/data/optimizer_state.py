@@ -1,4 +1,4 @@
-"""An optimizer's state as safetensors and JSON can hold it, for checkpoints."""
+"""Conversion of optimizer states to and from flat tensor dictionaries, for checkpoints in safetensors."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 def pack_slots(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, torch.Tensor]:
-    """Only the moments of an optimizer that holds nothing but tensors (Adam and its kin).
+    """The state tensors (moments) of an optimizer such as Adam, by name.
 
-    For trainings whose settings stand elsewhere in the checkpoint.
+    Param groups are not included; their settings are stored elsewhere in the checkpoint.
     """
     slots = optimizer.state_dict()["state"]
     return {f"{prefix}{i}.{name}": v for i, slot in slots.items() for name, v in slot.items()}
 
 
 def unpack_slots(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
-    """Put :func:`pack_slots`' result back, in place; tensors of other names are left alone."""
+    """Restore the result of :func:`pack_slots` in place; tensors without the prefix are ignored."""
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(prefix):

@@ -1,4 +1,4 @@
-"""Statistics of actions, and the way from a robot's units to [-1, 1] and back."""
+"""Action statistics, and scaling between a robot's units and [-1, 1]."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ QUANTILES = (0.01, 0.99)
 
 @dataclass(frozen=True)
 class ActionStatistics:
-    """What the actions of a data set are like, one entry per dimension, in the robot's units.
+    """Statistics of the actions in a data set, one entry per dimension, in the robot's units.
 
     Attributes:
         mean: Mean.
         std: Standard deviation.
-        min: Least value.
-        max: Greatest value.
+        min: Minimum.
+        max: Maximum.
         q01: 1 % quantile.
         q99: 99 % quantile.
         mask: Whether the dimension is scaled by its quantiles. A dimension with at most two values, such as a
-            gripper's command, or one that rests in 98 % of the steps is scaled by its extremes instead.
-        n_steps: Actions counted.
-        n_episodes: Episodes counted.
+            gripper's command, or one with equal quantiles is scaled by its minimum and maximum instead.
+        n_steps: Number of actions.
+        n_episodes: Number of episodes.
     """
 
     mean: np.ndarray
@@ -59,12 +59,12 @@ class ActionStatistics:
 
     @property
     def low(self) -> np.ndarray:
-        """What becomes -1."""
+        """The value that is scaled to -1."""
         return np.where(self.mask, self.q01, self.min)
 
     @property
     def high(self) -> np.ndarray:
-        """What becomes +1; equal to :attr:`low` in a dimension that never moves."""
+        """The value that is scaled to +1; equal to :attr:`low` in a constant dimension."""
         return np.where(self.mask, self.q99, self.max)
 
     def to_dict(self, name: str) -> dict[str, Any]:
@@ -80,9 +80,9 @@ class ActionStatistics:
 
 
 def to_unit(actions: ArrayLike, low: ArrayLike, high: ArrayLike) -> np.ndarray:
-    """Map actions ``(..., D)`` from the robot's units to [-1, 1], float32; what never moves becomes 0.
+    """Map actions ``(..., D)`` from the robot's units to [-1, 1], float32; constant dimensions become 0.
 
-    Not clipped: what lies outside ``low`` and ``high`` lies outside [-1, 1].
+    Values are not clipped: those outside ``low`` and ``high`` are outside [-1, 1].
     """
     actions, low, high = (np.asarray(x, np.float64) for x in (actions, low, high))
     span = high - low

@@ -4,7 +4,7 @@
 
     episode_000123/
         frames.mkv          lossless FFV1 video (or frames.npy)
-        data.safetensors    actions float32 (T, D); proprio float32 (T + 1, P) where it was recorded
+        data.safetensors    actions float32 (T, D); proprio float32 (T + 1, P) if it was recorded
         meta.json           outcome, ids, instruction, checksums of the two files above
 """
 
@@ -47,24 +47,24 @@ class BrokenEpisodeError(ArtifactError):
 
 
 def save_episode(directory: str | Path, episode: Episode, *, codec: str = "ffv1") -> Path:
-    """Write one episode under a temporary name and rename it.
+    """Write one episode atomically (temporary name, then rename).
 
     Args:
-        directory: The episode's directory; an earlier episode there is replaced.
-        episode: What to write.
-        codec: ``"ffv1"`` (lossless video) or ``"npy"`` (raw, larger, quicker).
+        directory: The episode's directory; an existing episode is replaced.
+        episode: The episode.
+        codec: ``"ffv1"`` (lossless video) or ``"npy"`` (uncompressed, larger and faster).
 
     Returns:
         The directory.
 
     Raises:
         ValueError: If the codec is unknown.
-        WriteError: If the disk is full; no directory is left then.
+        WriteError: If the disk is full; no directory is created then.
     """
     if codec not in FRAME_FILES:
         raise ValueError(f"Unknown codec {codec!r}; choose one of {', '.join(FRAME_FILES)}.")
     directory, frames_name = Path(directory), FRAME_FILES[codec]
-    # Not durable: an episode is cheap, and one damaged by a power cut is noticed and skipped.
+    # No fsync: an episode damaged by a power cut is detected by its checksums and skipped.
     with write_dir_atomic(directory, durable=False) as temporary:
         frames_file, data_file = temporary / frames_name, temporary / "data.safetensors"
         frames_file.write_bytes(_encode(episode, codec))
@@ -97,20 +97,20 @@ def _encode(episode: Episode, codec: str) -> bytes:
 
 
 def load_episode(directory: str | Path) -> Episode:
-    """Read one episode and check that it is whole.
+    """Read one episode and verify its checksums.
 
     Raises:
-        BrokenEpisodeError: If a file is missing, cut off or edited, or they do not fit together.
+        BrokenEpisodeError: If a file is missing, truncated or modified, or the files are inconsistent.
     """
     return _read_episode(Path(directory), lambda file, _: _decode(file))
 
 
 def open_episode(directory: str | Path, cache: str | Path) -> Episode:
-    """Check one episode as :func:`load_episode` does, and leave its frames on disk.
+    """Verify one episode as :func:`load_episode` does, but leave its frames on disk.
 
     Args:
         directory: The episode's directory.
-        cache: Directory of decoded frames; a video is decoded into it unless it was before.
+        cache: Directory of decoded frames; a video is decoded into it once.
 
     Returns:
         The episode; its ``frames`` are :class:`~wmpo_gym.data.frames.StoredFrames`.
@@ -137,11 +137,11 @@ def open_episode(directory: str | Path, cache: str | Path) -> Episode:
 
 
 def _read_episode(directory: Path, frames_of: Callable[[Path, str], FrameArray]) -> Episode:
-    """An episode whose files were compared with their checksums.
+    """Read an episode after comparing its files with their checksums.
 
     Args:
         directory: The episode's directory.
-        frames_of: Gives its frames from their file and its checksum.
+        frames_of: Returns the frames for a file and its checksum.
     """
     try:
         meta = _read_meta(directory)
@@ -155,7 +155,7 @@ def _read_episode(directory: Path, frames_of: Callable[[Path, str], FrameArray])
             frames=frames_of(directory / frames_name, meta["sha256"][frames_name]),
             actions=arrays["actions"],
             proprio=arrays.get("proprio"),
-            instruction=sys.intern(meta["instruction"]),  # one sentence in memory for thousands of episodes
+            instruction=sys.intern(meta["instruction"]),  # share equal strings between episodes
             **{name: meta[name] for name in fields},
         )
     except WriteError:
@@ -171,7 +171,7 @@ def _restore_frames(video: str, digest: str, cached: str) -> None:
     """Decode a video into the cache again.
 
     Raises:
-        BrokenEpisodeError: If the video is missing or damaged by now.
+        BrokenEpisodeError: If the video is missing or damaged.
         WriteError: If the cache cannot be written.
     """
     try:
@@ -202,13 +202,13 @@ def _decode(file: Path) -> np.ndarray:
 
 
 class EpisodeStore:
-    """A directory of episodes that one process appends to and any number read.
+    """A directory of episodes with one writing process and any number of readers.
 
-    Broken episodes are named in one warning with their count and skipped; they are never half-read.
+    Broken episodes are skipped, with one warning that counts and lists them.
 
     Args:
         root: The directory; it need not exist yet.
-        codec: How appended episodes store their frames, see :func:`save_episode`.
+        codec: Codec for the frames of appended episodes, see :func:`save_episode`.
     """
 
     def __init__(self, root: str | Path, *, codec: str = "ffv1") -> None:
@@ -217,7 +217,7 @@ class EpisodeStore:
         self._next: int | None = None
 
     def directories(self) -> list[Path]:
-        """Every episode directory in order of writing, broken ones too."""
+        """All episode directories in order of writing, including broken ones."""
         return sorted(d for d in self.root.glob("episode_*") if d.is_dir())
 
     def append(self, episode: Episode) -> Path:
@@ -227,7 +227,7 @@ class EpisodeStore:
             Its directory.
 
         Raises:
-            WriteError: If the disk is full; the episodes before it are untouched.
+            WriteError: If the disk is full; existing episodes are not affected.
         """
         if self._next is None:
             numbers = [int(d.name.rpartition("_")[2]) for d in self.directories() if d.name[8:].isdecimal()]
@@ -237,11 +237,11 @@ class EpisodeStore:
         return path
 
     def __len__(self) -> int:
-        """Number of episodes whose description can be read."""
+        """Number of episodes with readable metadata."""
         return len(self._metas())
 
     def __iter__(self) -> Iterator[Episode]:
-        """Whole episodes in order of writing; broken ones are skipped and reported at the end."""
+        """Valid episodes in order of writing; broken ones are skipped and reported at the end."""
         return self._whole(map(_or_error(load_episode), self.directories()))
 
     def _whole(self, found: Iterable[Episode | BrokenEpisodeError]) -> Iterator[Episode]:
@@ -264,7 +264,7 @@ class EpisodeStore:
             raise ArtifactError(f"No directory of episodes at {self.root}; `wmpo collect` makes one.")
 
     def load(self) -> list[Episode]:
-        """Read all whole episodes.
+        """Read all valid episodes into memory.
 
         Raises:
             ArtifactError: If the directory does not exist.
@@ -273,15 +273,15 @@ class EpisodeStore:
         return list(self)
 
     def open(self, cache: str | Path | None = None, *, workers: int = 2) -> list[Episode]:
-        """All whole episodes, their frames left on disk; what :meth:`load` gives, for any number of hours.
+        """All valid episodes with their frames left on disk, for data sets larger than memory.
 
-        Every file is read once and compared with its checksum, so that a broken episode is named here and not
-        in the middle of a training. Videos are decoded into a cache, once for all later calls.
+        Every file is read once and compared with its checksum, so that a broken episode is reported here and
+        not during training. Videos are decoded into a cache, once for all later calls.
 
         Args:
-            cache: Directory of decoded frames, as large as all frames are (H W 3 bytes each); ``.frames`` in
-                the store's directory by default. It may be deleted while nothing reads it.
-            workers: Episodes that are read side by side.
+            cache: Directory of decoded frames (H W 3 bytes per frame); by default ``.frames`` in the store's
+                directory. It may be deleted while no process reads it.
+            workers: Number of episodes read in parallel.
 
         Raises:
             ArtifactError: If the directory does not exist.
@@ -303,11 +303,11 @@ class EpisodeStore:
             ) from error
 
     def ids(self) -> list[int | None]:
-        """Start-state ids of the episodes in order of writing, from their descriptions alone."""
+        """Start-state ids of the episodes in order of writing, read from the metadata only."""
         return [meta["start_state_id"] for meta in self._metas()]
 
     def outcomes(self) -> list[bool | None]:
-        """Success of the episodes in order of writing, from their descriptions alone."""
+        """Success labels of the episodes in order of writing, read from the metadata only."""
         return [meta["success"] for meta in self._metas()]
 
     def _metas(self) -> list[dict[str, Any]]:
@@ -321,7 +321,7 @@ class EpisodeStore:
 
 
 def _or_error(read: Callable[[Path], Episode]) -> Callable[[Path], Episode | BrokenEpisodeError]:
-    """The same function, which returns the error of a broken episode instead of raising it."""
+    """Wrap ``read`` to return the error of a broken episode instead of raising it."""
 
     def safe(directory: Path) -> Episode | BrokenEpisodeError:
         try:

@@ -1,4 +1,4 @@
-"""The task of a directory: what imported episodes, and worlds, say they belong to."""
+"""The task recorded in a directory of imported episodes or of a world."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TASK_FILE = "task.json"
 
 
 def read_task(directory: str | Path) -> Task | None:
-    """The task in a directory's ``task.json``, None without such a file.
+    """The task in a directory's ``task.json``; None if there is no such file.
 
     Raises:
         ArtifactError: If it does not describe a task.

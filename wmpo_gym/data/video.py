@@ -1,4 +1,4 @@
-"""Our own video, lossless (RGB to FFV1 in Matroska and back, bit for bit), and reading that of others."""
+"""Video: lossless encoding and decoding of RGB (FFV1 in Matroska), and reading of MP4, PNG and JPEG."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-_RGB = "bgr0"  # what FFV1 calls 8-bit RGB
+_RGB = "bgr0"  # FFV1's pixel format for 8-bit RGB
 _PICTURES = {b"\x89PNG": "png_pipe", b"\xff\xd8": "jpeg_pipe"}  # first bytes: FFmpeg's name
 
 
@@ -28,7 +28,7 @@ def encode_lossless(frames: np.ndarray, fps: float = 10.0) -> bytes:
     with av.open(buffer, "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], _RGB
-        stream.codec_context.thread_count = 1  # threads cost more than they save at these sizes
+        stream.codec_context.thread_count = 1  # threads are slower at these image sizes
         for image in frames:
             container.mux(stream.encode(_packed(image)))
         container.mux(stream.encode())
@@ -36,7 +36,7 @@ def encode_lossless(frames: np.ndarray, fps: float = 10.0) -> bytes:
 
 
 def decode_lossless(data: bytes) -> np.ndarray:
-    """Decode what :func:`encode_lossless` made.
+    """Decode a video of :func:`encode_lossless`.
 
     Returns:
         uint8 (N, H, W, 3).
@@ -56,7 +56,7 @@ def decode_lossless(data: bytes) -> np.ndarray:
 
 
 def _packed(image: np.ndarray) -> av.VideoFrame:
-    """uint8 (H, W, 3) as FFV1 wants it; FFmpeg's own conversion starts threads for every frame."""
+    """Convert uint8 (H, W, 3) to an FFV1 frame; FFmpeg's own conversion starts threads for every frame."""
     height, width, _ = image.shape
     frame = av.VideoFrame(width, height, _RGB)
     plane = frame.planes[0]
@@ -75,13 +75,13 @@ def _unpacked(frame: av.VideoFrame) -> np.ndarray:
 
 
 def read_frames(path: str | Path, fps: float, first: int, count: int) -> Iterator[np.ndarray]:
-    """Decode consecutive frames out of a video.
+    """Decode consecutive frames of a video.
 
     Args:
         path: The video, an MP4.
         fps: Frames per second; frame i is shown at i / fps.
-        first: Number of the first frame wanted.
-        count: How many; fewer come if the video ends before.
+        first: Index of the first frame.
+        count: Number of frames; fewer are yielded if the video ends earlier.
 
     Yields:
         uint8 (H, W, 3).
@@ -90,12 +90,12 @@ def read_frames(path: str | Path, fps: float, first: int, count: int) -> Iterato
         ValueError: If it is not a readable video, or a frame in between is missing.
     """
     try:
-        # The format is fixed, so that no file that refers to others passes for a video.
+        # The format is fixed, so that no playlist or other file with references is opened.
         with av.open(str(path), "r", format="mp4") as container:
             stream = container.streams.video[0]
             if stream.time_base is None:
                 raise ValueError(f"{Path(path).name} has no time base")
-            # Seeking stops at the key frame before.
+            # Seeking goes to the previous key frame.
             container.seek(int(first / fps / stream.time_base), stream=stream)
             due = first
             for frame in container.decode(stream):
@@ -116,7 +116,7 @@ def decode_picture(data: bytes) -> np.ndarray:
     """Decode a PNG or JPEG to uint8 (H, W, 3).
 
     Raises:
-        ValueError: If the data is no such picture.
+        ValueError: If the data is no such image.
     """
     kinds = [kind for start, kind in _PICTURES.items() if data.startswith(start)]
     if not kinds:

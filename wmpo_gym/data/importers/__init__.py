@@ -1,4 +1,4 @@
-"""Recordings of others as episodes: robomimic HDF5, LeRobotDataset, the WMPO release's shards."""
+"""Importers of external formats: robomimic HDF5, LeRobotDataset, and shards of the WMPO release."""
 
 from __future__ import annotations
 

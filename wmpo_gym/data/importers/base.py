@@ -1,4 +1,4 @@
-"""What an importer offers, whatever the format: episodes one by one, cheap descriptions before pictures."""
+"""Interface of importers: episode headers, read first and without images, and frames per episode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wmpo_gym.data.images import resize_area
 from wmpo_gym.data.importers.settings import DEFAULT_OPTIONS, SourceOptions
 from wmpo_gym.utils.io import ArtifactError
 
-BLOCK = 64  # pictures resized at once
+BLOCK = 64  # images resized at once
 
 
 class SourceError(ArtifactError):
@@ -30,19 +30,19 @@ class EpisodeFault(ValueError):
 
 @dataclass
 class EpisodeHeader:
-    """An episode without its pictures, as recorded.
+    """A recorded episode without its images.
 
     Attributes:
-        key: Name in its source.
-        actions: float64 (T, D) in the robot's units; action t was chosen at picture t.
-        n_frames: Pictures there are.
-        instruction: The sentence, None if the source does not say.
-        start: Episodes of one source with an equal ``start`` began in the same scene.
-        success: Outcome as the source states it for the whole episode; None if it does not.
-        flags: Per action, whether the task was done after it, bool (T,); None if that was not recorded.
-        meta: Anything else worth keeping, JSON-able.
-        proprio: The robot's own state, float32 (at least T + 1 rows, P); None if it was not recorded.
-        notes: What a user should know about it.
+        key: Name of the episode in its source.
+        actions: float64 (T, D) in the robot's units; action t follows frame t.
+        n_frames: Number of recorded images.
+        instruction: The instruction; None if not recorded.
+        start: Key of the start scene, equal for episodes of a source with the same start.
+        success: Recorded outcome of the episode; None if not recorded.
+        flags: Success flag after each action, bool (T,); None if not recorded.
+        meta: JSON-able metadata to keep.
+        proprio: Proprioception, float32 (at least T + 1 rows, P); None if not recorded.
+        notes: Notes for the user.
     """
 
     key: str
@@ -57,10 +57,10 @@ class EpisodeHeader:
     notes: list[str] = field(default_factory=list)
 
     def thin(self, stride: int) -> None:
-        """Keep every ``stride``-th step: its picture, its action, and whether the task was done by the next.
+        """Keep the image and action of every ``stride``-th step; success flags are merged over each stride.
 
         Args:
-            stride: Recorded steps per kept one.
+            stride: Recorded steps per retained step.
         """
         if stride == 1:
             return
@@ -72,10 +72,10 @@ class EpisodeHeader:
             self.proprio = self.proprio[::stride]
 
     def cut(self) -> None:
-        """End the episode at its first success, and at the last action whose next picture was recorded.
+        """Truncate the episode at its first success, and at the last action with a recorded next image.
 
         Raises:
-            EpisodeFault: If no action has a picture before and after it.
+            EpisodeFault: If no action has an image before and after it.
         """
         steps = min(len(self.actions), self.n_frames - 1)
         if self.flags is not None:
@@ -89,12 +89,12 @@ class EpisodeHeader:
 
 
 class Source(ABC):
-    """Recorded episodes in a format of others.
+    """Recorded episodes in an external format.
 
     Attributes:
         format: Name of the format.
         name: Name of the data set.
-        control_hz: Control steps per second, None if the source does not say.
+        control_hz: Control steps per second; None if not recorded.
     """
 
     format: str
@@ -103,10 +103,10 @@ class Source(ABC):
 
     @classmethod
     def refuse_options(cls, options: SourceOptions, allowed: tuple[str, ...]) -> None:
-        """Refuse options that say nothing about this format.
+        """Refuse options that do not apply to this format.
 
         Raises:
-            SourceError: Naming the option.
+            SourceError: If there is one; the message names it.
         """
         for name, default in asdict(DEFAULT_OPTIONS).items():
             if name not in allowed and getattr(options, name) != default:
@@ -120,7 +120,7 @@ class Source(ABC):
 
     @abstractmethod
     def header(self, key: str) -> EpisodeHeader:
-        """An episode without its pictures.
+        """Header of an episode.
 
         Raises:
             EpisodeFault: If it cannot be used.
@@ -128,18 +128,18 @@ class Source(ABC):
 
     @abstractmethod
     def frames(self, key: str, count: int, size: int) -> np.ndarray:
-        """The episode's first ``count`` pictures, uint8 (count, size, size, 3).
+        """The episode's first ``count`` images, resized, uint8 (count, size, size, 3).
 
         Raises:
             EpisodeFault: If they are missing or damaged.
         """
 
     def damage(self) -> list[str]:
-        """What is broken beside single episodes, for the report."""
+        """Damage that is not specific to one episode, for the report."""
         return []
 
     def close(self) -> None:
-        """Let go of files; nothing is to be done where none stays open."""
+        """Close open files; by default there are none."""
         return None
 
     def __enter__(self) -> Source:
@@ -149,7 +149,7 @@ class Source(ABC):
         self.close()
 
 
-# What readers of damaged data raise.
+# Exceptions that readers raise on damaged data.
 _COMPLAINTS = (
     OSError,
     RuntimeError,
@@ -164,7 +164,7 @@ _COMPLAINTS = (
 
 @contextmanager
 def faults() -> Iterator[None]:
-    """Turn whatever damaged data makes a reader raise into an :class:`EpisodeFault`."""
+    """Convert exceptions that readers raise on damaged data to :class:`EpisodeFault`."""
     try:
         yield
     except (EpisodeFault, SourceError):
@@ -190,7 +190,11 @@ def needs(module: str, extra: str = "data") -> ModuleType:
 
 
 def check_actions(actions: Any) -> np.ndarray:
-    """Actions as float64 (T, D) with at least one step, or an :class:`EpisodeFault`."""
+    """Convert actions to float64 (T, D).
+
+    Raises:
+        EpisodeFault: If they are not finite numbers of that shape with at least one step.
+    """
     actions = np.asarray(actions)
     if actions.dtype.kind not in "fiu" or actions.ndim != 2 or 0 in actions.shape:
         raise EpisodeFault(f"its actions are {actions.dtype} {actions.shape}, not numbers (T, D)")
@@ -204,7 +208,7 @@ def check_actions(actions: Any) -> np.ndarray:
 def usable_states(values: Any, count: int) -> np.ndarray | None:
     """The first ``count`` rows of a recorded state as float32 (count, P).
 
-    An episode can do without its state, so that whatever is not ``count`` rows of finite numbers is None.
+    Returns None unless there are ``count`` rows of finite numbers, since the state is optional.
     """
     values = np.asarray(values)
     if values.dtype.kind not in "fiub" or values.ndim != 2 or len(values) < count or not values.size:
@@ -214,7 +218,7 @@ def usable_states(values: Any, count: int) -> np.ndarray | None:
 
 
 def zero_or_one(values: np.ndarray | None) -> np.ndarray | None:
-    """Flags from a column of zeros and ones; None from any other, such as a dense reward."""
+    """Convert a column of zeros and ones to flags; None for any other, such as a dense reward."""
     if values is None or values.dtype.kind not in "fiub" or not np.isin(values, (0, 1)).all():
         return None
     return values.astype(bool)
@@ -225,11 +229,11 @@ def as_frames(images: np.ndarray, name: str, *, scale: float | None = None) -> n
 
     Args:
         images: (N, H, W, C) or (N, C, H, W) with 1, 3 or 4 channels: uint8, or floats in [0, 1] or [0, 255].
-        name: Of the images, for the message.
-        scale: What floats are multiplied by; None looks at these images.
+        name: Name of the images, for the message.
+        scale: Factor for float images; None infers it from these images.
 
     Raises:
-        EpisodeFault: If they are anything else.
+        EpisodeFault: If the images have another type, shape or range.
     """
     given = f"{name} is {images.dtype} {images.shape}"
     if images.ndim != 4 or images.dtype.kind not in "uf" or images.dtype.itemsize == 2 or 0 in images.shape:
@@ -248,15 +252,15 @@ def as_frames(images: np.ndarray, name: str, *, scale: float | None = None) -> n
 
 
 def float_scale(images: np.ndarray) -> float:
-    """What float images are multiplied by to lie in [0, 255]."""
+    """Factor that scales images to [0, 255]."""
     return 255.0 if images.dtype.kind == "f" and images.max() <= 1.0 else 1.0
 
 
 def shrink(frames: Iterator[np.ndarray], count: int, size: int) -> np.ndarray:
-    """Blocks of pictures (n, H, W, 3) as one array uint8 (count, size, size, 3).
+    """Resize blocks of images (n, H, W, 3) and join them to uint8 (count, size, size, 3).
 
     Raises:
-        EpisodeFault: If there are fewer.
+        EpisodeFault: If there are fewer than ``count`` images.
     """
     made = [resize_area(block, size, size) for block in frames]
     found = sum(map(len, made))
@@ -266,15 +270,15 @@ def shrink(frames: Iterator[np.ndarray], count: int, size: int) -> np.ndarray:
 
 
 def choose_camera(cameras: list[str], wanted: str | None, where: str) -> str:
-    """The camera to use: the one asked for, the only one, or the only ``agentview``.
+    """The camera to use: the requested one, the only one, or the only ``agentview``.
 
     Args:
         cameras: Full names in the data.
-        wanted: A full name, what stands behind its last dot, or that without ``_image`` or ``_rgb``.
+        wanted: A full name, its part after the last dot, or either without ``_image`` or ``_rgb``.
         where: The data set, for the message.
 
     Raises:
-        SourceError: If that does not decide; the message lists the cameras.
+        SourceError: If the camera is unknown or ambiguous; the message lists the cameras.
     """
     known = ", ".join(cameras) or "none"
     if wanted is not None:
@@ -302,7 +306,7 @@ def _short_names(camera: str) -> set[str]:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse a git-LFS pointer, which stands where a large file should be.
+    """Refuse a git-LFS pointer in place of the file.
 
     Raises:
         EpisodeFault: If the file is one.

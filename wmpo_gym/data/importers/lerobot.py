@@ -1,8 +1,8 @@
 """LeRobotDataset v2.0, v2.1 (a file per episode) and v3 (episodes joined in files), with pyarrow and PyAV.
 
-Row t of an episode holds picture t and action t. The picture after the last action is not recorded, so the
-last action is left out, unless the episode ended before. Columns under other names are found where they are
-called ``actions``, ``actions.*`` or ``observation.states.*``, or given as an option.
+Row t of an episode holds frame t and action t. The frame after the last action is not recorded, so the last
+action is dropped, unless the episode ended earlier. Columns ``actions``, ``actions.*`` and
+``observation.states.*`` are also recognised; others can be given as options.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", TASK_INDEX,
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where an episode lies.
+    """Location of an episode in the files.
 
     Attributes:
         index: ``episode_index``.
-        length: Rows.
-        sentences: What the description says of it; may be empty, then the rows' ``task_index`` decides.
+        length: Number of rows.
+        sentences: Instructions in the episode's metadata; if empty, the rows' ``task_index`` is used.
         data: Parquet file, relative to the root.
-        video: Video file, relative to the root; None where pictures are stored in the rows.
-        first_frame: Number of the episode's first frame in that video.
+        video: Video file, relative to the root; None if images are stored in the rows.
+        first_frame: Index of the episode's first frame in that video.
     """
 
     index: int
@@ -68,11 +68,11 @@ class LeRobotSource(Source):
 
     Args:
         path: The directory with ``meta/info.json``.
-        options: Camera (its key, or what stands behind the last dot of it) and columns.
+        options: Camera (its key, or the part after the last dot) and columns.
 
     Raises:
-        SourceError: If the description cannot be read, is of another version, or camera or columns have to be
-            chosen.
+        SourceError: If the metadata cannot be read or have another version, or if camera or columns are
+            ambiguous.
     """
 
     format = "lerobot"
@@ -111,7 +111,7 @@ class LeRobotSource(Source):
     def _choose_columns(
         self, features: dict[str, Any], options: SourceOptions
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The columns of action and robot state: those asked for, else those found by name."""
+        """The columns of action and robot state: the requested ones, else those found by name."""
         numbers = [k for k, f in features.items() if str(f["dtype"]).startswith(("float", "int", "bool"))]
         numbers = [k for k in numbers if k not in (*BOOKKEEPING, IMAGINED)]
         known = ", ".join(numbers) or "none"
@@ -146,7 +146,7 @@ class LeRobotSource(Source):
     # -- descriptions ----------------------------------------------------------------------------------------
     @cached_property
     def _sentences(self) -> dict[int, str]:
-        """The sentences by ``task_index``; empty where the data set lists none."""
+        """The instructions by ``task_index``; empty if the data set lists none."""
         lines, table = self.path / "meta" / "tasks.jsonl", self.path / "meta" / "tasks.parquet"
         if lines.is_file():
             return {int(row["task_index"]): str(row["task"]) for row in _json_lines(lines)}
@@ -176,7 +176,7 @@ class LeRobotSource(Source):
             )
 
     def _entries_v3(self) -> Iterator[_Entry]:
-        """Where each episode lies; what ``meta/episodes`` leaves out is found in the data files."""
+        """Location of each episode; entries missing in ``meta/episodes`` are looked up in the data files."""
         files = sorted((self.path / "meta" / "episodes").glob("*/*.parquet"))
         if not files:
             raise EpisodeFault("no file meta/episodes/*/*.parquet")
@@ -205,7 +205,7 @@ class LeRobotSource(Source):
             yield _Entry(index, int(row["length"]), _texts(row.get("tasks")), data, clip, first)
 
     def _place(self, template: str, chunk: int, number: int, episode: int) -> str:
-        """A path of ``info.json``, whatever its author called the two numbers."""
+        """Format a path of ``info.json``, with any names of the two numbers."""
         return str(self._info[template]).format(
             video_key=self.camera,
             chunk_index=chunk,
@@ -327,7 +327,7 @@ class LeRobotSource(Source):
             return shrink((p[None] for p in pictures), count, size)
 
     def _stored_pictures(self, entry: _Entry) -> Iterator[np.ndarray]:
-        """Pictures from the rows (PNG or JPEG), or from files that the rows name."""
+        """Images in the rows (PNG or JPEG), or in files named by the rows."""
         import pyarrow.parquet as pq
 
         table = pq.read_table(
@@ -354,7 +354,7 @@ def _texts(tasks: Any) -> tuple[str, ...]:
 
 
 def _cameras(features: dict[str, Any]) -> list[str]:
-    """Names of the colour cameras; depth images are no pictures."""
+    """Names of the colour cameras; depth images are excluded."""
     names = []
     for name, feature in features.items():
         details = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
@@ -377,7 +377,7 @@ def _joined(rows: dict[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray:
 
 
 def _flags(rows: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Whether the task was done after each row: the success column, or rewards of 0 and 1."""
+    """Success after each row: the success column, or rewards of 0 and 1."""
     for name in (SUCCESS, REWARD):
         column = rows.get(name)
         if column is None or not np.isfinite(column.astype(np.float64)).any():

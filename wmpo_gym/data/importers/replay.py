@@ -1,7 +1,7 @@
-"""Pictures of stored simulator states: the hook that simulators fill in.
+"""Registry of renderers for recorded simulator states.
 
-A robomimic file may hold the simulator's states and no pictures. Whoever can draw them registers how, by the
-name of the environment in the file; importers find it here and import no simulator themselves.
+A robomimic file may hold simulator states and no images. Simulators register a renderer under the name of the
+environment in the file, so that importers need not import a simulator.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from wmpo_gym.data.importers.base import SourceError
 
 
 class StateRenderer(Protocol):
-    """Draws the stored states of one environment."""
+    """Renders the recorded states of one environment."""
 
     def render(self, states: np.ndarray, model_xml: str | None) -> np.ndarray:
-        """Draw states.
+        """Render states.
 
         Args:
-            states: float64 (N, S), flattened as the environment's robosuite version does it.
-            model_xml: The episode's MJCF as stored, None if the file has none.
+            states: float64 (N, S), flattened as in the environment's robosuite version.
+            model_xml: The episode's recorded MJCF; None if the file has none.
 
         Returns:
             uint8 (N, image_size, image_size, 3).
         """
 
     def close(self) -> None:
-        """Let go of the simulator."""
+        """Close the simulator."""
 
 
-# Called with the file's ``env_args``, the camera's name and the side of the pictures in pixels.
+# Called with the file's ``env_args``, the camera name and the image side in pixels.
 StateRendererFactory = Callable[[Mapping[str, Any], str, int], StateRenderer]
 
 # Name of the environment in the file -> factory, or "module:name" of one, imported when it is needed.
 STATE_RENDERERS: dict[str, str | StateRendererFactory] = {}
-# What robomimic calls the type of an environment -> the same, for environments without an entry of their own.
+# Robomimic's environment type -> factory, for environments without an entry of their own.
 STATE_RENDERERS_BY_TYPE: dict[int, str | StateRendererFactory] = {
     1: "wmpo_gym.envs.simulated.tabletop.replay:RobosuiteStates",
 }
 
 
 def register_state_renderer(env_name: str, factory: str | StateRendererFactory) -> None:
-    """Name what draws the stored states of an environment.
+    """Register a renderer for the recorded states of an environment.
 
     Args:
         env_name: ``env_name`` in the file's ``env_args``, for instance ``"Square_D0"``.
@@ -57,16 +57,16 @@ def register_state_renderer(env_name: str, factory: str | StateRendererFactory) 
 def make_state_renderer(
     env_args: Mapping[str, Any], camera: str, image_size: int, where: str
 ) -> StateRenderer:
-    """Make what draws a file's states.
+    """Create the renderer for the states in a file.
 
     Args:
-        env_args: ``env_name``, ``env_kwargs`` and more, as the file has them.
-        camera: Camera to draw from.
-        image_size: Side of the pictures in pixels.
+        env_args: The file's ``env_args``: ``env_name``, ``env_kwargs`` and more.
+        camera: Camera to render.
+        image_size: Image side in pixels.
         where: The file, for the message.
 
     Raises:
-        SourceError: If nothing can draw them.
+        SourceError: If there is no renderer for the environment.
     """
     name = env_args.get("env_name")
     factory = STATE_RENDERERS.get(str(name)) or STATE_RENDERERS_BY_TYPE.get(env_args.get("type", -1))

@@ -1,4 +1,4 @@
-"""robomimic's HDF5 files, which MimicGen, LIBERO, robosuite and IsaacLab write too.
+"""Importer of robomimic HDF5 files, also written by MimicGen, LIBERO, robosuite and IsaacLab.
 
 ::
 
@@ -6,10 +6,10 @@
         demo_0              attributes: model_file (MJCF), ep_meta (JSON), success, task_description
             actions         (T, D)
             states          (T, S) simulator states, state t before action t
-            rewards         (T,), 1 from the success on
-            obs/NAME_image  (T, H, W, 3), picture t before action t
+            rewards         (T,), 1 from the first success on
+            obs/NAME_image  (T, H, W, 3), frame t before action t
             obs/robot0_...  (T, n) the robot's state: joint_pos, eef_pos, gripper_qpos
-            next_obs/...    the same, one step later
+            next_obs/...    the observations one step later
     mask/NAME               names of the demos that belong to a filter key, such as "train"
 """
 
@@ -42,8 +42,8 @@ from wmpo_gym.data.importers.replay import StateRenderer, make_state_renderer
 from wmpo_gym.data.importers.settings import DEFAULT_OPTIONS, SourceOptions
 
 SUFFIXES = (".hdf5", ".h5")
-DEFAULT_CAMERA = "agentview"  # for files without pictures
-# Ends of the names of what a robot knows of itself: robosuite's names, then LIBERO's.
+DEFAULT_CAMERA = "agentview"  # for files without images
+# Suffixes of proprioception datasets: robosuite's names, then LIBERO's.
 STATE_NAMES = ("joint_pos", "eef_pos", "gripper_qpos", "joint_states", "ee_pos", "gripper_states")
 
 
@@ -107,7 +107,7 @@ class RobomimicSource(Source):
         return [key for key in self._keys if key in chosen]
 
     def _find_camera(self, wanted: str | None) -> str:
-        """The pictures to read; the first episode with any decides. A bare name where there are none."""
+        """The camera to read, from the first episode with images; for files of states, its bare name."""
         for key in self._keys:
             observed = self._data[key].get("obs") or {}
             cameras = [name for name in observed if _are_images(name, observed[name])]
@@ -139,7 +139,7 @@ class RobomimicSource(Source):
             )
 
     def _states(self, demo: Any, count: int) -> np.ndarray | None:
-        """The robot's state in the first ``count`` pictures; None if it was not recorded."""
+        """The robot's state at the first ``count`` frames; None if it was not recorded."""
         observed, after = demo.get("obs") or {}, demo.get("next_obs") or {}
         columns = []
         for name in sorted(name for name in observed if name.endswith(STATE_NAMES)):
@@ -152,13 +152,13 @@ class RobomimicSource(Source):
         return np.concatenate(columns, axis=1)
 
     def _pictures(self, demo: Any) -> list[Any]:
-        """Datasets whose pictures follow each other, none in a file of states."""
+        """Image datasets to concatenate; none in a file of states."""
         found = [(demo.get(group) or {}).get(self.camera) for group in ("obs", "next_obs")]
         pictures = [d for d in found if d is not None]
         return pictures if found[0] is not None else []
 
     def _count(self, demo: Any) -> int:
-        """Pictures that can be had."""
+        """Number of available frames."""
         pictures = self._pictures(demo)
         if pictures:
             return len(pictures[0]) + (len(pictures) == 2 and len(pictures[1]) == len(pictures[0]))
@@ -174,10 +174,10 @@ class RobomimicSource(Source):
         return len(demo["states"])
 
     def frames(self, key: str, count: int, size: int) -> np.ndarray:
-        """See :meth:`Source.frames`; draws stored states where there are no pictures.
+        """See :meth:`Source.frames`; renders recorded states if there are no images.
 
         Raises:
-            SourceError: If nothing here can draw the states.
+            SourceError: If there is no renderer for the states.
         """
         with faults():
             demo = self._data[key]
@@ -201,7 +201,7 @@ class RobomimicSource(Source):
             yield as_frames(after[0][-1:], after[0].name, scale=scale)
 
     def close(self) -> None:
-        """Close the file and whatever drew its states."""
+        """Close the file and the renderer."""
         self._file.close()
         if getattr(self, "_renderer", None) is not None:
             self._renderer.close()  # type: ignore[union-attr]
@@ -217,7 +217,7 @@ def _read(group: Any, name: str) -> np.ndarray:
 
 
 def _are_images(name: str, dataset: Any) -> bool:
-    """Whether a dataset may be the pictures of a colour camera."""
+    """Whether a dataset may hold images of a colour camera."""
     shape: tuple[int, ...] = getattr(dataset, "shape", ())
     if len(shape) != 4 or 0 in shape or "depth" in name.lower():
         return False
@@ -230,7 +230,7 @@ def _text(value: Any) -> str:
 
 
 def _sentence(attributes: Any) -> str | None:
-    """The sentence in the attributes of a file or a demo, whoever wrote them."""
+    """The instruction in the attributes of a file or a demo, in any known layout."""
     found = (
         _json(attributes.get("ep_meta")).get("lang")
         or _json(attributes.get("problem_info")).get("language_instruction")
@@ -241,7 +241,7 @@ def _sentence(attributes: Any) -> str | None:
 
 
 def _env_args(attributes: Any) -> dict[str, Any]:
-    """What robomimic calls ``env_args``, also from robosuite's own recordings."""
+    """Robomimic's ``env_args``, also derived from robosuite's own recordings."""
     env_args = _json(attributes.get("env_args"))
     if env_args or "env" not in attributes:
         return env_args
@@ -261,7 +261,7 @@ def _control_hz(env_args: dict[str, Any]) -> float | None:
 
 
 class RobomimicDirectory(Source):
-    """All HDF5 files of a directory as one data set, as LIBERO's suites come: a file per sentence.
+    """All HDF5 files of a directory as one data set, for instance a LIBERO suite with a file per instruction.
 
     Args:
         path: The directory.

@@ -1,16 +1,15 @@
-"""Importing a data set: look it over, settle the task and the action statistics, then write the episodes.
+"""Import of a data set: read the headers, determine task and action statistics, then write the episodes.
 
-The result is a store of episodes with a task of its own::
+The result is a store of episodes with its own task::
 
     OUT/
-        task.json           horizon, chunk, instructions, limits of the actions
-        statistics.json     q01, q99, mask and more of the actions, as OpenVLA has them
-        import.json         where it came from, what was taken, what was skipped and why
+        task.json           horizon, chunk, instructions, action limits
+        statistics.json     action statistics (q01, q99, mask and more) in OpenVLA's layout
+        import.json         source, settings, imported and skipped episodes
         episode_000000/...
-        held-out/           episodes kept for judging worlds; a store with the same task.json
+        held-out/           episodes for validating worlds; a store with the same task.json
 
-It is written under a temporary name and takes its own when it is complete. Interrupted, the same import goes
-on there.
+It is written to a temporary directory and renamed when complete. An interrupted import resumes there.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ FORMATS: dict[str, type[Any]] = {
 }
 REPORT_FILE, STATISTICS_FILE, BEGUN_FILE = "import.json", "statistics.json", "begun.json"
 HELD_OUT = "held-out"
-# Start states of recordings are numbered by their first picture, above those of simulators and keyframes.
+# Start-state ids of recordings are hashes of the first frame, above the ids of simulators and keyframes.
 FIRST_RECORDED_ID = 1 << 40
 
 
@@ -70,9 +69,9 @@ def open_source(
 
     Args:
         path: A file or directory.
-        format: One of :data:`FORMATS`; None looks at it.
+        format: One of :data:`FORMATS`; None detects it.
         camera: Short for ``options=SourceOptions(camera=...)``.
-        options: How to read it.
+        options: Options of the format.
 
     Raises:
         SourceError: If it cannot be read, or its format is not known; the message names the file.
@@ -99,7 +98,7 @@ def open_source(
 
 
 def _guess(path: Path) -> str | None:
-    """The format that a path looks like; whether it is that, its importer finds out."""
+    """Guess the format from file names; the importer of the format validates the data."""
     if path.is_dir():
         if (path / "meta" / "info.json").exists():
             return "lerobot"
@@ -119,25 +118,25 @@ def import_dataset(
     format: str | None = None,
     progress: bool = True,
 ) -> ImportReport:
-    """Import a data set into a store of episodes; complete or not at all.
+    """Import a data set atomically into a store of episodes.
 
-    Actions are mapped to [-1, 1]: by the quantiles of this data for a new task, by the given task's limits
-    otherwise.
+    Actions are scaled to [-1, 1]: by the quantiles of this data for a new task, else by the limits of the
+    given task.
 
     Args:
         path: The data set, a file or directory.
-        out: Directory of the store; made by this call.
-        settings: What to take and as what.
-        task: The task the episodes belong to: a known one, or that of an earlier import. None makes a new
-            task out of the data.
-        format: One of :data:`FORMATS`; None looks at the data.
+        out: Directory of the store; it must not exist.
+        settings: Import settings.
+        task: Task of the episodes: a known one, or that of an earlier import. None derives a new task from
+            the data.
+        format: One of :data:`FORMATS`; None detects it.
         progress: Show progress bars.
 
     Returns:
-        What was imported and what was skipped; also written to ``import.json``.
+        The report of imported and skipped episodes; also written to ``import.json``.
 
     Raises:
-        SourceError: If the data cannot be read or no episode of it can be used. Nothing is left at ``out``.
+        SourceError: If the data cannot be read or contain no usable episode; ``out`` is not created.
         ValueError: If ``out`` exists, or the settings do not fit the data.
     """
     path, out, settings = Path(path), Path(out), settings or ImportSettings()
@@ -170,7 +169,7 @@ def import_dataset(
             _check_any([o.key for o in headers] if report.imported else [], report)
         except BaseException:
             if not any(EpisodeStore(d).directories() for d in (partial, partial / HELD_OUT)):
-                shutil.rmtree(partial)  # nothing to go on with
+                shutil.rmtree(partial)  # nothing to resume from
             raise
     for directory in (partial, partial / HELD_OUT) if report.held_out else (partial,):
         write_json_atomic(directory / TASK_FILE, task.to_dict())
@@ -182,10 +181,10 @@ def import_dataset(
 
 
 def _check_task_options(task: Task, settings: ImportSettings) -> None:
-    """Refuse settings of a new task beside a task that says otherwise.
+    """Refuse task settings that contradict a given task.
 
     Raises:
-        ValueError: Naming the option and both values.
+        ValueError: If there is one; the message names the option and both values.
     """
     for name in ("name", "chunk", "horizon", "image_size", "control_hz"):
         asked, has = getattr(settings, name), getattr(task, name)
@@ -200,7 +199,7 @@ def _stride(source: Source, hz: float | None, report: ImportReport) -> int:
     """Recorded steps per step of the task.
 
     Raises:
-        ValueError: If the rate asked for is no whole fraction of the recorded one.
+        ValueError: If the requested rate does not divide the recorded one.
     """
     recorded = source.control_hz
     if hz is None or recorded is None or hz == recorded:
@@ -222,11 +221,11 @@ def _stride(source: Source, hz: float | None, report: ImportReport) -> int:
 def _scan(
     source: Source, task: Task | None, settings: ImportSettings, report: ImportReport, progress: bool
 ) -> Iterator[EpisodeHeader]:
-    """Headers of the episodes that can be used, with what settings and task say filled in."""
+    """Headers of usable episodes, with instruction and metadata filled in from settings and task."""
     default = task.instructions[0] if task and len(task.instructions) == 1 else None
     default = settings.missing_instruction or default
     keys = source.keys()[settings.skip :][: settings.episodes]
-    for key in progress_bar(keys, desc="looking through", unit="ep", disable=not progress):
+    for key in progress_bar(keys, desc="reading headers", unit="ep", disable=not progress):
         try:
             header = source.header(key)
         except EpisodeFault as fault:
@@ -243,14 +242,14 @@ def _scan(
 def _settle_outcomes(
     source: Source, headers: list[EpisodeHeader], settings: ImportSettings, stride: int, report: ImportReport
 ) -> Iterator[EpisodeHeader]:
-    """Outcome and length of every episode, at the task's rate.
+    """Set the outcome and length of every episode, at the control rate of the task.
 
-    What the user says counts most, then the data, then what is to be assumed of the rest.
+    Outcomes given by the user take precedence over recorded ones; assumptions apply to the rest.
     """
     flags = [h.flags for h in headers if h.flags is not None]
     values = set(np.unique(np.concatenate(flags)).tolist()) if flags else set()
     if len(values) == 1:
-        # A column that never changes says nothing: simulators write zeros where nobody judged.
+        # A constant column carries no label: simulators write zeros if success is not evaluated.
         report.notes.append(
             f"rewards or success flags are {int(values.pop())} in every step of all {len(flags)} "
             "episodes and are taken as not recorded; give outcomes with --labels, --failed, --assume-success "
@@ -279,7 +278,7 @@ def _settle_outcomes(
 
 
 def _given_outcomes(source: Source, settings: ImportSettings) -> dict[str, bool]:
-    """Outcomes that the user states, by the episode's name.
+    """Outcomes given by the user, by episode name.
 
     Raises:
         ValueError: If the file cannot be read, or names an episode that is not there.
@@ -330,7 +329,7 @@ def _read_labels(file: Path) -> list[tuple[str, bool]]:
 def _fitting(
     headers: list[EpisodeHeader], task: Task | None, settings: ImportSettings, report: ImportReport
 ) -> Iterator[EpisodeHeader]:
-    """The episodes that fit the task, or each other where there is none yet; the others are reported."""
+    """The episodes that fit the task, or, for a new task, each other; the others are reported as skipped."""
     dims = Counter(o.actions.shape[1] for o in headers)
     dim = task.action_dim if task else max(dims, key=lambda d: dims[d], default=0)
     horizon = task.horizon if task else settings.horizon
@@ -361,7 +360,7 @@ def _check_any(headers: Sequence[object], report: ImportReport) -> None:
 
 
 def _note_states(headers: list[EpisodeHeader], report: ImportReport) -> None:
-    """Say where the robot's state is not what a world model needs to follow it: there, everywhere alike."""
+    """Note if the proprioception vectors differ in size, since a world model then cannot use them."""
     sizes = Counter(0 if o.proprio is None else o.proprio.shape[1] for o in headers)
     if len(sizes) > 1:
         found = ", ".join(f"{size} in {n} episodes" for size, n in sorted(sizes.items()))
@@ -377,10 +376,10 @@ def _new_task(
     settings: ImportSettings,
     report: ImportReport,
 ) -> Task:
-    """The task that a data set defines.
+    """Derive a task from a data set.
 
     Raises:
-        ValueError: If something is missing, naming the option that gives it.
+        ValueError: If a property is missing; the message names the option that sets it.
     """
     if silent := sum(o.instruction is None for o in headers):
         if silent == len(headers):
@@ -418,7 +417,7 @@ def _new_task(
 
 
 def _digest(headers: list[EpisodeHeader]) -> str:
-    """What the episodes are, to notice another source under the same name."""
+    """Digest of the episodes, to detect another source under the same name."""
     digest = hashlib.sha256()
     for header in headers:
         digest.update(f"{header.key}{header.success}{header.instruction}".encode())
@@ -437,7 +436,7 @@ def _write_episodes(
     progress: bool,
     stride: int,
 ) -> None:
-    """Write what is missing; episodes that lie there from an interrupted import are kept."""
+    """Write the missing episodes; those of an interrupted import are kept."""
     held = _held_out(headers, settings)
     stores = {False: EpisodeStore(root), True: EpisodeStore(root / HELD_OUT)}
     present = {episode.meta["source_key"] for store in stores.values() for episode in store}
@@ -456,7 +455,7 @@ def _write_episodes(
 
 
 def _flipped(frames: np.ndarray, flip: str | None) -> np.ndarray:
-    """Mirrored pictures ``(T, H, W, 3)``."""
+    """Flipped images ``(T, H, W, 3)``."""
     if flip in ("vertical", "both"):
         frames = frames[:, ::-1]
     if flip in ("horizontal", "both"):
@@ -494,6 +493,6 @@ def _episode(header: EpisodeHeader, frames: np.ndarray, task: Task, source: Sour
 
 
 def _start_state_id(picture: np.ndarray, instruction: str) -> int:
-    """Number of a start state: equal first pictures and instructions, equal numbers."""
+    """Start-state id: a hash of the first frame and the instruction."""
     digest = hashlib.sha256(picture.tobytes() + instruction.encode()).digest()
     return FIRST_RECORDED_ID + int.from_bytes(digest[:5], "little")

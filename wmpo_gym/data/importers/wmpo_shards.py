@@ -2,7 +2,7 @@
 
 Members of an episode share the name before the first dot: ``video.npy`` uint8 (horizon + 1, H, W, 3), zero
 after the end; ``action.npy`` (horizon, D) in the robot's units; ``meta.json`` with ``complete`` (success) and
-``finish_step``; ``state_id.npy``. Token ids and the policy's pictures lie beside them and are not read.
+``finish_step``; ``state_id.npy``. Token ids and the policy's input images are not read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_META = 1 << 20  # bytes
 
 @dataclass
 class _Members:
-    """Where an episode's members lie: offset and size in a shard, by what follows the first dot."""
+    """Members of an episode: offset and size in a shard, by the name after the first dot."""
 
     shard: Path
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -44,8 +44,8 @@ class WMPOSource(Source):
     """Episodes of one shard or of a directory of shards.
 
     Args:
-        path: A ``.tar`` file, or a directory that holds some at any depth.
-        options: Must be the defaults: shards leave no choice.
+        path: A ``.tar`` file, or a directory with such files at any depth.
+        options: Must be the defaults, since the format has no options.
 
     Raises:
         SourceError: If no shard can be read.
@@ -72,10 +72,10 @@ class WMPOSource(Source):
             )
 
     def _index(self, shard: Path, name: str) -> None:
-        """Note where the members lie; those before a damaged place are good."""
+        """Index the members of a shard; members before a damaged part are kept."""
         try:
             refuse_pointer(shard)
-            # "r:" reads plain tars only, so that nothing is unpacked that is larger than the file.
+            # "r:" reads uncompressed tars only, which cannot expand to more than the file size.
             with tarfile.open(shard, "r:") as tar:
                 for member in tar:
                     stem, _, kind = Path(member.name).name.partition(".")
@@ -156,5 +156,5 @@ class WMPOSource(Source):
         return np.memmap(members.shard, dtype, "r", offset + head.tell(), shape or (1,))
 
     def damage(self) -> list[str]:
-        """Shards that could be read in part or not at all."""
+        """Shards that are fully or partly unreadable."""
         return list(self._damage)
