@@ -69,9 +69,9 @@ class ConvPolicy(GroupPolicy):
         pixels = obs["pixels"].float() / 127.5 - 1
         if pixels.shape[-1] == 3:  # height, width, channels, as returned by the environment
             pixels = pixels.permute(0, 3, 1, 2)
-        told = nn.functional.one_hot(obs["task_id"].long().view(-1), self.n_instructions).float()
-        told = told[:, :, None, None].expand(-1, -1, *pixels.shape[2:])
-        return self.pixels(torch.cat([pixels, told], dim=1))
+        one_hot = nn.functional.one_hot(obs["task_id"].long().view(-1), self.n_instructions).float()
+        one_hot = one_hot[:, :, None, None].expand(-1, -1, *pixels.shape[2:])
+        return self.pixels(torch.cat([pixels, one_hot], dim=1))
 
     def _distribution(self, obs) -> torch.distributions.Normal:
         return torch.distributions.Normal(self._mean(obs), self.log_std.exp())

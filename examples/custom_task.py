@@ -110,14 +110,14 @@ def learn_world(episodes: list[Episode], args: Args) -> World:
     settings = WorldModelTraining(steps=args.world_steps, batch_size=24, seed=args.seed)
     WorldModelTrainer(network, PixelAutoencoder(), TASK, episodes, settings).train()
     world = World(TASK, network, PixelAutoencoder(), None, StartFrames.from_episodes(episodes))
-    world.classifier, figures = train_classifier(
+    world.classifier, metrics = train_classifier(
         episodes,
         TASK,
         steps=args.classifier_steps,
         seed=args.seed,
         imagined=imagined_replays(world, episodes, seed=args.seed),
     )
-    print(f"classifier on held-out episodes: {figures['calibration']}")
+    print(f"classifier on held-out episodes: {metrics['calibration']}")
     return world
 
 

@@ -120,28 +120,28 @@ class Command:
             f"{self.denoising_steps} step(s), not distilled": few,
             f"{self.denoising_steps} step(s), distilled": student,
         }
-        return {name: _figures(world, many, held) for name, world in samplers.items()}
+        return {name: _metrics(world, many, held) for name, world in samplers.items()}
 
 
-def _figures(world: World, many: World, held: list[Episode]) -> dict[str, float]:
+def _metrics(world: World, many: World, held: list[Episode]) -> dict[str, float]:
     """Metrics of a sampler: distance from the many-step sampler, frame quality, agreement on outcomes."""
     from wmpo_gym.evaluation.metrics import sampler_distance, world_quality
     from wmpo_gym.rollouts.imagined import imagine_episodes
 
-    figures = {"grey levels from many steps": sampler_distance(world, many, held)}
+    metrics = {"grey levels from many steps": sampler_distance(world, many, held)}
     quality = world_quality(world, held)
     for column, name in (("PSNR dB", "psnr_db"), ("object error px", "object_error_px")):
         values = [v for v in quality.get(name, ()) if v is not None]
         if values:
-            figures[column] = float(np.mean(values))
-    judged = [e for e in held if e.success is not None]
-    if judged and world.classifier is not None:
-        imagined, succeeded = imagine_episodes(world, judged)
-        figures["claims that agree %"] = 100 * float(np.mean(imagined.claimed == succeeded))
-    return figures
+            metrics[column] = float(np.mean(values))
+    labelled = [e for e in held if e.success is not None]
+    if labelled and world.classifier is not None:
+        imagined, succeeded = imagine_episodes(world, labelled)
+        metrics["claims that agree %"] = 100 * float(np.mean(imagined.claimed == succeeded))
+    return metrics
 
 
 def _table(quality: dict[str, dict[str, float]]) -> str:
     columns = list(next(iter(quality.values())))
-    rows = [(name, *(f"{figures[c]:.2f}" for c in columns)) for name, figures in quality.items()]
+    rows = [(name, *(f"{metrics[c]:.2f}" for c in columns)) for name, metrics in quality.items()]
     return aligned([("sampler", *columns), *rows])

@@ -101,8 +101,8 @@ class Command:
         required = hints_for(task).instruction_gap
         if gap is not None and required is not None and gap < required:
             print(
-                "The policy hardly reads the instruction: told another one, it explains the episodes only "
-                f"{gap:.2f} nats per token worse (required: {required}); train on with --policy."
+                "The policy hardly uses the instruction: with another one, its loss on the episodes is only "
+                f"{gap:.2f} nats per token higher (required: {required}); train on with --policy."
             )
 
     def _start(self, kwargs: dict[str, Any]) -> VLAPolicy:

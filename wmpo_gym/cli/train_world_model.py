@@ -108,8 +108,8 @@ class Command:
         keep_settings(logs / "command.json", settings, started=started)
         kept, held = split_episodes(episodes, self.holdout, self.training.seed)
 
-        def judge(network: nn.Module, step: int) -> dict[str, float]:
-            return _judge(replace(world, network=network), held, logs, step)
+        def evaluate_checkpoint(network: nn.Module, step: int) -> dict[str, float]:
+            return _evaluate_checkpoint(replace(world, network=network), held, logs, step)
 
         weights = [self.weight] * len(kept) + [1.0] * len(play)
         motion = learn_proprio(
@@ -129,7 +129,7 @@ class Command:
             compute=self.compute,
             checkpoint_dir=logs / "checkpoint",
             tensorboard=logs,
-            validate=judge if held else None,
+            validate=evaluate_checkpoint if held else None,
         )
         history = trainer.train()
         if not is_main_process():
@@ -215,7 +215,7 @@ class Command:
         }
 
 
-def _judge(world: World, held: list[Episode], logs: Path, step: int) -> dict[str, float]:
+def _evaluate_checkpoint(world: World, held: list[Episode], logs: Path, step: int) -> dict[str, float]:
     """Evaluate a checkpoint: all metrics go to quality.json, sample videos to samples/."""
     from wmpo_gym.evaluation.metrics import sample_video, world_quality
     from wmpo_gym.utils.video import save_video
@@ -228,17 +228,17 @@ def _judge(world: World, held: list[Episode], logs: Path, step: int) -> dict[str
         fps=world.task.control_hz,
         scale=3,
     )
-    return _figures(quality)
+    return _log_metrics(quality)
 
 
-def _figures(quality: dict[str, Any]) -> dict[str, float]:
+def _log_metrics(quality: dict[str, Any]) -> dict[str, float]:
     """Mean and last value of each metric over the horizon, for logging."""
-    figures = {name: quality[name] for name in ("different_actions", "different_noise")}
+    metrics = {name: quality[name] for name in ("different_actions", "different_noise")}
     for name in ("psnr_db", "ssim", "object_error_px"):
         values = [v for v in quality.get(name, ()) if v is not None]
         if values:
-            figures |= {f"{name}_mean": float(np.mean(values)), f"{name}_last": values[-1]}
-    return figures
+            metrics |= {f"{name}_mean": float(np.mean(values)), f"{name}_last": values[-1]}
+    return metrics
 
 
 def _summary(last: dict[str, float], steps: int, out: Path) -> str:

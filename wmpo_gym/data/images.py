@@ -16,8 +16,8 @@ def resize_area(frames: np.ndarray, height: int, width: int) -> np.ndarray:
         return frames.repeat(height // rows, axis=-3).repeat(width // columns, axis=-2)
     lead = frames.shape[:-3]
     lines = _overlaps(rows, height) @ frames.reshape(*lead, rows, columns * 3).astype(np.float64)
-    picture = _overlaps(columns, width) @ lines.reshape(*lead, height, columns, 3)
-    return np.rint(picture).astype(np.uint8)
+    resized = _overlaps(columns, width) @ lines.reshape(*lead, height, columns, 3)
+    return np.rint(resized).astype(np.uint8)
 
 
 def _overlaps(before: int, after: int) -> np.ndarray:

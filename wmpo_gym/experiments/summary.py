@@ -217,7 +217,7 @@ def _plot(
         axes.scatter(
             [cost(c) for c in cells], [c["success"] for c in cells], color=line.get_color(), s=8, alpha=0.5
         )
-    axes.set(xlabel=label, ylabel=f"success in the twin ({variant})", ylim=(0, 1))
+    axes.set(xlabel=label, ylabel=f"success in the simulator ({variant})", ylim=(0, 1))
     # Logarithmic above the smallest positive cost, since there is no data below it.
     least = min((x for x in spent if x > 0), default=1.0)
     axes.set_xscale("symlog", linthresh=least)

@@ -321,12 +321,12 @@ class LeRobotSource(Source):
         entry = self._entries[key]
         with faults():
             if entry.video is None:
-                pictures = self._stored_pictures(entry)
+                images = self._stored_images(entry)
             else:
-                pictures = read_frames(self._file(entry.video), self.fps, entry.first_frame, count)
-            return shrink((p[None] for p in pictures), count, size)
+                images = read_frames(self._file(entry.video), self.fps, entry.first_frame, count)
+            return shrink((p[None] for p in images), count, size)
 
-    def _stored_pictures(self, entry: _Entry) -> Iterator[np.ndarray]:
+    def _stored_images(self, entry: _Entry) -> Iterator[np.ndarray]:
         """Images in the rows (PNG or JPEG), or in files named by the rows."""
         import pyarrow.parquet as pq
 

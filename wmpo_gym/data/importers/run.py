@@ -492,7 +492,7 @@ def _episode(header: EpisodeHeader, frames: np.ndarray, task: Task, source: Sour
     )
 
 
-def _start_state_id(picture: np.ndarray, instruction: str) -> int:
+def _start_state_id(frame: np.ndarray, instruction: str) -> int:
     """Start-state id: a hash of the first frame and the instruction."""
-    digest = hashlib.sha256(picture.tobytes() + instruction.encode()).digest()
+    digest = hashlib.sha256(frame.tobytes() + instruction.encode()).digest()
     return FIRST_RECORDED_ID + int.from_bytes(digest[:5], "little")
