@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from wmpo_gym.cli.common import load_policy, load_world
+from wmpo_gym.cli.common import check_policy_fits, load_policy, load_world, policy_and_world
+from wmpo_gym.utils.device import resolve_device
 from wmpo_gym.utils.io import write_json_atomic
 
 
@@ -24,7 +25,7 @@ class Command:
         repeats: Repetitions of every measurement.
         simulated: Measure the paired simulator too.
         threads: Number of torch threads; by default torch's own choice.
-        device: Device for the world: cpu, cuda or cuda:1.
+        device: Device for the world: auto (a GPU if there is one), cpu, cuda or cuda:1.
         dtype: Data type of the world's network; the convolutional network supports float32 only.
         compile: Compile the network with torch.compile, which takes minutes.
         seed: Random seed.
@@ -32,13 +33,13 @@ class Command:
     """
 
     preset: Literal["here", "paper"] = "here"
-    world: str = "move-block"
-    policy: str = "move-block"
+    world: str | None = None
+    policy: str | None = None
     rows: tuple[int, ...] = (1, 8, 64)
     repeats: int = 3
     simulated: bool = True
     threads: int | None = None
-    device: str = "cpu"
+    device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     seed: int = 0
@@ -58,14 +59,17 @@ class Command:
     def _here(self) -> tuple[dict[str, Any], str]:
         from wmpo_gym.bench.bench import bench, bench_text
 
+        name, place = policy_and_world(self.policy, self.world)
+        world, policy = load_world(place), load_policy(name, seed=self.seed)
+        check_policy_fits(policy, name, world.task)
         result = bench(
-            load_world(self.world),
-            load_policy(self.policy, seed=self.seed),
+            world,
+            policy,
             rows=self.rows,
             repeats=self.repeats,
             simulated=self.simulated,
             seed=self.seed,
-            device=self.device,
+            device=str(resolve_device(self.device)),
             dtype=self.dtype,
             compile=self.compile,
         )

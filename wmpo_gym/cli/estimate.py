@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from wmpo_gym.cli.common import Flat
+from wmpo_gym.cli.common import BUNDLED, Flat, policy_and_world
 from wmpo_gym.policies.memory import PolicyMemory
 from wmpo_gym.utils.device import resolve_device
 from wmpo_gym.utils.io import write_json_atomic
@@ -50,8 +50,8 @@ class Command:
     training: Literal["grpo", "world-model"] = "grpo"
     preset: Literal["bundled", "paper"] = "bundled"
     task: str = "coffee"
-    world: str = "move-block"
-    policy: str = "move-block"
+    world: str | None = None
+    policy: str | None = None
     machines: tuple[str, ...] | None = None
     n_groups: int | None = None
     group_size: int | None = None
@@ -131,7 +131,8 @@ class Command:
             "micro_batch": default.micro_batch_size,
             "rows_at_once": default_rows_at_once(str(resolve_device("auto"))),
         }
-        return saved_workload(self.world, self.policy, **{**usual, **given})
+        name, place = policy_and_world(self.policy, self.world)
+        return saved_workload(place, name, **{**usual, **given})
 
     def _world_model(self) -> tuple[bool, dict[str, Any], str]:
         from wmpo_gym.capacity.training import Speed, TrainingEstimator, plan_training, training_text
@@ -177,10 +178,10 @@ class Command:
                 network = new_network(recipe, task, autoencoder)
             name, settings, steps = f"paper, world model of {task.name}", recipe.align, recipe.denoising_steps
         else:
-            parts, task = read_world(find_pretrained(self.world, "world"))
+            parts, task = read_world(find_pretrained(self.world or BUNDLED, "world"))
             network, autoencoder = parts.network.build(), parts.autoencoder.build()
             steps = parts.sampling.denoising_steps
-            name, settings = f"world model of {task.name} ({self.world})", WorldModelTraining()
+            name, settings = f"world model of {task.name} ({self.world or BUNDLED})", WorldModelTraining()
         return {
             "name": name,
             "network": network,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SERVICE, PROTOCOL = "wmpo.v1.Policy", 1
 DEFAULT_ADDRESS = "127.0.0.1:8765"
-MAX_MESSAGE = 1 << 23  # bytes; a image of 1600 x 1600
+MAX_MESSAGE = 1 << 23  # bytes; an image of 1600 x 1600
 MAX_WAITING = 8  # requests; more are refused at once, because a late action is useless
 
 

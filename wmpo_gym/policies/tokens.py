@@ -107,7 +107,7 @@ def token_statistics(
     Args:
         logits: Float (..., n_bins).
         tokens: int64 (...), the chosen bins.
-        temperature: Divides the logits; must be the one the tokens were sampled witorch.
+        temperature: Divides the logits; must be the one the tokens were sampled with.
 
     Returns:
         ``log_prob`` and ``entropy``, float (...), in nats.
