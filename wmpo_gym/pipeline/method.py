@@ -236,14 +236,14 @@ def collect_demonstrations(workspace: Workspace, recipe: Recipe) -> list[Episode
 
 
 def collect_play(workspace: Workspace, recipe: Recipe) -> list[Episode]:
-    """Unlabelled, task-agnostic play."""
+    """Unlabelled scripted play."""
     task = get_task(recipe.task)
 
     def record(ids: list[int]) -> Iterator[Episode]:
         return record_play(ids, seed=recipe.seed, task=task)
 
     return _record(
-        workspace, "play", "Task-agnostic play (no labels)", recipe.start_states(task)["play"], record
+        workspace, "play", "Scripted play (no labels)", recipe.start_states(task)["play"], record
     )
 
 
