@@ -242,9 +242,7 @@ def collect_play(workspace: Workspace, recipe: Recipe) -> list[Episode]:
     def record(ids: list[int]) -> Iterator[Episode]:
         return record_play(ids, seed=recipe.seed, task=task)
 
-    return _record(
-        workspace, "play", "Scripted play (no labels)", recipe.start_states(task)["play"], record
-    )
+    return _record(workspace, "play", "Scripted play (no labels)", recipe.start_states(task)["play"], record)
 
 
 def _record(
