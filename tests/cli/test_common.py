@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wmpo_gym.cli.common import policy_and_world, task_of
+from wmpo_gym.cli.common import policy_and_world, policy_task, task_of
 from wmpo_gym.data.episode import Episode
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.utils.io import ArtifactError
+from wmpo_gym.world.world import find_pretrained
 
 
 def store(root: Path, **meta: str) -> Path:
@@ -40,3 +41,9 @@ def test_policy_and_world_belong_together() -> None:
         policy_and_world("mine", None)
     with pytest.raises(ValueError, match="give --policy, too"):
         policy_and_world(None, "my-world")
+
+
+def test_the_task_of_a_policy_follows_from_its_card() -> None:
+    assert policy_task("move-block").name == "move-block"
+    directory = find_pretrained("move-block", "policy")  # as older pipelines wrote them: without a task
+    assert policy_task(str(directory)).name == "move-block"

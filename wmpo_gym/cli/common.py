@@ -54,11 +54,15 @@ def policy_task(name_or_dir: str) -> Task:
     from wmpo_gym.policies.weights import read_policy_card
     from wmpo_gym.world.world import find_pretrained
 
-    meta = read_policy_card(find_pretrained(name_or_dir, "policy")).get("meta", {})
+    card = read_policy_card(find_pretrained(name_or_dir, "policy"))
+    meta = card.get("meta", {})
     if "task_spec" in meta:
         return Task.from_dict(meta["task_spec"])
     if "task" in meta or name_or_dir in TASKS:
         return find_task(str(meta.get("task", name_or_dir)))
+    sentences, known = tuple(card.get("instructions", ())), TASKS.values()
+    if len(same := [task for task in known if task.instructions == sentences]) == 1:
+        return same[0]  # the sentences of only one task
     raise ValueError(f"The policy {name_or_dir} does not say which task it is for; give --task.")
 
 

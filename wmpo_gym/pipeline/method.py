@@ -103,7 +103,7 @@ def run_recipe(
     result = train_in_imagination(workspace, recipe, base, pretrained, demonstrations, play, gates=True)
     # The products of a run are its last policy and the last world that it was optimised in.
     result.world.save_pretrained(workspace.directory / "world")
-    result.policy.save_pretrained(workspace.directory / "policy")
+    result.policy.save_pretrained(workspace.directory / "policy", _policy_meta(recipe))
     tested = test(workspace, recipe, base, result)
     write_report(workspace.directory / "report.html", _report(recipe, result, tested, command))
     if progress:
@@ -311,7 +311,7 @@ def train_policy(workspace: Workspace, recipe: Recipe, demonstrations: Sequence[
     directory = workspace.directory / "base_policy"
     if not directory.exists():
         with workspace.stage("sft", f"Supervised fine-tuning: {recipe.sft.steps} steps"):
-            _fine_tune(workspace, recipe, demonstrations).save_pretrained(directory)
+            _fine_tune(workspace, recipe, demonstrations).save_pretrained(directory, _policy_meta(recipe))
     return _load_policy(directory, workspace, recipe)
 
 
@@ -349,6 +349,12 @@ def _fine_tune(workspace: Workspace, recipe: Recipe, demonstrations: Sequence[Ep
         )
     assert policy is not None  # there is at least one attempt
     return policy
+
+
+def _policy_meta(recipe: Recipe) -> dict[str, Any]:
+    """What a saved policy says of itself: the task it is for."""
+    task = get_task(recipe.task)
+    return {"task": task.name, "task_spec": task.to_dict()}
 
 
 def _load_policy(directory: Path, workspace: Workspace, recipe: Recipe) -> VLAPolicy:
@@ -653,7 +659,7 @@ def optimise(
             )
             evaluation = EvalCallback(workspace, recipe, world)
             model.learn(max_iterations=settings.iterations, callback=evaluation, resume=True)
-            model.policy.save_pretrained(directory)
+            model.policy.save_pretrained(directory, _policy_meta(recipe))
             budget = model.budget.to_dict()
             write_json_atomic(log, {"curve": evaluation.points, "history": model.history, "budget": budget})
     written = read_json(log)
