@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from wmpo_gym.data.importers import ImportSettings, import_dataset
 from wmpo_gym.data.statistics import from_unit
 from wmpo_gym.data.task_file import find_task
 from wmpo_gym.policies.serving import PolicyClient, PolicyServer
-from wmpo_gym.world import proprio as motion
 from wmpo_gym.world.world import World
 
 pytest.importorskip("h5py")
@@ -26,19 +24,12 @@ pytest.importorskip("transformers")
 
 NETWORK = {"widths": [8, 16], "blocks": 1, "cond_dim": 16, "detail": 8}
 STEPS = ["--steps", "4", "--batch-size", "4", "--checkpoint-every", "4", "--warmup-steps", "1"]
+STEPS += ["--proprio-steps", "60"]
 GRPO = ["--iterations", "1", "--n-groups", "2", "--group-size", "2"]
 
 
 def wmpo(*words: object) -> int:
     return main([str(w) for w in words])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_training_of_motion():
-    with pytest.MonkeyPatch.context() as patch:
-        short = partial(motion.ProprioTraining, steps=20, reader_steps=20, points_steps=5)
-        patch.setattr(motion, "ProprioTraining", short)
-        yield
 
 
 @pytest.fixture(scope="module")
