@@ -17,6 +17,8 @@ from wmpo_gym.policies.sft import SFTSettings
 from wmpo_gym.utils.io import load_safetensors, read_json
 from wmpo_gym.world.world import find_pretrained
 
+pytestmark = pytest.mark.slow  # whole recipes, two of them twice
+
 SMALL = replace(
     PUBLISHED,
     base_policy=None,
