@@ -119,7 +119,7 @@ def test_without_pairs_nothing_changes(caplog):
     model = make(vec(n_envs=16, tolerance=0.0), success_bounds=(0.0, 1.0))
     before = parameters(model)
     model.learn(max_iterations=1)
-    assert th.equal(parameters(model), before) and "no success has a failure" in caplog.text
+    assert th.equal(parameters(model), before) and "no group has both a success and a failure" in caplog.text
     assert model.history[-1]["rollout/n_pairs"] == 0
 
 
