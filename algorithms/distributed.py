@@ -25,6 +25,8 @@ import numpy as np
 import torch as th
 from torch import nn
 
+from wmpo_gym.training.runtime import run_on_main
+
 T = TypeVar("T")
 Rows = TypeVar("Rows", th.Tensor, np.ndarray)
 
@@ -164,20 +166,7 @@ class Ranks:
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run a function on the main rank while the others wait; all ranks get its result or its error."""
-        if self.size == 1:
-            return function()
-        from accelerate.utils import broadcast_object_list
-
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = function()
-            except Exception as error:
-                outcome[1] = error
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        return function() if self.size == 1 else run_on_main(function, self.is_main)
 
     def broadcast(self, tensors: Iterable[th.Tensor]) -> None:
         """Broadcast the main rank's tensors, in place."""

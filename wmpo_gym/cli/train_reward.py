@@ -63,9 +63,6 @@ class Command:
 
     def run(self) -> None:
         """Train, calibrate, save."""
-        import torch
-
-        from wmpo_gym.pipeline.components import move_world
         from wmpo_gym.rollouts.imagined import imagined_replays
 
         compute = self.compute.checked()
@@ -79,9 +76,9 @@ class Command:
         keep_settings(logs / "command.json", settings, started=(logs / "checkpoint").exists())
         replays = None
         if self.imagined:
-            move_world(world, torch.device(compute.device))
+            world.to(compute.device)
             replays = imagined_replays(world, episodes, seed=self.seed)
-            move_world(world, torch.device("cpu"))
+            world.to("cpu")
         world.classifier, metrics = train_classifier(
             episodes,
             world.task,

@@ -19,7 +19,7 @@ from wmpo_gym.tasks import Task
 from wmpo_gym.training.presets import hints_for
 from wmpo_gym.utils.io import ArtifactError, read_json
 from wmpo_gym.world.components import NETWORKS, make_autoencoder, make_network
-from wmpo_gym.world.networks.autoencoder import Autoencoder, LatentAutoencoder, PixelAutoencoder
+from wmpo_gym.world.networks.autoencoder import Autoencoder, PixelAutoencoder
 from wmpo_gym.world.world import World, WorldConfig, find_pretrained
 
 POLICIES: dict[str, Callable[..., VLAConfig]] = {
@@ -179,13 +179,3 @@ def policy_config(recipe: Recipe, task: Task) -> VLAConfig:
         return POLICIES[recipe.policy](**{**sizes, **recipe.policy_config})
     except TypeError as error:
         raise ValueError(f"policy_config does not fit the policy {recipe.policy!r}: {error}") from error
-
-
-def move_world(world: World, device: torch.device) -> World:
-    """The world with its networks on a device; they are moved, not copied."""
-    world.network.to(device)
-    if isinstance(world.autoencoder, LatentAutoencoder):
-        world.autoencoder.vae.to(device)
-    if world.classifier is not None:
-        world.classifier.to(device)
-    return world

@@ -37,7 +37,6 @@ from wmpo_gym.pipeline.callbacks import EvalCallback, ShuffledGRPO
 from wmpo_gym.pipeline.components import (
     check_components,
     load_world_model,
-    move_world,
     new_classifier,
     new_network,
     policy_config,
@@ -450,7 +449,7 @@ def train_world(
             with write_dir_atomic(directory) as temporary:
                 aligned.network.save_pretrained(temporary)
     aligned.network = load_network(directory)
-    return move_world(aligned, workspace.device)
+    return aligned.to(workspace.device)
 
 
 def _train_network(
@@ -464,7 +463,7 @@ def _train_network(
 ) -> dict[str, Any]:
     """Train the network of a world in place; returns the training history for the card."""
     checkpoints = workspace.directory / "checkpoints"
-    move_world(world, workspace.device)
+    world.to(workspace.device)
     motion = learn_proprio(
         world.network,
         world.autoencoder,
@@ -542,9 +541,8 @@ def train_reward(
             )
             write_json_atomic(workspace.directory / "classifier.json", metrics)
             classifier.save_pretrained(directory)
-    return move_world(
-        replace(world, classifier=SuccessClassifier.from_pretrained(directory)), workspace.device
-    )
+    classifier = SuccessClassifier.from_pretrained(directory)
+    return replace(world, classifier=classifier).to(workspace.device)
 
 
 def validate(

@@ -206,20 +206,23 @@ class Runtime:
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Call a function in the main process only; all return its result or raise its error. Collective."""
-        if self.size == 1:
-            return function()
-        from accelerate.utils import broadcast_object_list
+        return function() if self.size == 1 else run_on_main(function, self.is_main)
 
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = function()
-            except Exception as error:
-                outcome[1] = error
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+
+def run_on_main(function: Callable[[], T], is_main: bool) -> T:
+    """Call a function in the main one of several joined processes; all get its result or its error."""
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if is_main:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def _join(cpu: bool) -> Any:
