@@ -86,22 +86,14 @@ def collect(
     Raises:
         ValueError: If the task has no such split, too few start states, or no simulator or script.
     """
-    import numpy as np
-
     from wmpo_gym.data.store import EpisodeStore
     from wmpo_gym.envs.simulated.scripted import record_expert, record_play
-    from wmpo_gym.rollouts.rollout import collect_episodes, make_rollout_env
+    from wmpo_gym.rollouts.rollout import choose_start_states, collect_episodes, make_rollout_env
     from wmpo_gym.tasks import get_task
     from wmpo_gym.utils.progress import progress_bar
 
     task, store = get_task(task), EpisodeStore(out)
-    ids = task.split_ids(split)
-    if not 0 < episodes <= len(ids):
-        raise ValueError(
-            f"Requested {episodes} episodes, but split {split!r} of {task.name!r} has {len(ids)} start "
-            f"states; choose 1 to {len(ids)}."
-        )
-    chosen = (ids.start + np.random.default_rng([seed, 0x57A7]).permutation(len(ids))[:episodes]).tolist()
+    chosen = choose_start_states(task, split, episodes, seed)
     if not isinstance(policy, str):
         env = make_rollout_env("WMPO-Simulated-v0", min(num_envs, episodes), record_frames=True, task=task)
         try:

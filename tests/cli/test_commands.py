@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from wmpo_gym.bench.transformer import CPU_STDIT
-from wmpo_gym.cli.common import choose_start_states
 from wmpo_gym.cli.main import main
 from wmpo_gym.data import EpisodeStore, read_json
+from wmpo_gym.rollouts.rollout import choose_start_states
 from wmpo_gym.tasks import get_task
 
 pytest.importorskip("mujoco")

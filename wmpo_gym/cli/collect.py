@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from wmpo_gym.cli.common import Flat, check_policy_fits, choose_start_states, load_policy, option_value
+from wmpo_gym.cli.common import Flat, check_policy_fits, load_policy, option_value
 from wmpo_gym.data.store import EpisodeStore
 from wmpo_gym.envs.simulated.scripted import (
     AnyExpert,
@@ -69,6 +69,8 @@ class Command:
 
     def run(self) -> None:
         """Record the missing episodes and print a summary."""
+        from wmpo_gym.rollouts.rollout import choose_start_states
+
         task = get_task(self.task)
         out = self.out or Path("runs") / f"episodes-{task.name.replace(':', '-')}"
         ids = choose_start_states(task, self.split, self.episodes, self.seed)

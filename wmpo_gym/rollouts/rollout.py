@@ -311,6 +311,23 @@ def _name_of(world: Any) -> str:
     return str(getattr(world, "card", {}).get("name", "unnamed")) if hasattr(world, "card") else str(world)
 
 
+def choose_start_states(task: Task, split: str, n: int, seed: int) -> list[int]:
+    """Draw n different start states of a split.
+
+    With the same seed, a larger n begins with the same start states, so that a collection can be extended.
+
+    Raises:
+        ValueError: If the split is unknown or has fewer start states.
+    """
+    ids = task.split_ids(split)
+    if not 0 < n <= len(ids):
+        raise ValueError(
+            f"{n} episodes asked of split {split!r}, which has {len(ids)} start states; choose 1 to "
+            f"{len(ids)}."
+        )
+    return np.random.default_rng([seed, 0x57A7]).permutation(np.arange(ids.start, ids.stop))[:n].tolist()
+
+
 def collect_episodes(
     vector_env: VectorEnv,
     policy: Any,
